@@ -1,0 +1,1 @@
+"""What model owners and data owners use: deploy, infer."""

@@ -1,0 +1,1 @@
+"""From a torch module to a Program, and running a Program over shares."""

@@ -1,0 +1,1 @@
+"""From checkpoint files to torch modules; knows nothing of MPC."""

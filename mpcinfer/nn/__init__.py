@@ -1,0 +1,1 @@
+"""The operators of a network, each one function over shared tensors."""

@@ -1,0 +1,1 @@
+"""The process that computes on one share of everything."""

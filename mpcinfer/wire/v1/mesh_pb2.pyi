@@ -1,0 +1,56 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FRAME_KIND_UNSPECIFIED: _ClassVar[FrameKind]
+    FRAME_KIND_HELLO: _ClassVar[FrameKind]
+    FRAME_KIND_CONTROL: _ClassVar[FrameKind]
+    FRAME_KIND_OPENING: _ClassVar[FrameKind]
+FRAME_KIND_UNSPECIFIED: FrameKind
+FRAME_KIND_HELLO: FrameKind
+FRAME_KIND_CONTROL: FrameKind
+FRAME_KIND_OPENING: FrameKind
+
+class ConnectRequest(_message.Message):
+    __slots__ = ("frame",)
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    frame: Frame
+    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class ConnectResponse(_message.Message):
+    __slots__ = ("frame",)
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    frame: Frame
+    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("sequence", "kind", "more", "payload")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    kind: FrameKind
+    more: bool
+    payload: bytes
+    def __init__(self, sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., more: bool = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol_version", "cluster_digest", "index", "session", "nonce")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    cluster_digest: bytes
+    index: int
+    session: bytes
+    nonce: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., index: _Optional[int] = ..., session: _Optional[bytes] = ..., nonce: _Optional[bytes] = ...) -> None: ...
