@@ -1,0 +1,187 @@
+"""Correlated randomness, declared: a kind names fields, generic code deals them.
+
+A kind has *free* fields, uniform on their ring, each the mask of exactly one opening, and *derived* fields, functions
+of the free ones. Every party expands its shares of the free fields from a seed it shares with the dealer alone; all
+but the last party expand their shares of the derived fields too, and the dealer sends the last party what makes the
+sum right: the *corrections*, which are that party's shares. Nothing else is ever sent, and no code here or in the
+dealer knows any particular kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from mpcinfer.errors import InputError, ProtocolError
+from mpcinfer.protocol.types import Mask
+from mpcinfer.ring import prg
+from mpcinfer.ring.domain import Ring
+from mpcinfer.ring.kernels import Bilinear
+
+Tensors = dict[str, torch.Tensor]
+# gives what belongs to a weight by its name: at the dealer its mask B, at a party the public F = W + B
+FixedMasks = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Shape and ring of one field."""
+
+    shape: tuple[int, ...]
+    ring: Ring
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of a correction."""
+        return self.ring.packed_bytes(self.count)
+
+
+class Kind(ABC):
+    """A sort of correlation with its public parameters; subclasses are frozen dataclasses of plain data."""
+
+    # masks of a weight: kept by the dealer for as long as the deployment lives, for the products that refer to it
+    lasting: ClassVar[bool] = False
+
+    @abstractmethod
+    def free(self) -> dict[str, Field]:
+        """Uniform masks, by name."""
+
+    def derived(self) -> dict[str, Field]:
+        """Functions of the masks, by name."""
+        return {}
+
+    def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
+        """The derived fields' values from the free fields' values: all the dealer has to compute."""
+        return {}
+
+    def prepare(self, shares: Tensors, opened: FixedMasks) -> Tensors:
+        """What a party makes of its shares before any input is there; `opened` gives the public F of a weight."""
+        return shares
+
+
+_KINDS: dict[str, type[Kind]] = {}
+KindClass = TypeVar("KindClass", bound=type[Kind])
+
+
+def kind(cls: KindClass) -> KindClass:
+    """Class decorator: makes a kind known by its name, so that a plan can carry it."""
+    if cls.__name__ in _KINDS:
+        raise ProtocolError(f"two kinds named {cls.__name__}")
+    _KINDS[cls.__name__] = cls
+    return cls
+
+
+def to_json(item: Kind) -> dict[str, Any]:
+    """Plain data for a plan."""
+    return {"kind": type(item).__name__, **dataclasses.asdict(item)}  # type: ignore[call-overload]
+
+
+def from_json(data: Mapping[str, Any]) -> Kind:
+    """The inverse of `to_json`; InputError for anything that isn't a known kind with its own parameters."""
+    arguments = dict(data)
+    cls = _KINDS.get(arguments.pop("kind", ""))
+    if cls is None:
+        raise InputError("the plan names an unknown kind of correlation; all processes must run the same version")
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if set(arguments) != names:
+        raise InputError(f"wrong parameters for correlation {cls.__name__}")
+    return cls(**{k: _plain(k, v) for k, v in arguments.items()})
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name == "op":
+        return Bilinear(value["name"], _plain("", value["args"]))
+    return tuple(_plain("", v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def canonical(data: Any) -> bytes:
+    """JSON with one spelling, for digests."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+class Correlation:
+    """One party's shares of one correlation; masks are spent by openings, derived fields are read."""
+
+    __slots__ = ("_derived", "_masks")
+
+    def __init__(self, item: Kind, shares: Tensors, label: str) -> None:
+        self._masks = {name: Mask(shares[name], f.ring, f"{label}.{name}") for name, f in item.free().items()}
+        self._derived = {name: shares[name] for name in item.derived()}
+
+    def mask(self, name: str) -> Mask:
+        """A free field, to open something under."""
+        return self._masks[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """This party's share of a field."""
+        mask = self._masks.get(name)
+        return self._derived[name] if mask is None else mask.share
+
+    def masks(self) -> list[Mask]:
+        """All free fields."""
+        return list(self._masks.values())
+
+    def __repr__(self) -> str:
+        return f"Correlation(masks={list(self._masks)}, derived={list(self._derived)})"
+
+
+def expand(item: Kind, name: str, key: bytes, *, last: bool, correction: memoryview | bytes | None = None) -> Tensors:
+    """One party's shares of all fields of the correlation `name`, from its tape key (and the corrections, if last)."""
+    shares = {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in item.free().items()}
+    if not last:
+        shares |= {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in item.derived().items()}
+        return shares
+    rest = memoryview(b"" if correction is None else correction)
+    for n, f in item.derived().items():
+        shares[n] = f.ring.unpack(rest[: f.packed_bytes], f.shape)
+        rest = rest[f.packed_bytes :]
+    if len(rest):
+        raise ProtocolError("the dealer sent more than the plan asks for")
+    return shares
+
+
+def correction_bytes(item: Kind) -> int:
+    """What the dealer sends for this correlation."""
+    return sum(f.packed_bytes for f in item.derived().values())
+
+
+def free_values(item: Kind, name: str, keys: Sequence[bytes]) -> Tensors:
+    """The dealer's view of the free fields: the sums of all parties' shares."""
+    values: Tensors = {}
+    for n, f in item.free().items():
+        total = prg.expand(prg.derive(keys[0], name, n), f.shape, f.ring)
+        for key in keys[1:]:
+            total = f.ring.add(total, prg.expand(prg.derive(key, name, n), f.shape, f.ring))
+        values[n] = total
+    return values
+
+
+def deal(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> list[memoryview]:
+    """The corrections of correlation `name` for the last party, packed, in field order."""
+    fields = item.derived()
+    if not fields:
+        return []
+    values = item.derive(free_values(item, name, keys), fixed)
+    packed = []
+    for n, f in fields.items():
+        share = f.ring.reduce(values[n].to(f.ring.dtype))
+        if tuple(share.shape) != f.shape:
+            raise ProtocolError(f"{type(item).__name__}.{n} has shape {tuple(share.shape)}, declared {f.shape}")
+        for key in keys[:-1]:
+            share = f.ring.sub(share, prg.expand(prg.derive(key, name, n), f.shape, f.ring))
+        packed.append(f.ring.pack(share))
+    return packed

@@ -1,0 +1,82 @@
+"""Products of a comparison's outcome with numbers: step functions, ReLU, clamps, maxima."""
+
+from __future__ import annotations
+
+import torch
+
+from mpcinfer.protocol.compare import Comparison, below
+from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.types import Masked, Shared
+from mpcinfer.ring.domain import Z64
+
+
+def _product(first: bool, e: torch.Tensor, bit: torch.Tensor, c: torch.Tensor, r: torch.Tensor, bit_r: torch.Tensor) -> torch.Tensor:
+    """This party's share of b * x, where b = e xor beta and x = c - r; `bit`, `bit_r` are shares of beta, beta r."""
+    beta_x = bit * c - bit_r
+    return torch.where(e != 0, (c if first else 0) - r - beta_x, beta_x)
+
+
+def _number(first: bool, e: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
+    """This party's share of b = e xor beta as a number."""
+    return torch.where(e != 0, (1 if first else 0) - bit, bit)
+
+
+async def piecewise_linear(
+    ctx: Context, x: Shared, thresholds: tuple[int, ...], slopes: tuple[int, ...], offsets: tuple[int, ...]
+) -> Shared:
+    """Shares of a piecewise linear function with integer slopes; x's scale stays.
+
+    For T increasing thresholds t_j (integers at x's scale), T + 1 slopes and offsets: slopes[0] x + offsets[0] below
+    t_0, slopes[j] x + offsets[j] on [t_(j-1), t_j), and so on. Exact for -2^63 <= x - t < 2^63.
+    Opened: x + r over Z_2^64; the words of `below`; the outcome bits xor beta.
+    Rounds 4; online 8 + 4.4 T bytes per element and peer; correlation `Comparison` with products.
+    ReLU is thresholds (0,), slopes (0, 1): 12.4 bytes.
+    """
+    correlation = ctx.correlation(Comparison(x.shape, 64, len(thresholds), products=True))
+    c = await ctx.open(x, correlation.mask("r"))
+    bits = await below(ctx, c, thresholds, correlation, 64)
+    e = (await ctx.open(bits, correlation.mask("beta"))).value
+    y = x.share * slopes[-1]
+    if ctx.first:
+        y = y + offsets[-1]
+    for j in range(len(thresholds)):  # below t_j, go back from piece j + 1 to piece j
+        slope, offset = slopes[j] - slopes[j + 1], offsets[j] - offsets[j + 1]
+        if slope:
+            y = y + slope * _product(ctx.first, e[j], correlation["bit"][j], c.value, correlation["r"], correlation["bit_r"][j])
+        if offset:
+            y = y + offset * _number(ctx.first, e[j], correlation["bit"][j])
+    return Shared(y, x.frac_bits)
+
+
+async def relu(ctx: Context, x: Shared) -> Shared:
+    """Shares of max(x, 0); exact. Cost and openings: `piecewise_linear` with one threshold (4 rounds, 12.4 bytes)."""
+    return await piecewise_linear(ctx, x, (0,), (0, 1), (0, 0))
+
+
+async def maximum(ctx: Context, left: Shared, right: Shared, carried: tuple[tuple[Shared, Shared], ...] = ()) -> list[Shared]:
+    """max(left, right) and, for each pair carried along, the member on the winner's side. Left wins ties. Exact.
+
+    Valid where -2^63 <= left - right < 2^63. Every pair has left's shape.
+    Opened: d = left - right + r; for pairs l - r + s; the words of `below`; the outcome bit xor beta.
+    Rounds 4; online 12.4 + 8 per pair bytes per element and peer; correlation `Comparison` with products and others.
+    """
+    d = left - right
+    kind = Comparison(d.shape, 64, 1, products=True, others=len(carried))
+    correlation = ctx.correlation(kind)
+    if carried:
+        differences = torch.stack([(a - b).share for a, b in carried])
+        c, u = await together(
+            ctx.open(d, correlation.mask("r")), ctx.open(Shared(differences), correlation.mask("s"))
+        )
+    else:
+        c, u = await ctx.open(d, correlation.mask("r")), Masked(torch.empty(0), Z64)
+    bits = await below(ctx, c, (0,), correlation, 64)
+    e = (await ctx.open(bits, correlation.mask("beta"))).value[0]
+    bit = correlation["bit"][0]
+    # the left one, minus the difference where it is below the right one
+    lost = _product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
+    results = [Shared(left.share - lost, d.frac_bits)]
+    for i, (a, b) in enumerate(carried):
+        lost = _product(ctx.first, e, bit, u.value[i], correlation["s"][i], correlation["bit_s"][i])
+        results.append(Shared(a.share - lost, max(a.frac_bits, b.frac_bits)))
+    return results

@@ -1,0 +1,121 @@
+"""Running a protocol on meta tensors: what it asks for is the plan, and what it opens is checked, before any data.
+
+The trace proves that every mask hides exactly one opening over exactly its ring (statically, for all data: nothing
+in a protocol depends on values), and counts rounds and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mpcinfer.errors import InputError, ProtocolError
+from mpcinfer.protocol.context import Context, Opening, drive
+from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, canonical, correction_bytes, from_json, to_json
+from mpcinfer.protocol.types import Mask, Weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The correlations of one run, in the order they are drawn. Public: kinds and shapes only."""
+
+    entries: tuple[tuple[str, Kind], ...]
+    # whose lasting masks the entries refer to (hex), or "" if none
+    deployment: str = ""
+
+    def to_bytes(self) -> bytes:
+        """JSON with one spelling."""
+        return canonical({"deployment": self.deployment, "entries": [[n, to_json(k)] for n, k in self.entries]})
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Plan:
+        """The inverse; InputError if it isn't a plan."""
+        try:
+            raw = json.loads(data)
+            entries = tuple((str(n), from_json(k)) for n, k in raw["entries"])
+            plan = Plan(entries, str(raw["deployment"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("this is not a plan") from error
+        if len({name for name, _ in entries}) != len(entries):
+            raise InputError("a plan names each correlation once")
+        return plan
+
+    def digest(self) -> bytes:
+        """SHA-256 of the plan."""
+        return hashlib.sha256(self.to_bytes()).digest()
+
+    def correction_bytes(self) -> int:
+        """What the dealer sends for one tape of it."""
+        return sum(correction_bytes(k) for _, k in self.entries)
+
+
+@dataclass
+class Cost:
+    """Online cost for one party, frame headers excluded."""
+
+    rounds: int = 0
+    bytes_sent: int = 0
+    openings: Counter[str] = field(default_factory=Counter)
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.entries: dict[str, Kind] = {}
+        self.masks: list[Mask] = []
+
+    def draw(self, name: str, item: Kind) -> Tensors:
+        if name in self.entries:
+            raise ProtocolError(f"correlation {name} drawn twice")
+        self.entries[name] = item
+        fields = item.free() | item.derived()
+        return {n: torch.empty(f.shape, dtype=f.ring.dtype, device="meta") for n, f in fields.items()}
+
+
+class TracingContext(Context):
+    """A context that records; scopes share the record."""
+
+    def __init__(self, recorder: _Recorder, parties: int, weights: Mapping[str, Weight], path: str = "") -> None:
+        super().__init__(0, parties, recorder, weights, path)
+        self._recorder = recorder
+
+    def scope(self, name: str) -> Context:
+        """As in Context."""
+        inner = super().scope(name)
+        return TracingContext(self._recorder, self.parties, self.weights, inner.path)
+
+    def correlation(self, item: Kind) -> Correlation:
+        """As in Context; keeps the masks to check that each was used."""
+        drawn = super().correlation(item)
+        self._recorder.masks.extend(drawn.masks())
+        return drawn
+
+
+def trace(
+    protocol: Callable[[Context], Coroutine[Any, Any, Any]],
+    *,
+    parties: int,
+    weights: Mapping[str, Weight] | None = None,
+    deployment: str = "",
+) -> tuple[Plan, Cost, Any]:
+    """The plan and the cost of `protocol(ctx)` on meta tensors, and its result; ProtocolError if a mask is misused."""
+    recorder = _Recorder()
+    cost = Cost()
+
+    def exchange(batch: list[Opening]) -> list[torch.Tensor]:
+        cost.rounds += 1
+        for opening in batch:
+            cost.bytes_sent += opening.ring.packed_bytes(opening.masked.numel()) * (parties - 1)
+            cost.openings[opening.label.partition(":")[2]] += 1
+        return [torch.empty(o.masked.shape, dtype=o.ring.dtype, device="meta") for o in batch]
+
+    result = drive(protocol(TracingContext(recorder, parties, weights or {})), exchange)
+    unused = [mask.label for mask in recorder.masks if not mask.used]
+    if unused:
+        raise ProtocolError(f"masks that hide nothing: {', '.join(unused[:5])}")
+    return Plan(tuple(recorder.entries.items()), deployment), cost, result

@@ -1,0 +1,68 @@
+"""Truncation: divide by a power of two, wrong by less than one unit in the last place, always.
+
+Local truncation of shares is not offered: it fails by 2^(64-d) with probability 2^(bits + 1 - 64) per element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
+from mpcinfer.protocol.types import Shared
+from mpcinfer.ring.domain import Z64, Ring
+
+_OFFSET_BITS = 62
+
+
+def logical_shift(x: torch.Tensor, d: int) -> torch.Tensor:
+    """x >> d of the unsigned 64-bit word, 0 < d < 64."""
+    return (x >> d) & ((1 << (64 - d)) - 1)
+
+
+@kind
+@dataclass(frozen=True)
+class Truncation(Kind):
+    """r uniform on Z_2^64, r >> d, and msb(r) mod 2^d."""
+
+    shape: tuple[int, ...]
+    d: int
+
+    def free(self) -> dict[str, Field]:
+        """The mask r."""
+        return {"r": Field(self.shape, Z64)}
+
+    def derived(self) -> dict[str, Field]:
+        """high = r >> d; wrap = msb(r)."""
+        return {"high": Field(self.shape, Z64), "wrap": Field(self.shape, Ring(self.d))}
+
+    def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
+        """See `derived`."""
+        r = free["r"]
+        return {"high": logical_shift(r, self.d), "wrap": logical_shift(r, 63)}
+
+
+async def truncate(ctx: Context, x: Shared, d: int) -> Shared:
+    """Shares of x / 2^d.
+
+    Input: x over Z_2^64 with -2^62 <= x < 2^62. Output: floor(x / 2^d) + b, b in {0, 1}: error below 1 ULP, never
+    more inside the domain. frac_bits fall by d.
+    Opened: x + 2^62 + r over Z_2^64, r uniform there.
+    Functionality, stated: draws rho uniform on Z_2^d, tells the parties rho, outputs floor + [x mod 2^d > rho]; the
+    mean error is 0.
+    Rounds 1; online 8 bytes per element and peer; offline 8 + d/8 bytes; correlation `Truncation`.
+    Source: Escudero et al. 2020 (EGK+20), fig. 10, with the wrap taken from the top bits, for a public power of two.
+    """
+    if d == 0:
+        return x
+    if not 0 < d < _OFFSET_BITS:
+        raise ValueError(f"cannot truncate by {d} bits")
+    correlation = ctx.correlation(Truncation(x.shape, d))
+    offset = x.share + (1 << _OFFSET_BITS) if ctx.first else x.share
+    c = (await ctx.open(Shared(offset), correlation.mask("r"))).value
+    y = torch.where(c >= 0, correlation["wrap"] << (64 - d), 0) - correlation["high"]
+    if ctx.first:
+        y += logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
+    return Shared(y, x.frac_bits - d)

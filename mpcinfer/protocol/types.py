@@ -1,0 +1,167 @@
+"""Three kinds of value that cannot be confused: shares, masks and what was opened under a mask.
+
+None of them converts to an array, prints its content, or pickles. A protocol reaches the tensor inside by the
+attribute that names what it is (`.share`, `.value`); nothing outside `protocol/` and `nn/` has a reason to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
+
+import torch
+
+from mpcinfer.errors import ProtocolError
+from mpcinfer.ring.domain import Z64, Ring
+
+
+class _Sealed:
+    """No content in repr, no pickle, no copy to arrays, no truth value."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} cannot be pickled")
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} has no truth value: secrets never steer control flow")
+
+
+class Shared(_Sealed):
+    """This party's additive share over Z_2^64 of a tensor at scale 2^frac_bits."""
+
+    __slots__ = ("frac_bits", "share")
+
+    def __init__(self, share: torch.Tensor, frac_bits: int = 0) -> None:
+        if share.dtype != torch.int64:
+            raise ProtocolError(f"a share over Z_2^64 is int64, not {share.dtype}")
+        self.share = share
+        self.frac_bits = frac_bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape: public."""
+        return tuple(self.share.shape)
+
+    def __repr__(self) -> str:
+        return f"Shared(shape={self.shape}, frac_bits={self.frac_bits})"
+
+    def map(self, linear: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Apply a map that is linear over Z_2^64 (reshaping, slicing, sums): local, the scale stays."""
+        return type(self)(linear(self.share), self.frac_bits)
+
+    def times(self, k: int | torch.Tensor) -> Self:
+        """Multiply by public integers: local, exact, the scale stays."""
+        return type(self)(self.share * k, self.frac_bits)
+
+    def rescaled(self, frac_bits: int) -> Self:
+        """The same number at a finer scale (a shift left: local, exact)."""
+        if frac_bits < self.frac_bits:
+            raise ProtocolError("a coarser scale needs truncate()")
+        return type(self)(self.share << (frac_bits - self.frac_bits), frac_bits)
+
+    def __add__(self, other: Shared) -> Shared:
+        a, b = self._aligned(other)
+        return Shared(a.share + b.share, a.frac_bits)
+
+    def __sub__(self, other: Shared) -> Shared:
+        a, b = self._aligned(other)
+        return Shared(a.share - b.share, a.frac_bits)
+
+    def __neg__(self) -> Shared:
+        return Shared(-self.share, self.frac_bits)
+
+    def _aligned(self, other: Shared) -> tuple[Shared, Shared]:
+        if not isinstance(other, Shared):
+            raise TypeError(f"cannot combine Shared with {type(other).__name__}")
+        frac = max(self.frac_bits, other.frac_bits)
+        return self.rescaled(frac), other.rescaled(frac)
+
+
+class SharedBits(_Sealed):
+    """This party's XOR share of k-bit words."""
+
+    __slots__ = ("ring", "share")
+
+    def __init__(self, share: torch.Tensor, ring: Ring) -> None:
+        if not ring.xor or share.dtype != ring.dtype:
+            raise ProtocolError("SharedBits need an XOR ring and its dtype")
+        self.share = share
+        self.ring = ring
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape: public."""
+        return tuple(self.share.shape)
+
+    def __repr__(self) -> str:
+        return f"SharedBits(shape={self.shape}, bits={self.ring.bits})"
+
+
+class Mask(_Sealed):
+    """This party's share of a uniform mask: masks exactly one opening, over exactly `ring`."""
+
+    __slots__ = ("label", "ring", "share", "used")
+
+    def __init__(self, share: torch.Tensor, ring: Ring, label: str) -> None:
+        self.share = share
+        self.ring = ring
+        self.label = label
+        self.used = False
+
+    def __repr__(self) -> str:
+        return f"Mask({self.label}, shape={tuple(self.share.shape)}, bits={self.ring.bits}, used={self.used})"
+
+    def spend(self, shape: tuple[int, ...], ring: Ring) -> None:
+        """Mark as used for an opening of `shape` over `ring`; refuses anything but the one opening it is for."""
+        if self.used:
+            raise ProtocolError(f"mask {self.label} was used already: a mask hides one opening only")
+        if ring != self.ring:
+            raise ProtocolError(
+                f"mask {self.label} is uniform on {_words(self.ring)} but the opening is over {_words(ring)}: it would leak"
+            )
+        if tuple(self.share.shape) != tuple(shape):
+            raise ProtocolError(f"mask {self.label} has shape {tuple(self.share.shape)}, the opening has {tuple(shape)}")
+        self.used = True
+
+
+class Masked(_Sealed):
+    """x + r (or x xor r), opened: public, uniform, and meaningless without the mask."""
+
+    __slots__ = ("ring", "value")
+
+    def __init__(self, value: torch.Tensor, ring: Ring = Z64) -> None:
+        self.value = value
+        self.ring = ring
+
+    def __repr__(self) -> str:
+        return f"Masked(shape={tuple(self.value.shape)}, bits={self.ring.bits})"
+
+
+class Weight(_Sealed):
+    """A model weight: this party's share and the public F = W + B, opened once per deployment under the dealt B."""
+
+    __slots__ = ("frac_bits", "masked", "name", "share")
+
+    def __init__(self, name: str, share: torch.Tensor, masked: torch.Tensor, frac_bits: int) -> None:
+        self.name = name
+        self.share = share
+        self.masked = masked
+        self.frac_bits = frac_bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape: public."""
+        return tuple(self.share.shape)
+
+    def __repr__(self) -> str:
+        return f"Weight({self.name!r}, shape={self.shape})"
+
+
+def _words(ring: Ring) -> str:
+    return f"{ring.bits} bits under XOR" if ring.xor else f"Z_2^{ring.bits}"
+
+
+def sealed_types() -> tuple[type[Any], ...]:
+    """All types here that hold secrets or masks (for tests and redaction filters)."""
+    return (Shared, SharedBits, Mask, Masked, Weight)

@@ -1,0 +1,236 @@
+"""Comparing a public number with a dealt one, digit by digit: tables, AND blocks, and their kernels.
+
+A secret low(r) of m - 1 bits is dealt as digits of 4 bits. For each digit r_j the table lt(v) = [v < r_j], v = 0..14,
+is XOR-shared (15 bits; lt(15) = 0); eq(v) = lt(v - 1) xor lt(v) with lt(-1) = 1. The public digit is looked up
+locally, which gives shares of (lt, eq) per digit: the leaves. A block of k leaves, most significant first, folds to
+    lt = lt_0 + eq_0 lt_1 + eq_0 eq_1 lt_2 + ...        eq = eq_0 eq_1 ... eq_(k-1)
+lt_0 is linear; the other 2k - 1 bits are opened in one word (bit 0: eq_0, bits 2t - 1 and 2t: lt_t and eq_t) under a
+mask word, and every product of masks that the two sums need is dealt. Given the opened word, lt and eq are XORs of
+dealt bits, so folding is a table look-up and a parity. The last level needs no eq and so neither its last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+
+from mpcinfer.ring import bits as packed
+
+DIGIT_BITS = 4
+TABLE_BITS = 15
+# ring width -> (blocks of the first level = leaves of the second, leaves of a first-level block)
+LAYOUTS = {64: (4, 4), 48: (3, 4), 36: (3, 3), 32: (2, 4)}
+_CONST = np.uint32(1 << 31)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The algebra of one AND block: `width` opened bits, `products` dealt ones, and the tables by opened word."""
+
+    width: int
+    products: int
+    lt: npt.NDArray[np.uint32]  # bits of (mask | products << width) to XOR; bit 31: the public constant
+    eq: npt.NDArray[np.uint32]
+    product_of: npt.NDArray[np.int32]  # mask word -> product word
+
+
+@cache
+def block(leaves: int, with_eq: bool) -> Block:
+    """The block of that many leaves."""
+    width = 2 * leaves - 1 if with_eq else 2 * leaves - 2
+    eq_bit = [2 * t for t in range(leaves)]
+    terms = [tuple(eq_bit[:t]) + (2 * t - 1,) for t in range(1, leaves)]
+    product = tuple(eq_bit) if with_eq else None
+    monomials: list[tuple[int, ...]] = []
+    for term in [*terms, *([product] if product else [])]:
+        for size in range(2, len(term) + 1):
+            monomials += [s for s in combinations(sorted(term), size) if s not in monomials]
+    place = {(b,): b for b in range(width)} | {s: width + i for i, s in enumerate(monomials)}
+
+    def table(sums: list[tuple[int, ...]]) -> npt.NDArray[np.uint32]:
+        out = np.zeros(1 << width, np.uint32)
+        for word in range(1 << width):
+            for term in sums:
+                for size in range(len(term) + 1):
+                    for chosen in combinations(sorted(term), size):
+                        if all(word >> b & 1 for b in term if b not in chosen):
+                            out[word] ^= _CONST if not chosen else np.uint32(1 << place[chosen])
+        return out
+
+    product_of = np.zeros(1 << width, np.int32)
+    for word in range(1 << width):
+        for i, s in enumerate(monomials):
+            if all(word >> b & 1 for b in s):
+                product_of[word] |= 1 << i
+    return Block(width, len(monomials), table(terms), table([product] if product else []), product_of)
+
+
+def tables(low: torch.Tensor, digits: int) -> torch.Tensor:
+    """The lt tables of a secret's digits, least significant first: int64 [*S] -> int16 [*S, digits]."""
+    shifts = torch.arange(digits, dtype=torch.int64) * DIGIT_BITS
+    digit = (low[..., None] >> shifts) & 15
+    return ((1 << digit) - 1).to(torch.int16)
+
+
+def products(masks: torch.Tensor, spec: Block) -> torch.Tensor:
+    """The dealt products of mask words, int32 of the same shape."""
+    return torch.from_numpy(spec.product_of)[masks.to(torch.int64)]
+
+
+@njit("uint8(uint32)", nogil=True, cache=True, inline="always")
+def _parity(x: Any) -> Any:
+    x ^= x >> np.uint32(16)
+    x ^= x >> np.uint32(8)
+    x ^= x >> np.uint32(4)
+    x ^= x >> np.uint32(2)
+    x ^= x >> np.uint32(1)
+    return np.uint8(x & np.uint32(1))
+
+
+@njit(
+    "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, uint8[:, :, ::1], uint8[:, :, ::1], uint8[:, :, ::1])",
+    nogil=True,
+    cache=True,
+)
+def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, words: Any, tops: Any) -> None:
+    n = c.size
+    digits = lt.shape[1]
+    blocks = words.shape[2]
+    k = digits // blocks
+    for t in range(thresholds.size):
+        for i in range(n):
+            u = (c[i] - thresholds[t]) & low
+            for b in range(blocks):
+                word = masks[t, i, b]
+                for leaf in range(k):
+                    j = digits - 1 - (b * k + leaf)
+                    v = (u >> np.uint64(4 * j)) & np.uint64(15)
+                    # bit v + 1 of the extended table is lt(v); bit 0 is lt(-1) = 1, held by the first party
+                    table = (np.uint32(lt[i, j]) << np.uint32(1)) | np.uint32(first)
+                    below = (table >> np.uint32(v)) & np.uint32(1)
+                    less = (table >> np.uint32(v + np.uint64(1))) & np.uint32(1)
+                    word ^= np.uint8((below ^ less) << np.uint32(2 * leaf))
+                    if leaf == 0:
+                        tops[t, i, b] = np.uint8(less)
+                    else:
+                        word ^= np.uint8(less << np.uint32(2 * leaf - 1))
+                words[t, i, b] = word
+
+
+@njit(
+    "void(uint8[:, :, ::1], uint8[:, :, ::1], uint32[:, :, ::1], uint8[:, :, ::1], boolean, int64, uint32[::1], uint32[::1], "
+    "uint8[:, ::1], uint8[:, ::1], uint8[:, ::1])",
+    nogil=True,
+    cache=True,
+)
+def _fold_blocks(
+    opened: Any, masks: Any, dealt: Any, tops: Any, first: Any, width: Any, lt: Any, eq: Any, next_masks: Any, words: Any, top: Any
+) -> None:
+    shift = np.uint32(width)
+    for t in range(opened.shape[0]):
+        for i in range(opened.shape[1]):
+            word = next_masks[t, i]
+            for b in range(opened.shape[2]):
+                e = opened[t, i, b]
+                share = np.uint32(masks[t, i, b]) | (dealt[t, i, b] << shift)
+                if first:
+                    share |= np.uint32(0x80000000)
+                less = _parity(lt[e] & share) ^ tops[t, i, b]
+                if b == 0:
+                    top[t, i] = less
+                else:
+                    word ^= less << np.uint8(2 * b - 1)
+                if b + 1 < opened.shape[2]:
+                    word ^= _parity(eq[e] & share) << np.uint8(2 * b)
+            words[t, i] = word
+
+
+@njit(
+    "void(uint8[:, ::1], uint8[:, ::1], uint32[:, ::1], uint8[:, ::1], boolean, int64, uint32[::1], uint64[::1], uint64[::1], "
+    "int64, uint8[::1], uint8[:, ::1])",
+    nogil=True,
+    cache=True,
+)
+def _finish(
+    opened: Any, masks: Any, dealt: Any, top: Any, first: Any, width: Any, lt: Any, c: Any, thresholds: Any, sign: Any, msb: Any, out: Any
+) -> None:
+    shift = np.uint32(width)
+    for t in range(opened.shape[0]):
+        for i in range(opened.shape[1]):
+            share = np.uint32(masks[t, i]) | (dealt[t, i] << shift)
+            bit = msb[i]
+            if first:
+                share |= np.uint32(0x80000000)
+                bit ^= np.uint8(((c[i] - thresholds[t]) >> np.uint64(sign)) & np.uint64(1))
+            out[t, i] = bit ^ top[t, i] ^ _parity(lt[opened[t, i]] & share)
+
+
+def _flat(x: torch.Tensor, *shape: int) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = x.contiguous().numpy().reshape(shape)
+    return array
+
+
+def _dealt(x: torch.Tensor, *shape: int) -> npt.NDArray[np.uint32]:
+    """Product words, held in the smallest container, as the kernels want them."""
+    return packed.unsigned(_flat(x, *shape)).astype(np.uint32, copy=False)
+
+
+def leaves(
+    c: torch.Tensor, thresholds: tuple[int, ...], width: int, lt: torch.Tensor, first: bool, masks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked leaf words to open and the linear top bits, both uint8 [T, *S, blocks].
+
+    c: opened x + r, [*S]; lt: shares of r's tables, int16 [*S, digits]; masks: uint8 [T, *S, blocks].
+    """
+    if c.device.type == "meta":
+        return torch.empty_like(masks), torch.empty_like(masks)
+    n, t, blocks = c.numel(), len(thresholds), masks.shape[-1]
+    words, tops = torch.empty_like(masks), torch.empty_like(masks)
+    public = np.array([x % (1 << 64) for x in thresholds], np.uint64)
+    low = np.uint64((1 << (width - 1)) - 1)
+    _leaves(
+        _flat(c, n).view(np.uint64), public, low, _flat(lt, n, lt.shape[-1]).view(np.uint16), first,
+        _flat(masks, t, n, blocks), words.numpy().reshape(t, n, blocks), tops.numpy().reshape(t, n, blocks),
+    )  # fmt: skip
+    return words, tops
+
+
+def fold_blocks(
+    opened: torch.Tensor, masks: torch.Tensor, dealt: torch.Tensor, tops: torch.Tensor, first: bool, spec: Block, next_masks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First-level blocks to the second level's masked words and top bits, uint8 [T, *S]."""
+    words, top = torch.empty_like(next_masks), torch.empty_like(next_masks)
+    if opened.device.type == "meta":
+        return words, top
+    t, blocks = opened.shape[0], opened.shape[-1]
+    n = next_masks.numel() // t
+    _fold_blocks(
+        _flat(opened, t, n, blocks), _flat(masks, t, n, blocks), _dealt(dealt, t, n, blocks),
+        _flat(tops, t, n, blocks), first, spec.width, spec.lt, spec.eq, _flat(next_masks, t, n),
+        words.numpy().reshape(t, n), top.numpy().reshape(t, n),
+    )  # fmt: skip
+    return words, top
+
+
+def finish(
+    opened: torch.Tensor, masks: torch.Tensor, dealt: torch.Tensor, top: torch.Tensor, first: bool, spec: Block,
+    c: torch.Tensor, thresholds: tuple[int, ...], width: int, msb: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The last fold, and the sign: shares of [x < t], uint8 [T, *S]."""
+    out = torch.empty_like(opened)
+    if opened.device.type == "meta":
+        return out
+    t, n = opened.shape[0], c.numel()
+    public = np.array([x % (1 << 64) for x in thresholds], np.uint64)
+    _finish(
+        _flat(opened, t, n), _flat(masks, t, n), _dealt(dealt, t, n), _flat(top, t, n), first, spec.width,
+        spec.lt, _flat(c, n).view(np.uint64), public, width - 1, _flat(msb, n), out.numpy().reshape(t, n),
+    )  # fmt: skip
+    return out

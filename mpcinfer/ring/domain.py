@@ -1,0 +1,83 @@
+"""The groups in which shares live: Z_2^k under addition, and k-bit words under XOR.
+
+A `Ring` says how shares combine, which values are uniform, how wide an opening of them is on the wire. Elements are
+held in the smallest torch integer that fits (additive: always int64), reduced to the low k bits except for k = 64,
+where the machine's own wrap-around is the ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mpcinfer.ring import bits as packed
+
+_SMALLEST = ((8, torch.uint8), (16, torch.int16), (32, torch.int32), (64, torch.int64))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """`bits` wide, `xor`: combined by exclusive or, else added mod 2^bits."""
+
+    bits: int
+    xor: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 64:
+            raise ValueError(f"a ring is 1 to 64 bits wide, not {self.bits}")
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The container of one element."""
+        if not self.xor:
+            return torch.int64
+        return next(dtype for width, dtype in _SMALLEST if self.bits <= width)
+
+    @cached_property
+    def width(self) -> int:
+        """Bits of the container."""
+        return self.dtype.itemsize * 8
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The representative in [0, 2^bits) (for 64 bits: x itself)."""
+        return x if self.bits == self.width else x & ((1 << self.bits) - 1)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The group operation."""
+        return a ^ b if self.xor else self.reduce(a + b)
+
+    def sub(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The inverse of `add`."""
+        return a ^ b if self.xor else self.reduce(a - b)
+
+    def packed_bytes(self, count: int) -> int:
+        """Bytes on the wire for `count` elements."""
+        return (count * self.bits + 7) // 8
+
+    def pack(self, x: torch.Tensor) -> memoryview:
+        """Elements in row-major order, `bits` bits each, least significant first, without gaps."""
+        x = x.contiguous()
+        if self.bits == self.width:
+            return memoryview(x.numpy().reshape(-1).view("uint8"))
+        return memoryview(packed.pack(x.numpy().reshape(-1), self.bits))
+
+    def unpack(self, data: memoryview | bytes, shape: tuple[int, ...]) -> torch.Tensor:
+        """The inverse of `pack`; `data` must be exactly `packed_bytes` long (ValueError)."""
+        count = 1
+        for size in shape:
+            count *= size
+        if len(data) != self.packed_bytes(count):
+            raise ValueError(f"{len(data)} bytes where {self.packed_bytes(count)} were expected")
+        out = torch.empty(shape, dtype=self.dtype)
+        flat = out.numpy().reshape(-1)
+        if self.bits == self.width:
+            flat.view("uint8")[:] = memoryview(data).cast("B")
+        else:
+            packed.unpack(data, self.bits, flat)
+        return out
+
+
+Z64 = Ring(64)
+BIT = Ring(1, xor=True)

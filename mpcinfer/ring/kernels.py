@@ -1,0 +1,151 @@
+"""Bilinear maps over Z_2^64: product, matrix product, convolution, on int64 tensors (meta tensors give shapes).
+
+A map is named by a `Bilinear`, plain data that a plan can carry: the parties and the dealer must agree on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch.nn import functional
+
+# im2col of larger inputs is done in slices of the batch, to bound memory (elements of 8 bytes)
+_PATCH_ELEMENTS = 1 << 26
+
+
+@njit("void(int64[:, ::1], int64[:, ::1], int64[:, ::1])", nogil=True, cache=True)
+def _skinny(x: Any, w: Any, out: Any) -> None:
+    """out = x @ w for very few rows: one pass over w, four of its rows at a time."""
+    m, k = x.shape
+    n = w.shape[1]
+    out[:] = 0
+    for j0 in range(0, n, 256):
+        j1 = min(n, j0 + 256)
+        fours = k // 4 * 4
+        for p in range(0, fours, 4):
+            for i in range(m):
+                a, b, c, d = x[i, p], x[i, p + 1], x[i, p + 2], x[i, p + 3]
+                for j in range(j0, j1):
+                    out[i, j] += a * w[p, j] + b * w[p + 1, j] + c * w[p + 2, j] + d * w[p + 3, j]
+        for p in range(fours, k):
+            for i in range(m):
+                a = x[i, p]
+                for j in range(j0, j1):
+                    out[i, j] += a * w[p, j]
+
+
+def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x @ w mod 2^64 with torch's shape rules; fastest with w contiguous."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if x.device.type == "meta" or w.dim() != 2 or rows > 2 or not rows:
+        return x @ w
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    out = torch.empty((rows, w.shape[1]), dtype=torch.int64)
+    _skinny(flat.numpy(), w.contiguous().numpy(), out.numpy())
+    return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+def pool_windows(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> torch.Tensor:
+    """A strided view [..., *out, *kernel] of the windows of x [..., *spatial] (no padding, no copy)."""
+    d = len(kernel)
+    lead, spatial = x.shape[:-d], x.shape[-d:]
+    strides = x.stride()
+    out = tuple((s - dl * (k - 1) - 1) // st + 1 for s, k, st, dl in zip(spatial, kernel, stride, dilation, strict=True))
+    if min(out, default=1) < 1:
+        raise ValueError(f"a window of {kernel} does not fit into {tuple(spatial)}")
+    return x.as_strided(
+        (*lead, *out, *kernel),
+        (
+            *strides[:-d],
+            *(a * b for a, b in zip(strides[-d:], stride, strict=True)),
+            *(a * b for a, b in zip(strides[-d:], dilation, strict=True)),
+        ),
+        x.storage_offset(),
+    )
+
+
+def conv(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
+    """Cross-correlation mod 2^64 in one or two dimensions: x [N, C, *S], w [O, C/groups, *K] -> [N, O, *S']."""
+    d = w.dim() - 2
+    x = functional.pad(x, [p for size in reversed(padding) for p in (size, size)]).contiguous()
+    windows = pool_windows(x, tuple(w.shape[2:]), stride, dilation)  # [N, C, *out, *K]
+    n, c, out, taps = x.shape[0], x.shape[1], tuple(windows.shape[2 : 2 + d]), tuple(windows.shape[2 + d :])
+    o = w.shape[0]
+    area, depth = _product(out), _product(taps)
+    if groups == c and o == c:  # depthwise: a short sum of shifted images beats thin matrix products
+        weights = w.reshape(c, depth)
+        columns = windows.reshape(n, c, *out, depth)
+        result = torch.zeros((n, c, *out), dtype=torch.int64, device=x.device)
+        for tap in range(depth):
+            result += columns[..., tap] * weights[:, tap].reshape(c, *([1] * d))
+        return result
+    per = max(1, _PATCH_ELEMENTS // max(1, c * depth * area))
+    parts = []
+    for first in range(0, n, per):
+        view = windows[first : first + per]
+        batch = view.shape[0]
+        # [groups, C/groups * K, N * out]: one matrix product per group serves the whole batch
+        order = (1, *range(2 + d, 2 + 2 * d), 0, *range(2, 2 + d))
+        patches = view.permute(order).reshape(groups, c // groups * depth, batch * area)
+        rows = w.reshape(groups, o // groups, c // groups * depth)
+        y = torch.stack([rows[g] @ patches[g] for g in range(groups)]) if groups > 1 else (rows[0] @ patches[0])[None]
+        parts.append(y.reshape(o, batch, *out).transpose(0, 1))
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """A bilinear map as data. `name`: "mul" (element-wise, broadcasting), "matmul" or "conv".
+
+    `args` of conv: (stride, padding, dilation, groups), each but the last a tuple per dimension.
+    """
+
+    name: str
+    args: tuple[Any, ...] = ()
+
+    def __call__(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The map's value on int64 tensors, mod 2^64; on meta tensors, its shape."""
+        if self.name == "mul":
+            return x * w
+        if self.name == "matmul":
+            return matmul(x, w)
+        if self.name == "conv":
+            stride, padding, dilation, groups = self.args
+            return conv(x, w, tuple(stride), tuple(padding), tuple(dilation), groups)
+        raise ValueError(f"unknown bilinear map {self.name!r}")
+
+    def shape(self, x: tuple[int, ...], w: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the value for arguments of shapes x and w."""
+        meta = self(_meta(x), _meta(w))
+        return tuple(meta.shape)
+
+
+def _meta(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+MUL = Bilinear("mul")
+MATMUL = Bilinear("matmul")
+
+
+def as_array(x: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A contiguous numpy view (or copy) of a tensor, for numba kernels."""
+    return x.contiguous().numpy()
