@@ -1,9 +1,9 @@
 # Sourced by the other scripts: one virtual environment for all of them.
 #
-# setup_env [EXTRA]   makes the environment if needed, installs this checkout with EXTRA (default dev) into it, and puts
-#                     it first on PATH. Silent and quick when there is nothing to do.
+# setup_env [EXTRA]   makes the environment if needed, installs this checkout with EXTRA (default: dev) into it, and puts
+#                     it first on PATH. Says nothing and takes no time when there is nothing to do.
 #
-# PYTHON              the interpreter to make the environment with (default: python3.11)
+# PYTHON              the interpreter to make the environment with (default: python3.11, else python3)
 # MPCINFER_VENV       where the environment is (default: .venv in this checkout)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -13,55 +13,60 @@ fail() {
     exit 1
 }
 
+# Runs a command in silence; shows what it said only if it fails.
+quietly() {
+    local said
+    said="$("$@" 2>&1)" || {
+        printf '%s\n' "$said" >&2
+        return 1
+    }
+}
+
 # Prints an interpreter that is new enough.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.11 python3}; do
+    for candidate in ${PYTHON:-python3.11 python3}; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    fail "mpcinfer needs Python 3.11 or newer, and '${PYTHON:-python3.11}' is missing or older." \
-        "Install it, or name one: PYTHON=/path/to/python3.11 $0"
-}
-
-# Runs a command in silence; shows what it said only if it fails.
-quietly() {
-    local log
-    log="$(mktemp)"
-    if ! "$@" >"$log" 2>&1; then
-        cat "$log" >&2
-        rm -f "$log"
-        return 1
-    fi
-    rm -f "$log"
+    fail "mpcinfer needs Python 3.11 or newer; ${PYTHON:-python3.11} is missing or older." \
+        "Install Python 3.11, or name an interpreter: PYTHON=/path/to/python3.11 $0"
 }
 
 install_env() {
-    local venv="$1" extra="$2" wanted python
+    local venv="$1" extra="$2" wanted stamp python
     # The stamp names the checkout too: an editable install of another checkout is not this one.
     wanted="$(printf '%s\n' "$ROOT" | cat - "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | cksum)"
-    [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || rm -f "$venv"/.installed-*
-    # The dev extra contains all others.
-    for stamp in "$venv/.installed-$extra" "$venv/.installed-dev"; do
-        [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-    done
+    if "$venv/bin/python" -c '' 2>/dev/null; then
+        # dev contains all other extras.
+        for stamp in "$venv/.installed-$extra" "$venv/.installed-dev"; do
+            if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
+        done
+    fi
+    rm -f "$venv"/.installed-*
 
-    python="$(find_python)" || exit 1
-    echo "setting up $venv (once; this downloads PyTorch and takes a few minutes)" >&2
-    if ! "$venv/bin/python" -c '' 2>/dev/null; then
-        quietly "$python" -m venv --upgrade "$venv" || fail "Could not make a virtual environment in $venv; see above."
+    echo "Setting up $venv (once; PyTorch is a large download)." >&2
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        # A broken environment is made anew; nothing else is ever cleared.
+        if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+            fail "$venv exists and is not a virtual environment; set MPCINFER_VENV to another place."
+        fi
+        python="$(find_python)" || exit 1
+        quietly "$python" -m venv --clear "$venv" \
+            || fail "Could not make a virtual environment in $venv (Debian and Ubuntu need the package python3.11-venv)."
     fi
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check -e "$ROOT[$extra]" \
-        || fail "Could not install mpcinfer[$extra] into $venv; see above. It needs the network or a configured mirror."
+        || fail "Could not install mpcinfer[$extra] into $venv. It needs the network, or a mirror in pip's configuration."
     printf '%s\n' "$wanted" >"$venv/.installed-$extra"
 }
 
 setup_env() {
     local venv="${MPCINFER_VENV:-$ROOT/.venv}"
+    mkdir -p "$(dirname "$venv")"
     (
-        # Two scripts started together must not install into the same environment at once.
+        # Two scripts started together must not install into one environment at once.
         if command -v flock >/dev/null; then flock 9; fi
         install_env "$venv" "${1:-dev}" 9>&-
     ) 9>"$venv.lock" || exit 1
