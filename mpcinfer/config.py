@@ -1,0 +1,281 @@
+"""Configuration files: the cluster everybody agrees on, and what one party or dealer process is started with.
+
+A cluster file is public. It names every party and the dealer by address and by the pin of its public key, so that
+whoever holds the CA can still impersonate nobody. All processes compare `Cluster.digest()` before they work together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+
+from mpcinfer.errors import ConfigError
+
+PROTOCOL_VERSION = 1
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+# A name is also a DNS label and part of a URI, hence lower case and short.
+_NAME = r"[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?"
+_NAME_PATTERN = re.compile(_NAME)
+_ROLE_PATTERN = re.compile(rf"dealer|party/(?:0|[1-9][0-9]{{0,2}})|(?:owner|client)/{_NAME}")
+_PIN_PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
+_ADDRESS_PATTERN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+
+_T = TypeVar("_T")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name a cluster, an owner or a client; otherwise ConfigError."""
+    if not _NAME_PATTERN.fullmatch(name):
+        raise ConfigError(f"{name!r} cannot be a name: use 1 to 50 lower-case letters, digits and inner hyphens")
+    return name
+
+
+def check_role(role: str) -> str:
+    """Return `role` if it is one of party/I, dealer, owner/NAME, client/NAME; otherwise ConfigError."""
+    if not _ROLE_PATTERN.fullmatch(role):
+        raise ConfigError(
+            f"{role!r} is not a role: use party/0, party/1, ..., dealer, owner/NAME or client/NAME, "
+            "NAME being 1 to 50 lower-case letters, digits and inner hyphens"
+        )
+    return role
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[ipv6]:port` as (host without brackets, port); ConfigError if it is neither."""
+    match = _ADDRESS_PATTERN.fullmatch(address)
+    if match is None or int(match[2]) > 65535:
+        raise ConfigError(f"{address!r} is not an address: write host:port, for example 127.0.0.1:7100 or [::1]:7100")
+    return match[1].strip("[]"), int(match[2])
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where one party or the dealer listens, and the key it must prove to hold.
+
+    `role` is "party/I" or "dealer", `address` is "host:port", `key_pin` is "sha256:" and the 64 hex digits of the
+    SHA-256 of the public key (DER SubjectPublicKeyInfo).
+    """
+
+    role: str
+    address: str
+    key_pin: str
+
+    def __post_init__(self) -> None:
+        if split_address(self.address)[1] == 0:
+            raise ConfigError(f"{self.role}: the address {self.address} has port 0; others need a port to connect to")
+        if not _PIN_PATTERN.fullmatch(self.key_pin):
+            raise ConfigError(f"{self.role}: the key must be written sha256:<64 lower-case hex digits>")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Who takes part: a name, one CA certificate (PEM), two or more parties in order, one dealer."""
+
+    name: str
+    ca_pem: bytes = field(repr=False)
+    parties: tuple[Endpoint, ...]
+    dealer: Endpoint
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        self._ca()
+        if self.n < 2:
+            raise ConfigError(f"cluster {self.name!r} has {self.n} parties; secret sharing needs at least 2")
+        everyone = (*self.parties, self.dealer)
+        expected = [*(f"party/{i}" for i in range(self.n)), "dealer"]
+        if [endpoint.role for endpoint in everyone] != expected:
+            raise ConfigError(f"cluster {self.name!r}: the roles must be {', '.join(expected)}, in this order")
+        # One key or one process in two roles would see two shares, or a share and the correlations that mask it.
+        for what, values in (
+            ("key", [endpoint.key_pin for endpoint in everyone]),
+            ("address", [endpoint.address.lower() for endpoint in everyone]),
+        ):
+            if len(set(values)) != len(values):
+                raise ConfigError(f"cluster {self.name!r}: every party and the dealer needs its own {what}")
+
+    @property
+    def n(self) -> int:
+        """The number of parties."""
+        return len(self.parties)
+
+    def endpoint(self, role: str) -> Endpoint:
+        """The endpoint of "party/I" or "dealer"; ConfigError if the cluster has no such role."""
+        for endpoint in (*self.parties, self.dealer):
+            if endpoint.role == role:
+                return endpoint
+        raise ConfigError(f"cluster {self.name!r} has no {role!r}; it has party/0 to party/{self.n - 1} and dealer")
+
+    def digest(self) -> bytes:
+        """32 bytes that are equal exactly when two cluster files say the same, whatever their layout."""
+        content = {
+            "name": self.name,
+            "ca": self._ca().fingerprint(SHA256()).hex(),
+            "endpoints": [[e.role, e.address, e.key_pin] for e in (*self.parties, self.dealer)],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+    def _ca(self) -> x509.Certificate:
+        if b"PRIVATE KEY" in self.ca_pem:
+            raise ConfigError(f"cluster {self.name!r}: the CA file holds a private key; give the certificate alone")
+        try:
+            certificates = x509.load_pem_x509_certificates(self.ca_pem)
+        except ValueError:
+            certificates = []
+        if len(certificates) != 1:
+            raise ConfigError(f"cluster {self.name!r}: the CA file must hold exactly one PEM certificate")
+        return certificates[0]
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Cluster:
+        """Read a cluster file (TOML; paths in it are relative to it). ConfigError names what is wrong."""
+        file = Path(path)
+        table = _Table.read(file)
+        name, ca = table.take("name", str), file.parent / table.take("ca", str)
+        parties = tuple(
+            _endpoint(_Table(f"{file}, party {i}", entry), f"party/{i}")
+            for i, entry in enumerate(table.take("party", list))
+        )
+        dealer = _endpoint(_Table(f"{file}, dealer", table.take("dealer", dict)), "dealer")
+        table.finish()
+        return Cluster(name, _read(ca), parties, dealer)
+
+
+def _endpoint(table: _Table, role: str) -> Endpoint:
+    endpoint = Endpoint(role, table.take("address", str), table.take("key", str))
+    table.finish()
+    return endpoint
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one process admits and how long it waits; all positive. Sizes in MiB, times in seconds."""
+
+    max_waiting_requests: int = 64
+    max_message_mb: int = 256
+    max_upload_mb: int = 8192
+    step_timeout_s: float = 120.0
+    connect_timeout_s: float = 10.0
+    stop_grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not 0 < getattr(self, item.name) < float("inf"):
+                raise ConfigError(f"limits: {item.name} must be positive and finite")
+        if self.max_message_mb > 2047:
+            raise ConfigError("limits: max_message_mb can be at most 2047, the most that gRPC carries in one message")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one party or dealer process is started with.
+
+    `store` and `store_key` (the directory of model shares at rest and the file of the key they are encrypted with)
+    are set for a party and None for the dealer. `listen` may have port 0 (any free port).
+    """
+
+    cluster: Cluster
+    role: str
+    key_path: Path
+    certificate_path: Path
+    listen: str
+    store: Path | None = None
+    store_key: Path | None = None
+    limits: Limits = Limits()
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        self.cluster.endpoint(self.role)
+        split_address(self.listen)
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"log_level is {self.log_level!r}; use one of {', '.join(LOG_LEVELS)}")
+        if self.role == "dealer" and (self.store or self.store_key):
+            raise ConfigError("a dealer keeps nothing at rest: remove store and store_key (and MPCINFER_STORE)")
+        if self.role != "dealer" and not (self.store and self.store_key):
+            raise ConfigError(f"{self.role} needs store (a directory) and store_key (a file outside of it)")
+        if self.store and self.store_key and self.store_key.absolute().is_relative_to(self.store.absolute()):
+            raise ConfigError("store_key lies inside store: a copy of the store would carry the key that opens it")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Node:
+        """Read a node file (TOML; paths in it are relative to it). ConfigError names what is wrong.
+
+        The environment variables MPCINFER_LISTEN, MPCINFER_STORE (relative to the working directory) and
+        MPCINFER_LOG_LEVEL override the file when set and not empty.
+        """
+        file = Path(path)
+        table = _Table.read(file)
+        here = file.parent
+        cluster = Cluster.load(here / table.take("cluster", str))
+        role = table.take("role", str)
+        key, certificate = here / table.take("key", str), here / table.take("certificate", str)
+        listen = table.take("listen", str, cluster.endpoint(role).address)
+        store, store_key = table.take("store", str, ""), table.take("store_key", str, "")
+        limits = _limits(_Table(f"{file}, limits", table.take("limits", dict, {})))
+        log_level = table.take("log_level", str, "info")
+        table.finish()
+        store_override = os.environ.get("MPCINFER_STORE")
+        return Node(
+            cluster=cluster,
+            role=role,
+            key_path=key,
+            certificate_path=certificate,
+            listen=os.environ.get("MPCINFER_LISTEN") or listen,
+            store=Path(store_override) if store_override else (here / store if store else None),
+            store_key=here / store_key if store_key else None,
+            limits=limits,
+            log_level=(os.environ.get("MPCINFER_LOG_LEVEL") or log_level).lower(),
+        )
+
+
+def _limits(table: _Table) -> Limits:
+    values = {item.name: table.take(item.name, type(item.default), item.default) for item in fields(Limits)}
+    table.finish()
+    return Limits(**values)
+
+
+class _Table:
+    """One TOML table being read: take the known keys, then `finish` refuses what is left over."""
+
+    def __init__(self, where: str, content: object) -> None:
+        if not isinstance(content, dict):
+            raise ConfigError(f"{where}: expected a table")
+        self.where = where
+        self.content: dict[str, Any] = dict(content)
+
+    @staticmethod
+    def read(file: Path) -> _Table:
+        try:
+            return _Table(str(file), tomllib.loads(_read(file).decode()))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}") from error
+
+    def take(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
+        value = self.content.pop(key, default)
+        if value is None:
+            raise ConfigError(f"{self.where}: {key!r} is missing")
+        if kind is float and type(value) is int:  # `step_timeout_s = 30` is fine; a boolean never is a number
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{self.where}: {key!r} must be of type {kind.__name__}, not {type(value).__name__}")
+        return value
+
+    def finish(self) -> None:
+        if self.content:
+            raise ConfigError(f"{self.where}: unknown {', '.join(sorted(map(repr, self.content)))}; check the spelling")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or 'unreadable'}") from error
