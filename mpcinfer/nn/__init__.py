@@ -1,1 +1,6 @@
-"""The operators of a network, each one function over shared tensors."""
+"""The operators of a network, over shares: importing this package registers them all."""
+
+from mpcinfer.nn import activation, elementwise, linear, pooling, reveal, shape
+from mpcinfer.nn.registry import lookup, operator, supported
+
+__all__ = ["activation", "elementwise", "linear", "lookup", "operator", "pooling", "reveal", "shape", "supported"]

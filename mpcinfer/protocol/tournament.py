@@ -49,3 +49,48 @@ async def argmax_along(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
         winners, indices = await maximum(ctx, left, right, ((index_left, index_right),))
         x, index = _append(winners, rest), _append(indices, index_rest)
     return x.map(lambda t: t[..., 0]), index.map(lambda t: t[..., 0])
+
+
+def _sorting_layers(n: int) -> list[list[tuple[int, int]]]:
+    """Batcher's odd-even merge sort: layers of disjoint compare-exchanges (i < j)."""
+    layers = []
+    p = 1
+    while p < n:
+        k = p
+        while k >= 1:
+            layers.append(
+                [
+                    (i + j, i + j + k)
+                    for j in range(k % p, n - k, 2 * k)
+                    for i in range(min(k, n - j - k))
+                    if (i + j) // (2 * p) == (i + j + k) // (2 * p)
+                ]
+            )
+            k //= 2
+        p *= 2
+    return layers
+
+
+async def top_along(ctx: Context, x: Shared, k: int) -> tuple[Shared, Shared]:
+    """Shares of the k largest values over the last axis and of their indices, largest first.
+
+    The order among equal values is unspecified. Rounds 4 a layer of Batcher's sorting network, log2(n)(log2(n)+1)/2
+    layers; openings: those of `select.maximum`. The loser of a comparison is the sum minus the winner: free.
+    """
+    places = torch.arange(x.shape[-1], dtype=torch.int64, device=x.share.device).expand(x.share.shape)
+    index = Shared(places.clone() if ctx.first else torch.zeros_like(places), 0)
+    for layer in _sorting_layers(x.shape[-1]):
+        upper = [i for i, _ in layer]
+        lower = [j for _, j in layer]
+        a, b = x.map(lambda t, at=upper: t[..., at]), x.map(lambda t, at=lower: t[..., at])  # type: ignore[misc]
+        ia, ib = index.map(lambda t, at=upper: t[..., at]), index.map(lambda t, at=lower: t[..., at])  # type: ignore[misc]
+        winner, winning = await maximum(ctx, a, b, ((ia, ib),))
+        x, index = _placed(x, upper, lower, winner, a + b - winner), _placed(index, upper, lower, winning, ia + ib - winning)
+    return x.map(lambda t: t[..., :k]), index.map(lambda t: t[..., :k])
+
+
+def _placed(x: Shared, upper: list[int], lower: list[int], winners: Shared, losers: Shared) -> Shared:
+    share = x.share.clone()
+    share[..., upper] = winners.share
+    share[..., lower] = losers.share
+    return Shared(share, x.frac_bits)

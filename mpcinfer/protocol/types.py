@@ -1,6 +1,6 @@
-"""Three kinds of value that cannot be confused: shares, masks and what was opened under a mask.
+"""Kinds of value that cannot be confused: shares, masks, what was opened under a mask, and public values.
 
-None of them converts to an array, prints its content, or pickles. A protocol reaches the tensor inside by the
+None of the first three converts to an array, prints its content, or pickles. A protocol reaches the tensor inside by the
 attribute that names what it is (`.share`, `.value`); nothing outside `protocol/` and `nn/` has a reason to.
 """
 
@@ -136,6 +136,21 @@ class Masked(_Sealed):
 
     def __repr__(self) -> str:
         return f"Masked(shape={tuple(self.value.shape)}, bits={self.ring.bits})"
+
+
+class Public:
+    """A tensor everybody knows, as integers at scale 2^frac_bits; equal at all parties by construction."""
+
+    __slots__ = ("frac_bits", "value")
+
+    def __init__(self, value: torch.Tensor, frac_bits: int = 0) -> None:
+        self.value = value
+        self.frac_bits = frac_bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(self.value.shape)
 
 
 class Weight(_Sealed):

@@ -1,0 +1,183 @@
+"""Pooling: maxima by tournaments, averages by local sums and one truncation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mpcinfer.errors import UnsupportedError
+from mpcinfer.nn.registry import operator
+from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.tournament import maximum_along
+from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.types import Shared
+from mpcinfer.ring.kernels import pool_windows
+
+# below every encodable number, and its difference to any of them is far from the ring's edge
+_LOWEST = -(1 << 61)
+
+
+def _sizes(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    sizes = tuple(int(v) for v in value)
+    return sizes * dims if len(sizes) == 1 else sizes
+
+
+def _pad(ctx: Context, x: Shared, padding: tuple[int, ...], value: int) -> Shared:
+    if not any(padding):
+        return x
+    flat = [p for size in reversed(padding) for p in (size, size)]
+    return x.map(lambda t: functional.pad(t, flat, value=value if ctx.first else 0))
+
+
+async def _max_pool(
+    ctx: Context, x: Shared, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, dims: int
+) -> Shared:
+    if ceil_mode:
+        raise UnsupportedError("pooling with ceil_mode=True")
+    sizes = _sizes(kernel, dims)
+    strides = _sizes(stride, dims) if stride else sizes
+    dilations = _sizes(dilation, dims)
+    x = _pad(ctx, x, _sizes(padding, dims), _LOWEST)
+    # a maximum is separable: one axis after the other compares less than whole windows
+    for axis in range(dims):
+        at = axis - dims
+
+        def windows(t: torch.Tensor, axis: int = axis, at: int = at) -> torch.Tensor:
+            moved = t.movedim(at, -1).contiguous()
+            return pool_windows(moved, (sizes[axis],), (strides[axis],), (dilations[axis],))
+
+        if sizes[axis] > 1 or strides[axis] > 1:
+            x = await maximum_along(ctx, x.map(windows))
+            x = x.map(lambda t, at=at: t.movedim(-1, at))  # type: ignore[misc]
+    return x
+
+
+@operator("aten.max_pool2d.default")
+async def max_pool2d(
+    ctx: Context, x: Shared, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Shared:
+    """Maximum over windows of the last two axes."""
+    return await _max_pool(ctx, x, kernel, stride, padding, dilation, ceil_mode, 2)
+
+
+@operator("aten.max_pool1d.default")
+async def max_pool1d(
+    ctx: Context, x: Shared, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Shared:
+    """Maximum over windows of the last axis."""
+    return await _max_pool(ctx, x, kernel, stride, padding, dilation, ceil_mode, 1)
+
+
+async def divide(ctx: Context, x: Shared, counts: int | torch.Tensor) -> Shared:
+    """x / counts for public counts (a number or a tensor that broadcasts): one truncation, or none for 1.
+
+    The reciprocal has frac_bits + 8 bits, so an average of numbers below 2^(62 - 2 frac_bits - 8) is right to 1 ULP
+    or a relative 2^-(frac_bits + 8).
+    """
+    if isinstance(counts, int) and counts & (counts - 1) == 0:
+        shift = counts.bit_length() - 1
+        y = await truncate(ctx, x, shift)
+        return Shared(y.share, x.frac_bits)
+    bits = min(x.frac_bits + 8, 30)
+    exact = torch.as_tensor(counts, dtype=torch.int64)
+    reciprocal = ((1 << bits) + exact // 2) // exact  # integers only: the same at every party
+    y = await truncate(ctx, Shared(x.share * reciprocal.to(x.share.device), x.frac_bits + bits), bits)
+    return Shared(y.share, x.frac_bits)
+
+
+async def _avg_pool(
+    ctx: Context, x: Shared, kernel: Any, stride: Any, padding: Any, ceil_mode: bool, include_pad: bool, divisor: Any, dims: int
+) -> Shared:
+    if ceil_mode:
+        raise UnsupportedError("pooling with ceil_mode=True")
+    sizes = _sizes(kernel, dims)
+    strides = _sizes(stride, dims) if stride else sizes
+    pads = _sizes(padding, dims)
+    spatial = x.shape[-dims:]
+    axes = tuple(range(-dims, 0))
+    ones = (1,) * dims
+    sums = _pad(ctx, x, pads, 0).map(lambda t: pool_windows(t.contiguous(), sizes, strides, ones).sum(axes))
+    if divisor is not None:
+        return await divide(ctx, sums, int(divisor))
+    if include_pad or not any(pads):
+        return await divide(ctx, sums, math.prod(sizes))
+    inside = functional.pad(torch.ones(spatial, dtype=torch.int64), [p for s in reversed(pads) for p in (s, s)])
+    return await divide(ctx, sums, pool_windows(inside, sizes, strides, ones).sum(axes))
+
+
+@operator("aten.avg_pool2d.default")
+async def avg_pool2d(
+    ctx: Context,
+    x: Shared,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> Shared:
+    """Mean over windows of the last two axes."""
+    return await _avg_pool(ctx, x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override, 2)
+
+
+@operator("aten.avg_pool1d.default")
+async def avg_pool1d(
+    ctx: Context, x: Shared, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True
+) -> Shared:
+    """Mean over windows of the last axis."""
+    return await _avg_pool(ctx, x, kernel, stride, padding, ceil_mode, count_include_pad, None, 1)
+
+
+def _adaptive(size: int, out: int) -> list[tuple[int, int]]:
+    """torch's windows: [floor(i size / out), ceil((i + 1) size / out))."""
+    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+
+
+def _targets(x: Shared, output_size: Any, dims: int) -> list[int]:
+    sizes = list(output_size) if isinstance(output_size, list | tuple) else [output_size] * dims
+    return [x.shape[i - dims] if size is None else int(size) for i, size in enumerate(sizes)]
+
+
+@operator("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
+async def adaptive_avg_pool2d(ctx: Context, x: Shared, output_size: Any) -> Shared:
+    """Mean over torch's adaptive windows."""
+    return await _adaptive_avg(ctx, x, _targets(x, output_size, 2))
+
+
+@operator("aten.adaptive_avg_pool1d.default")
+async def adaptive_avg_pool1d(ctx: Context, x: Shared, output_size: Any) -> Shared:
+    """Mean over torch's adaptive windows."""
+    return await _adaptive_avg(ctx, x, _targets(x, output_size, 1))
+
+
+async def _adaptive_avg(ctx: Context, x: Shared, targets: list[int]) -> Shared:
+    dims = len(targets)
+    counts = torch.ones((), dtype=torch.int64)
+    for axis, out in enumerate(targets):
+        at = axis - dims
+        windows = _adaptive(x.shape[at], out)
+
+        def sums(t: torch.Tensor, at: int = at, windows: list[tuple[int, int]] = windows) -> torch.Tensor:
+            return torch.stack([t.narrow(at, a, b - a).sum(at) for a, b in windows], dim=at)
+
+        x = x.map(sums)
+        lengths = torch.tensor([b - a for a, b in windows], dtype=torch.int64)
+        counts = counts[..., None] * lengths
+    uniform = int(counts.flatten()[0])
+    return await divide(ctx, x, uniform if bool((counts == uniform).all()) else counts)
+
+
+@operator("aten.adaptive_max_pool2d.default", "aten.adaptive_max_pool1d.default")
+async def adaptive_max_pool(ctx: Context, x: Shared, output_size: Any) -> list[Shared]:
+    """Maximum over adaptive windows of equal size; the indices torch also returns are not computed."""
+    dims = len(output_size)
+    targets = _targets(x, output_size, dims)
+    kernel = [x.shape[i - dims] // out for i, out in enumerate(targets)]
+    if any(x.shape[i - dims] % out for i, out in enumerate(targets)):
+        raise UnsupportedError("adaptive max pooling into windows of unequal size")
+    return [await _max_pool(ctx, x, kernel, kernel, 0, 1, False, dims)]

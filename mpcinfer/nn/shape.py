@@ -1,0 +1,135 @@
+"""Operators that move elements and compute nothing: applied to the shares as they are, at no cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mpcinfer.errors import UnsupportedError
+from mpcinfer.nn.elementwise import encode
+from mpcinfer.nn.registry import Rule, operator
+from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.types import Public, Shared
+
+_MOVES = """
+    view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int permute.default transpose.int t.default
+    squeeze.default squeeze.dim squeeze.dims unsqueeze.default expand.default repeat.default select.int slice.Tensor
+    flip.default roll.default movedim.int movedim.intlist narrow.default repeat_interleave.self_int
+    alias.default detach.default pixel_shuffle.default diagonal.default
+"""
+_MANY = "chunk.default split.Tensor split.sizes split_with_sizes.default unbind.int"
+_SAME = "contiguous.default clone.default _to_copy.default to.dtype to.device lift_fresh_copy.default"
+
+
+def _aten(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    found = getattr(torch.ops.aten, packet, None)
+    return getattr(found, overload, None) if found is not None else None
+
+
+def _move(name: str) -> Rule:
+    function = _aten(name)
+
+    async def rule(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Public):
+            return Public(function(x.value, *args, **kwargs), x.frac_bits)
+        return x.map(lambda t: _moved(function, t, *args, **kwargs))
+
+    return rule
+
+
+def _moved(function: Any, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    try:
+        result: torch.Tensor = function(t, *args, **kwargs)
+    except RuntimeError:  # a view of a layout that a float tensor had and ours has not
+        result = function(t.contiguous(), *args, **kwargs)
+    return result
+
+
+def _split(name: str) -> Rule:
+    function = _aten(name)
+
+    async def rule(ctx: Context, x: Shared, *args: Any, **kwargs: Any) -> list[Shared]:
+        return [Shared(part, x.frac_bits) for part in function(x.share, *args, **kwargs)]
+
+    return rule
+
+
+async def _same(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return x
+
+
+for _name in _MOVES.split():
+    if _aten(_name) is not None:
+        operator(f"aten.{_name}")(_move(_name))
+for _name in _MANY.split():
+    if _aten(_name) is not None:
+        operator(f"aten.{_name}")(_split(_name))
+operator(*(f"aten.{name}" for name in _SAME.split()))(_same)
+
+
+@operator("aten.cat.default", "aten.concat.default")
+async def cat(ctx: Context, tensors: list[Shared], dim: int = 0) -> Shared:
+    """Concatenation."""
+    return _joined(tensors, lambda parts: torch.cat(parts, dim))
+
+
+@operator("aten.stack.default")
+async def stack(ctx: Context, tensors: list[Shared], dim: int = 0) -> Shared:
+    """Stacking along a new axis."""
+    return _joined(tensors, lambda parts: torch.stack(parts, dim))
+
+
+def _joined(tensors: list[Shared], join: Any) -> Shared:
+    if not all(isinstance(t, Shared) for t in tensors):
+        raise UnsupportedError("joining secret with public tensors")
+    frac_bits = max(t.frac_bits for t in tensors)
+    return Shared(join([t.rescaled(frac_bits).share for t in tensors]), frac_bits)
+
+
+@operator("aten.constant_pad_nd.default", "aten.pad.default")
+async def pad(ctx: Context, x: Shared, padding: list[int], *rest: Any, mode: str = "constant", value: Any = None) -> Shared:
+    """Padding with a public constant, or reflecting, replicating, wrapping around."""
+    for extra in rest:  # constant_pad_nd has (pad, value), pad has (pad, mode, value)
+        if isinstance(extra, str):
+            mode = extra
+        else:
+            value = extra
+    if mode != "constant":
+        return x.map(lambda t: _indexed_pad(t, padding, mode))
+    fill = encode(value or 0, x.frac_bits) if ctx.first else 0
+    return x.map(lambda t: functional.pad(t, padding, value=fill))
+
+
+def _indexed_pad(t: torch.Tensor, padding: list[int], mode: str) -> torch.Tensor:
+    """torch pads integers in constant mode only; the other modes are gathers along each axis."""
+    for i in range(len(padding) // 2):
+        axis, (before, after), size = t.dim() - 1 - i, padding[2 * i : 2 * i + 2], t.shape[t.dim() - 1 - i]
+        at = torch.arange(-before, size + after)
+        if mode == "replicate":
+            at = at.clamp(0, size - 1)
+        elif mode == "circular":
+            at = at % size
+        elif mode == "reflect":
+            at = (at.abs() % (2 * (size - 1))) if size > 1 else at * 0
+            at = torch.minimum(at, 2 * (size - 1) - at) if size > 1 else at
+        else:
+            raise UnsupportedError(f"padding mode {mode!r}")
+        t = t.index_select(axis, at.to(t.device))
+    return t
+
+
+@operator("aten.sym_size.int")
+async def sym_size(ctx: Context, x: Any, dim: int) -> int:
+    """A size: public."""
+    return int(x.shape[dim])
+
+
+@operator("_operator.getitem")
+async def getitem(ctx: Context, values: list[Any], index: int) -> Any:
+    """One of several results."""
+    if index >= len(values):
+        raise UnsupportedError("the second result of this operator (such as indices of a maximum) is not computed")
+    return values[index]
