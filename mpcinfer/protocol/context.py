@@ -121,16 +121,20 @@ class _Together:
                 waiting.pop(i, None)
                 results[i] = done.value
 
-        for i in range(len(self.protocols)):
-            resume(i, None)
-        while waiting:
-            batch = dict(waiting)
-            values = yield [opening for part in batch.values() for opening in part]
-            at = 0
-            for i, part in batch.items():
-                resume(i, values[at : at + len(part)])
-                at += len(part)
-        return results
+        try:
+            for i in range(len(self.protocols)):
+                resume(i, None)
+            while waiting:
+                batch = dict(waiting)
+                values = yield [opening for part in batch.values() for opening in part]
+                at = 0
+                for i, part in batch.items():
+                    resume(i, values[at : at + len(part)])
+                    at += len(part)
+            return results
+        finally:  # one that raised ends the others, also those that have not begun
+            for protocol in self.protocols:
+                protocol.close()
 
 
 async def together(*protocols: Coroutine[Any, Any, Any]) -> list[Any]:

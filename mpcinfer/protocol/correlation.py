@@ -146,11 +146,11 @@ def expand(item: Kind, name: str, key: bytes, *, last: bool, correction: memoryv
         shares |= {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in item.derived().items()}
         return shares
     rest = memoryview(b"" if correction is None else correction)
+    if len(rest) != correction_bytes(item):
+        raise ProtocolError(f"the dealer sent {len(rest)} bytes where the plan asks for {correction_bytes(item)}")
     for n, f in item.derived().items():
         shares[n] = f.ring.unpack(rest[: f.packed_bytes], f.shape)
         rest = rest[f.packed_bytes :]
-    if len(rest):
-        raise ProtocolError("the dealer sent more than the plan asks for")
     return shares
 
 

@@ -95,6 +95,13 @@ class LocalWorld:
             own = weights[i] if weights else {}
             ctx = Context(i, self.parties, _LocalSource(dealer, i, own), own)
             running.append(protocol(ctx, *(a[i] if isinstance(a, list) else a for a in arguments)))
+        try:
+            return self._in_step(running)
+        finally:
+            for coroutine in running:
+                coroutine.close()
+
+    def _in_step(self, running: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         values: list[torch.Tensor] | None = None
         results: list[Any] = [None] * self.parties
         while True:

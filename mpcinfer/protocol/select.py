@@ -75,8 +75,9 @@ async def maximum(ctx: Context, left: Shared, right: Shared, carried: tuple[tupl
     bit = correlation["bit"][0]
     # the left one, minus the difference where it is below the right one
     lost = _product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
-    results = [Shared(left.share - lost, d.frac_bits)]
+    results = [Shared(left.rescaled(d.frac_bits).share - lost, d.frac_bits)]
     for i, (a, b) in enumerate(carried):
         lost = _product(ctx.first, e, bit, u.value[i], correlation["s"][i], correlation["bit_s"][i])
-        results.append(Shared(a.share - lost, max(a.frac_bits, b.frac_bits)))
+        frac_bits = max(a.frac_bits, b.frac_bits)
+        results.append(Shared(a.rescaled(frac_bits).share - lost, frac_bits))
     return results

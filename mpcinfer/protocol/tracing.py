@@ -40,7 +40,7 @@ class Plan:
             raw = json.loads(data)
             entries = tuple((str(n), from_json(k)) for n, k in raw["entries"])
             plan = Plan(entries, str(raw["deployment"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError("this is not a plan") from error
         if len({name for name, _ in entries}) != len(entries):
             raise InputError("a plan names each correlation once")

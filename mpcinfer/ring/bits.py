@@ -72,7 +72,7 @@ def pack(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:
     """`values` (1-D integers; the low k bits count) as a little-endian bit string of ceil(size * k / 8) bytes."""
     out = np.empty((values.size * k + 7) // 8, np.uint8)
     if k == 1:
-        return np.packbits(values.view(np.uint8).reshape(values.size, -1)[:, 0] & 1, bitorder="little")
+        return np.packbits(values.view(np.uint8)[:: values.itemsize] & 1, bitorder="little")
     _pack(unsigned(values), k, out)
     return out
 

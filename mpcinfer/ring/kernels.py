@@ -92,7 +92,7 @@ def conv(
         return result
     per = max(1, _PATCH_ELEMENTS // max(1, c * depth * area))
     parts = []
-    for first in range(0, n, per):
+    for first in range(0, max(1, n), per):
         view = windows[first : first + per]
         batch = view.shape[0]
         # [groups, C/groups * K, N * out]: one matrix product per group serves the whole batch
