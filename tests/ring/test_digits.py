@@ -1,0 +1,115 @@
+"""Digit tables and AND blocks: the algebra by brute force, and whole comparisons by one party that holds everything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpcinfer.ring import digits, prg
+from mpcinfer.ring.domain import Ring
+
+WIDTHS = sorted(digits.LAYOUTS)
+
+
+def parity(word: int) -> int:
+    return word.bit_count() & 1
+
+
+@pytest.mark.parametrize(
+    ("leaves", "with_eq", "width", "products"),
+    [(4, True, 7, 22), (4, False, 6, 15), (3, True, 5, 8), (3, False, 4, 5), (2, False, 2, 1)],
+)
+def test_blocks_open_and_deal_what_the_design_says(leaves: int, with_eq: bool, width: int, products: int) -> None:
+    spec = digits.block(leaves, with_eq)
+    assert (spec.width, spec.products) == (width, products)
+
+
+@pytest.mark.parametrize("leaves", [2, 3, 4])
+@pytest.mark.parametrize("with_eq", [True, False])
+def test_a_block_folds_every_word_under_every_mask(leaves: int, with_eq: bool) -> None:
+    spec = digits.block(leaves, with_eq)
+    for plain in range(1 << spec.width):
+        eq = [plain >> 2 * t & 1 if 2 * t < spec.width else 0 for t in range(leaves)]
+        lt = [0, *(plain >> (2 * t - 1) & 1 for t in range(1, leaves))]  # lt_0 is linear, and added elsewhere
+        less = 0
+        for t in range(1, leaves):
+            less ^= all(eq[:t]) & lt[t]
+        for mask in range(1 << spec.width):
+            opened = plain ^ mask
+            dealt = mask | int(spec.product_of[mask]) << spec.width | 1 << 31
+            assert parity(int(spec.lt[opened]) & dealt) == less
+            if with_eq:
+                assert parity(int(spec.eq[opened]) & dealt) == all(eq)
+
+
+def test_products_of_masks() -> None:
+    spec = digits.block(4, True)
+    masks = torch.arange(128, dtype=torch.uint8).reshape(2, 64)
+    dealt = digits.products(masks, spec)
+    assert dealt.dtype == torch.int32 and dealt.shape == masks.shape
+    assert dealt.reshape(-1).tolist() == spec.product_of.tolist()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tables_say_which_values_are_below_the_digit(width: int) -> None:
+    blocks, leaves = digits.LAYOUTS[width]
+    count = blocks * leaves
+    low = prg.expand(bytes(32), (50,), Ring(width - 1))
+    low[0], low[1] = 0, (1 << (width - 1)) - 1
+    tables = digits.tables(low, count)
+    assert tables.shape == (50, count) and tables.dtype == torch.int16
+    for j in range(count):
+        for v in range(15):
+            assert torch.equal((tables[:, j] >> v & 1).bool(), v < (low >> 4 * j & 15))
+
+
+def compare(c: list[int], r: list[int], thresholds: tuple[int, ...], width: int, seed: bytes) -> np.ndarray:
+    """[c - r < t] by the kernels, all shares held by one party, under masks drawn from `seed`: [T, N]."""
+    blocks, leaves = digits.LAYOUTS[width]
+    inner, outer = digits.block(leaves, True), digits.block(blocks, False)
+    n, many = len(c), (len(thresholds), len(c))
+    opened = torch.from_numpy(np.array(c, np.uint64).view(np.int64))
+    secret = torch.from_numpy(np.array(r, np.uint64).view(np.int64))
+    low = secret & ((1 << (width - 1)) - 1)
+    leaf = prg.expand(prg.derive(seed, "leaf"), (*many, blocks), Ring(inner.width, xor=True))
+    top = prg.expand(prg.derive(seed, "top"), many, Ring(outer.width, xor=True))
+    lt = digits.tables(low, blocks * leaves)
+    msb = ((secret >> (width - 1)) & 1).to(torch.uint8)
+    words, tops = digits.leaves(opened, thresholds, width, lt, True, leaf)
+    words, high = digits.fold_blocks(words, leaf, digits.products(leaf, inner), tops, True, inner, top)
+    bits = digits.finish(words, top, digits.products(top, outer), high, True, outer, opened, thresholds, width, msb)
+    assert bits.shape == many and n == bits.shape[1]
+    return bits.numpy()
+
+
+@st.composite
+def comparisons(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
+    width = draw(st.sampled_from(WIDTHS))
+    half = 1 << (width - 1)
+    near = st.integers(-3, 3)
+    delta = st.one_of(near, st.just(-half), st.just(half - 1), st.integers(-half, half - 1))
+    t = st.one_of(near, st.integers(-(2**62), 2**62))
+    r = st.one_of(st.sampled_from([0, half - 1, half, 2 * half - 1]), st.integers(0, 2 * half - 1))
+    return width, draw(st.lists(st.tuples(delta, t, r), min_size=1, max_size=4))
+
+
+@given(comparisons(), st.binary(min_size=32, max_size=32))
+def test_comparisons_are_exact(case: tuple[int, list[tuple[int, int, int]]], seed: bytes) -> None:
+    width, items = case
+    for delta, t, r in items:
+        c = (t + delta + r) % (1 << width)
+        assert compare([c], [r], (t,), width, seed).tolist() == [[int(delta < 0)]]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_many_elements_and_thresholds(width: int) -> None:
+    half = 1 << (width - 1)
+    thresholds = (-5, 0, 7)
+    x = [-half + 8, -6, -5, -1, 0, 1, 6, 7, 8, half - 8]
+    r = [int(v) % (2 * half) for v in prg.expand(bytes(32), (len(x),), Ring(width))]
+    c = [(a + b) % (2 * half) for a, b in zip(x, r, strict=True)]
+    expected = [[int(v < t) for v in x] for t in thresholds]
+    assert compare(c, r, thresholds, width, bytes(32)).tolist() == expected
