@@ -1,0 +1,133 @@
+"""Step functions, ReLU, clamps and maxima: exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mpcinfer.protocol.select import maximum, piecewise_linear, relu
+from mpcinfer.protocol.types import Shared
+
+Run = Callable[..., Any]
+RNG = torch.Generator().manual_seed(1)
+ONE = 1 << 16
+COMPARISON = [("Comparison.r", 64), ("Comparison.leaf", 7), ("Comparison.top", 6), ("Comparison.beta", 1)]
+# thresholds, slopes, offsets
+Ints = tuple[int, ...]
+FUNCTIONS: dict[str, tuple[Ints, Ints, Ints]] = {
+    "relu6": ((0, 6 * ONE), (0, 1, 0), (0, 0, 6 * ONE)),
+    "hardtanh": ((-ONE, ONE), (0, 1, 0), (-ONE, 0, ONE)),
+    "absolute": ((0,), (-1, 1), (0, 0)),
+    "step": ((5,), (0, 0), (0, 1)),
+    "leaky, scaled by 100": ((0,), (1, 100), (0, 0)),
+    "five pieces": ((-9, -3, 4, 10), (2, 0, -3, 1, 7), (1, -5, 0, 2, -8)),
+}
+
+
+def numbers(*around: int) -> torch.Tensor:
+    near = [a + v for a in (0, *around) for v in range(-3, 4)]
+    edges = [2**63 - 1, -(2**63), 2**62, -(2**62), 2**31, -(2**31), -(2**63) + 1]
+    random = torch.randint(-(2**62), 2**62, (400,), generator=RNG) >> torch.randint(0, 62, (400,), generator=RNG)
+    return torch.cat([torch.tensor(near + edges), random])
+
+
+def reference(x: torch.Tensor, thresholds: Ints, slopes: Ints, offsets: Ints) -> torch.Tensor:
+    piece = torch.bucketize(x, torch.tensor(thresholds), right=True)
+    return x * torch.tensor(slopes)[piece] + torch.tensor(offsets)[piece]
+
+
+def test_relu(run: Run) -> None:
+    x = numbers()
+    ran = run(relu, (x, 16))
+    assert torch.equal(ran.value, x.clamp(min=0)) and ran.frac_bits == 16
+
+
+def test_relu_costs_and_openings(run: Run) -> None:
+    ran = run(relu, torch.zeros(1000, dtype=torch.int64))
+    ran.costs(rounds=4, sent=12_375, dealt=59_000)
+    assert ran.opened() == COMPARISON
+    if ran.parties == 2:
+        assert ran.transcript.rounds == 4 and ran.transcript.bytes_sent <= 16 * 1000
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_piecewise_linear(run: Run, name: str) -> None:
+    thresholds, slopes, offsets = FUNCTIONS[name]
+    x = numbers(*thresholds)
+    # where x - t leaves the 64-bit range the comparison is another one
+    x = x[(x.abs() <= 2**62) & (x != -(2**63))]
+    ran = run(lambda ctx, s: piecewise_linear(ctx, s, thresholds, slopes, offsets), (x, 16))
+    assert torch.equal(ran.value, reference(x, thresholds, slopes, offsets))
+    assert ran.frac_bits == 16
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_piecewise_linear_costs_and_openings(run: Run, count: int) -> None:
+    args = tuple(range(count)), tuple(range(count + 1)), (0,) * (count + 1)
+    ran = run(lambda ctx, s: piecewise_linear(ctx, s, *args), torch.zeros(1000, dtype=torch.int64))
+    ran.costs(rounds=4, sent=8000 + 4375 * count, dealt=30_125 + 28_875 * count)
+    assert ran.opened() == COMPARISON
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0), (2, 3, 4)])
+def test_relu_of_any_shape(run: Run, shape: tuple[int, ...]) -> None:
+    x = torch.randint(-5, 5, shape, generator=RNG)
+    assert torch.equal(run(relu, x).value, x.clamp(min=0))
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ties, neighbours, both signs, and differences at the edges of 64 bits."""
+    some = torch.tensor([0, 1, -1, 7, -7, 2**61, -(2**61), 2**62, -(2**62)])
+    left, right = torch.cartesian_prod(some, some).T
+    big = 2**63
+    extreme = torch.tensor([[2**62, 1 - 2**62], [-(2**62), 2**62], [-big, -1], [big - 1, 0], [-1, big - 1]]).T
+    fits = (left.double() - right.double()) < 2**63
+    x, y = torch.randint(-(2**62), 2**62, (2, 300), generator=RNG)
+    return torch.cat([left[fits], extreme[0], x]), torch.cat([right[fits], extreme[1], y])
+
+
+def test_maximum(run: Run) -> None:
+    left, right = pairs()
+    (value,) = run(maximum, left, right).value
+    assert torch.equal(value, torch.maximum(left, right))
+
+
+def test_maximum_carries_along_and_left_wins_ties(run: Run) -> None:
+    left, right = pairs()
+    a, b, c, d = torch.randint(-(2**62), 2**62, (4, len(left)), generator=RNG)
+
+    async def protocol(ctx: Any, x: Shared, y: Shared, p: Shared, q: Shared, r: Shared, s: Shared) -> Any:
+        return await maximum(ctx, x, y, ((p, q), (r, s)))
+
+    value, first, second = run(protocol, left, right, a, b, c, d).value
+    assert torch.equal(value, torch.maximum(left, right))
+    assert torch.equal(first, torch.where(left >= right, a, b))
+    assert torch.equal(second, torch.where(left >= right, c, d))
+
+
+@pytest.mark.parametrize(("one", "other"), [(4, 8), (8, 4), (8, 8)])
+def test_maximum_of_different_scales(run: Run, one: int, other: int) -> None:
+    left, right = torch.tensor([5, 7, -3, 2]), torch.tensor([7, 5, 2, 2])
+
+    async def protocol(ctx: Any, x: Shared, y: Shared) -> Any:
+        return await maximum(ctx, x, y, ((x, y),))
+
+    ran = run(protocol, (left << one, one), (right << other, other))
+    assert ran.frac_bits == [8, 8]
+    for value in ran.value:
+        assert (value >> 8).tolist() == [7, 7, 2, 2]
+
+
+@pytest.mark.parametrize("carried", [0, 1, 2])
+def test_maximum_costs_and_openings(run: Run, carried: int) -> None:
+    zeros = torch.zeros(1000, dtype=torch.int64)
+
+    async def protocol(ctx: Any, x: Shared, y: Shared) -> Any:
+        return await maximum(ctx, x, y, ((x, y),) * carried)
+
+    ran = run(protocol, zeros, zeros)
+    ran.costs(rounds=4, sent=12_375 + 8000 * carried, dealt=59_000 + 8000 * carried)
+    assert sorted(ran.opened()) == sorted([*COMPARISON, ("Comparison.s", 64)][: 5 if carried else 4])

@@ -1,0 +1,85 @@
+"""Maximum and argmax along the last axis: exact, lowest index among equals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, log2
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpcinfer.protocol.tournament import argmax_along, maximum_along, top_along
+
+Run = Callable[..., Any]
+RNG = torch.Generator().manual_seed(1)
+
+
+def rows(k: int) -> torch.Tensor:
+    """Random rows, rows of few values (ties), constant rows, rows of extremes."""
+    random = torch.randint(-(2**61), 2**61, (40, k), generator=RNG)
+    ties = torch.randint(-1, 2, (60, k), generator=RNG)
+    extremes = torch.tensor([-(2**61), 2**61, 0])[torch.randint(0, 3, (20, k), generator=RNG)]
+    constant = torch.tensor([[-3], [0], [2**61]]).expand(3, k)
+    return torch.cat([random, ties, extremes, constant])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 9, 10])
+def test_maximum_and_argmax(run: Run, k: int) -> None:
+    x = rows(k)
+    values, indices = x.max(-1).values, torch.from_numpy(x.numpy().argmax(-1))
+    assert torch.equal(run(maximum_along, (x, 16)).value, values)
+    ran = run(argmax_along, (x, 16))
+    assert torch.equal(ran.value[0], values) and torch.equal(ran.value[1], indices)
+    assert ran.frac_bits == [16, 0]
+
+
+def test_every_order_of_four(run: Run) -> None:
+    x = torch.from_numpy(np.indices((3, 3, 3, 3)).reshape(4, -1).T.copy()) - 1
+    value, index = run(argmax_along, x).value
+    assert torch.equal(value, x.max(-1).values)
+    assert index.tolist() == x.numpy().argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_costs_and_openings(run: Run, k: int) -> None:
+    x = torch.zeros(1000, k, dtype=torch.int64)
+    rounds = 4 * ceil(log2(k))
+    ran = run(maximum_along, x)
+    ran.costs(rounds, sent=12_375 * (k - 1), dealt=59_000 * (k - 1))
+    levels = [("Comparison.r", 64), ("Comparison.leaf", 7), ("Comparison.top", 6), ("Comparison.beta", 1)]
+    assert ran.opened() == levels * ceil(log2(k))
+    ran = run(argmax_along, x)
+    ran.costs(rounds, sent=20_375 * (k - 1), dealt=67_000 * (k - 1))
+    assert ran.opened() == [levels[0], ("Comparison.s", 64), *levels[1:]] * ceil(log2(k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 10])
+def test_top(run: Run, k: int) -> None:
+    x = torch.stack([torch.randperm(50, generator=RNG)[:k] - 25 for _ in range(60)])
+    for top in {1, (k + 1) // 2, k}:
+        expected = x.topk(top, -1)
+        ran = run(lambda ctx, s, top=top: top_along(ctx, s, top), (x, 16))
+        assert torch.equal(ran.value[0], expected.values) and torch.equal(ran.value[1], expected.indices)
+        assert ran.frac_bits == [16, 0]
+
+
+def test_top_of_equals_are_that_many_different_places(run: Run) -> None:
+    x = torch.randint(-1, 2, (50, 6), generator=RNG)
+    values, indices = run(lambda ctx, s: top_along(ctx, s, 4), x).value
+    assert torch.equal(values, x.topk(4, -1).values) and torch.equal(values, x.gather(-1, indices))
+    assert all(len(set(row)) == 4 for row in indices.tolist())
+
+
+def test_top_costs_one_comparison_per_exchange(run: Run) -> None:
+    ran = run(lambda ctx, s: top_along(ctx, s, 3), torch.zeros(1000, 8, dtype=torch.int64))
+    ran.costs(rounds=4 * 6, sent=20_375 * 19, dealt=67_000 * 19)  # Batcher: 19 exchanges in 6 layers
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 3, 5), (1, 1)])
+def test_any_leading_shape(run: Run, shape: tuple[int, ...]) -> None:
+    x = torch.randint(-5, 5, shape, generator=RNG)
+    value, index = run(argmax_along, x).value
+    assert torch.equal(value, x.amax(-1))
+    assert torch.equal(index, torch.from_numpy(np.asarray(x.numpy().argmax(-1))))
