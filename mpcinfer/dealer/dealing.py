@@ -1,0 +1,195 @@
+"""What the dealer knows and does: sessions, one-time tapes, the lasting masks of weights. No gRPC here.
+
+It holds no share of a weight, an input or an output, and no call could bring one. Seeds live in memory only, for as
+long as their session: dealer and any one party together could undo every mask, also in retrospect.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError
+from mpcinfer.protocol.correlation import deal, free_values
+from mpcinfer.protocol.session import session_key, tape_key
+from mpcinfer.protocol.tracing import Plan
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tape:
+    digest: bytes
+    named: set[int] = field(default_factory=set)
+    burnt: bool = False
+    taken: bool = False
+
+
+@dataclass
+class _Session:
+    """The nonces of all, and one key per party that only that party and the dealer have."""
+
+    nonce: bytes
+    nonces: dict[int, bytes] = field(default_factory=dict)
+    public: dict[int, bytes] = field(default_factory=dict)
+    private: dict[int, X25519PrivateKey] = field(default_factory=dict)
+    keys: list[bytes] = field(default_factory=list)
+    plans: dict[bytes, Plan] = field(default_factory=dict)
+    tapes: dict[bytes, _Tape] = field(default_factory=dict)
+    # masks B of weights by (deployment, weight): kept for the products that refer to them
+    fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    ended: bool = False
+
+
+class Dealer:
+    """One cluster's dealer. Thread-safe; calls of different parties wait for each other."""
+
+    def __init__(self, parties: int, cluster_digest: bytes) -> None:
+        self.parties = parties
+        self.cluster_digest = cluster_digest
+        self.tapes_dealt = 0
+        self.bytes_sent = 0
+        self.seconds_dealing = 0.0
+        self._id = b""
+        self._session: _Session | None = None
+        self._past: set[bytes] = set()
+        self._changed = threading.Condition()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all parties have joined the current session."""
+        session = self._session
+        return session is not None and bool(session.keys)
+
+    def join(self, session_id: bytes, index: int, nonce: bytes, public_key: bytes, timeout: float) -> tuple[bytes, bytes, list[bytes]]:
+        """Join a session and wait for the others: the dealer's nonce, its public key for this party, all nonces.
+
+        A new session id ends the session before: its seeds, tapes and masks are forgotten.
+        """
+        if len(session_id) != 16 or len(nonce) != 32 or not 0 <= index < self.parties:
+            raise InputError("a party joins with a session id of 16 bytes and a nonce of 32")
+        try:
+            X25519PublicKey.from_public_bytes(public_key)
+        except ValueError as error:
+            raise InputError("this is not an X25519 public key") from error
+        with self._changed:
+            if session_id != self._id:
+                if session_id in self._past:
+                    raise AbortedError("this session has ended; the parties are forming a new one")
+                if self._session is not None:
+                    self._session.ended = True
+                self._past.add(session_id)
+                self._id, self._session = session_id, _Session(secrets.token_bytes(32))
+                _log.info("session %s begins", session_id.hex()[:8])
+            session = self._session
+            assert session is not None
+            if index in session.nonces:
+                raise ConflictError(f"party {index} joined this session already")
+            session.nonces[index] = nonce
+            session.public[index] = public_key
+            session.private[index] = X25519PrivateKey.generate()
+            if len(session.nonces) == self.parties:
+                self._agree(session_id, session)
+            self._changed.notify_all()
+            self._wait(lambda: bool(session.keys) or session.ended, timeout, "the other parties did not join in time")
+            if session.ended:
+                raise AbortedError("this session has ended; the parties are forming a new one")
+            own = session.private[index].public_key().public_bytes_raw()
+            return session.nonce, own, [session.nonces[i] for i in range(self.parties)]
+
+    def _agree(self, session_id: bytes, session: _Session) -> None:
+        nonces = [session.nonces[i] for i in range(self.parties)]
+        session.keys = [
+            session_key(
+                session.private[i].exchange(X25519PublicKey.from_public_bytes(session.public[i])),
+                index=i,
+                session=session_id,
+                cluster=self.cluster_digest,
+                party_nonces=nonces,
+                dealer_nonce=session.nonce,
+            )
+            for i in range(self.parties)
+        ]
+
+    def deal(self, session_id: bytes, index: int, tape: bytes, digest: bytes, plan: bytes, timeout: float) -> Iterator[memoryview]:
+        """Wait until all parties have named the same plan for `tape`, then yield the corrections (to the last party).
+
+        A tape is dealt once; two plans for it, a time-out or a second call burn it.
+        """
+        with self._changed:
+            session = self._session
+            if session is None or session_id != self._id or not session.keys:
+                raise AbortedError("the dealer does not know this session (it may have restarted); a new one must be formed")
+            if plan:
+                parsed = Plan.from_bytes(plan)
+                if parsed.digest() != digest:
+                    raise InputError("the plan does not have the digest it was announced with")
+                session.plans[digest] = parsed
+            if digest not in session.plans:
+                raise AgreementError("the dealer was not told this plan in this session")
+            state = session.tapes.setdefault(tape, _Tape(digest))
+            if state.burnt or index in state.named or len(state.named) == self.parties:
+                state.burnt = True
+                self._changed.notify_all()
+                raise ConflictError("this tape was dealt or burnt already; ask for a new one")
+            if state.digest != digest:
+                state.burnt = True
+                self._changed.notify_all()
+                raise AgreementError("the parties named different plans for one tape; it is burnt")
+            state.named.add(index)
+            item = session.plans[digest]
+            if len(state.named) == self.parties:
+                self.tapes_dealt += 1
+                self._keep_masks(session, tape, digest, item)
+            self._changed.notify_all()
+            try:
+                self._wait(
+                    lambda: len(state.named) == self.parties or state.burnt or session.ended,
+                    timeout,
+                    "the other parties did not ask for this tape in time",
+                )
+            except DeadlineError:
+                state.burnt = True
+                self._changed.notify_all()
+                raise
+            if state.burnt or session.ended:
+                raise AbortedError("this tape is burnt; send the request again")
+        if index == self.parties - 1:
+            yield from self._corrections(session, tape, digest, item)
+
+    def _keys(self, session: _Session, tape: bytes, digest: bytes) -> list[bytes]:
+        return [tape_key(key, tape, digest) for key in session.keys]
+
+    def _keep_masks(self, session: _Session, tape: bytes, digest: bytes, plan: Plan) -> None:
+        for name, item in plan.entries:
+            if item.lasting:
+                (value,) = free_values(item, name, self._keys(session, tape, digest)).values()
+                session.fixed[plan.deployment, item.weight] = value  # type: ignore[attr-defined]
+
+    def _corrections(self, session: _Session, tape: bytes, digest: bytes, plan: Plan) -> Iterator[memoryview]:
+        keys = self._keys(session, tape, digest)
+
+        def fixed(weight: str) -> torch.Tensor:
+            mask = session.fixed.get((plan.deployment, weight))
+            if mask is None:
+                raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")
+            return mask
+
+        for name, item in plan.entries:
+            began = time.perf_counter()
+            parts = deal(item, name, keys, fixed)
+            self.seconds_dealing += time.perf_counter() - began
+            for part in parts:
+                self.bytes_sent += len(part)
+                yield part
+
+    def _wait(self, done: object, timeout: float, failure: str) -> None:
+        if not self._changed.wait_for(done, timeout):  # type: ignore[arg-type]
+            raise DeadlineError(failure)

@@ -1,0 +1,37 @@
+"""The dealer process."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from mpcinfer.config import Node
+from mpcinfer.dealer.dealing import Dealer
+from mpcinfer.dealer.service import DealerService
+from mpcinfer.errors import ConfigError
+from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.server import Server, configure_logging, wait_for_signal
+from mpcinfer.wire.v1 import dealer_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+
+def serve(node: Node) -> None:
+    """Run until SIGTERM or SIGINT."""
+    configure_logging(node.log_level)
+    if node.role != "dealer":
+        raise ConfigError(f"this configuration is for {node.role}; start it with `mpcinfer party`")
+    torch.set_num_threads(1)
+    identity = Identity.load(node.key_path, node.certificate_path)
+    dealer = Dealer(node.cluster.n, node.cluster.digest())
+    service = DealerService(node.cluster, dealer, node.limits)
+    # every party may be joining and dealing at once, plus status and health checks
+    server = Server(
+        node, identity, 4 * node.cluster.n + 8, lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s)
+    )
+    server.start()
+    server.set_serving(True)
+    _log.info("dealer of cluster %s listens on %s", node.cluster.name, node.listen)
+    _log.info("%s: stopping", wait_for_signal())
+    server.stop()

@@ -1,0 +1,92 @@
+"""The dealer's gRPC face: no call takes a tensor, and only parties may call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import grpc
+
+from mpcinfer import __version__
+from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
+from mpcinfer.dealer.dealing import Dealer
+from mpcinfer.errors import AgreementError, ForbiddenError
+from mpcinfer.wire import channel
+from mpcinfer.wire.identity import peer_of, require
+from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc
+
+_CHUNK = 1 << 20
+
+
+class DealerService(dealer_pb2_grpc.DealerServiceServicer):
+    """Checks who calls, then lets the `Dealer` work."""
+
+    def __init__(self, cluster: Cluster, dealer: Dealer, limits: Limits) -> None:
+        self._cluster = cluster
+        self._dealer = dealer
+        self._limits = limits
+        self._started = time.monotonic()
+
+    def Join(self, request: dealer_pb2.JoinRequest, context: grpc.ServicerContext) -> dealer_pb2.JoinResponse:
+        """See dealer.proto."""
+        try:
+            self._party(context, request.index)
+            if request.protocol_version != PROTOCOL_VERSION:
+                raise AgreementError(
+                    f"the dealer speaks protocol version {PROTOCOL_VERSION}, party {request.index} speaks "
+                    f"{request.protocol_version}; run the same version everywhere"
+                )
+            if request.cluster_digest != self._cluster.digest():
+                raise AgreementError(
+                    f"the dealer and party {request.index} were started with different cluster files; give both the same one"
+                )
+            nonce, public_key, nonces = self._dealer.join(
+                request.session, request.index, request.nonce, request.public_key, self._limits.connect_timeout_s
+            )
+            return dealer_pb2.JoinResponse(nonce=nonce, public_key=public_key, party_nonces=nonces)
+        except Exception as error:
+            channel.abort(context, error)
+
+    def Deal(self, request: dealer_pb2.DealRequest, context: grpc.ServicerContext) -> Iterator[dealer_pb2.DealResponse]:
+        """See dealer.proto."""
+        try:
+            self._party(context, request.index)
+            parts = self._dealer.deal(
+                request.session, request.index, request.tape, request.plan_digest, request.plan, self._limits.step_timeout_s
+            )
+            pending = bytearray()
+            for part in parts:
+                for start in range(0, len(part), _CHUNK):
+                    pending += part[start : start + _CHUNK]
+                    if len(pending) >= _CHUNK:
+                        yield dealer_pb2.DealResponse(chunk=bytes(pending))
+                        pending.clear()
+            if pending:
+                yield dealer_pb2.DealResponse(chunk=bytes(pending))
+        except Exception as error:
+            channel.abort(context, error)
+
+    def DealerStatus(
+        self, request: dealer_pb2.DealerStatusRequest, context: grpc.ServicerContext
+    ) -> dealer_pb2.DealerStatusResponse:
+        """See dealer.proto."""
+        try:
+            peer_of(context, self._cluster)
+        except Exception as error:
+            channel.abort(context, error)
+        return dealer_pb2.DealerStatusResponse(
+            package_version=__version__,
+            tapes=self._dealer.tapes_dealt,
+            bytes_sent=self._dealer.bytes_sent,
+            seconds_dealing=self._dealer.seconds_dealing,
+            uptime_seconds=time.monotonic() - self._started,
+            session_ready=self._dealer.ready,
+        )
+
+    def _party(self, context: grpc.ServicerContext, index: int) -> None:
+        peer = peer_of(context, self._cluster)
+        require(peer, "party/")
+        if peer.role != f"party/{index}":
+            raise ForbiddenError(f"{peer.role} cannot speak for party {index}")
+
+

@@ -1,0 +1,117 @@
+"""Folding batch normalisation in evaluation mode into the layer before it, on plain weights, at deploy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mpcinfer.errors import UnsupportedError
+from mpcinfer.graph.program import Node, Ref, references
+
+BATCH_NORMS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
+_LAYERS = (
+    "aten.conv1d.default",
+    "aten.conv1d.padding",
+    "aten.conv2d.default",
+    "aten.conv2d.padding",
+    "aten.linear.default",
+)
+Tensors = dict[str, torch.Tensor]
+
+
+def fold_batch_norms(nodes: list[Node], tensors: Tensors, results: list[str]) -> tuple[list[Node], Tensors]:
+    """Replace every batch norm by new weights of the layer before it, or by one multiply-add where there is none.
+
+    `tensors` are the plain parameters by name. Returns new nodes and tensors.
+    """
+    tensors = dict(tensors)
+    uses = Counter(r for node in nodes for r in references(node))
+    uses.update(results)
+    by_name = {node.name: i for i, node in enumerate(nodes)}
+    out: list[Node | None] = list(nodes)
+    renamed: dict[str, str] = {}
+    for i, node in enumerate(nodes):
+        if node.op not in BATCH_NORMS:
+            continue
+        gain, shift = _affine(node, tensors)
+        source = node.args[0]
+        layer_at = by_name.get(source.name) if isinstance(source, Ref) else None
+        layer = out[layer_at] if layer_at is not None else None
+        if (
+            layer is not None
+            and layer_at is not None
+            and layer.op in _LAYERS
+            and uses[layer.name] == 1
+            and _own(layer, tensors)
+        ):
+            out[layer_at] = _into(layer, gain, shift, tensors)
+            out[i] = None
+            renamed[node.name] = layer.name
+        else:
+            column = [-1, *([1] * max(0, _dims(node) - 2))]
+            tensors[f"{node.name}.gain"] = gain.reshape(column)
+            tensors[f"{node.name}.shift"] = shift.reshape(column)
+            args = (node.args[0], Ref(f"{node.name}.gain"), Ref(f"{node.name}.shift"))
+            out[i] = Node(node.name, "mpc.affine", args, {}, node.path)
+    return _without_getitems(out, {n.name for n in nodes if n.op == BATCH_NORMS[0]}, renamed), tensors
+
+
+def _dims(node: Node) -> int:
+    """Rank of the normalised tensor, recorded by capture."""
+    return int(node.kwargs["rank"])
+
+
+def _affine(node: Node, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gain and shift that a batch norm is in evaluation mode."""
+    args = list(node.args)
+    eps = args[-2] if node.op == BATCH_NORMS[1] else args[-1]
+    if node.op == BATCH_NORMS[1] and args[5]:
+        raise UnsupportedError(f"batch norm in training mode at {node.path}: call model.eval() before deploying")
+    known = [tensors.get(a.name) if isinstance(a, Ref) else None for a in args[1:5]]
+    weight, bias, mean, variance = known
+    if mean is None or variance is None:
+        raise UnsupportedError(f"batch norm without running statistics at {node.path}")
+    gain = (torch.ones_like(mean) if weight is None else weight) / torch.sqrt(variance + float(eps))
+    return gain, (torch.zeros_like(mean) if bias is None else bias) - mean * gain
+
+
+def _own(layer: Node, tensors: Tensors) -> bool:
+    return isinstance(layer.args[1], Ref) and layer.args[1].name in tensors
+
+
+def _into(layer: Node, gain: torch.Tensor, shift: torch.Tensor, tensors: Tensors) -> Node:
+    args: list[Any] = list(layer.args)
+    weight = tensors[args[1].name]
+    bias = tensors[args[2].name] if len(args) > 2 and isinstance(args[2], Ref) else torch.zeros_like(gain)
+    names = f"{layer.name}.folded", f"{layer.name}.folded_bias"
+    tensors[names[0]] = weight * gain.reshape(-1, *([1] * (weight.dim() - 1)))
+    tensors[names[1]] = bias * gain + shift
+    args[1:3] = [Ref(names[0]), Ref(names[1])]
+    return replace(layer, args=tuple(args))
+
+
+def _without_getitems(nodes: list[Node | None], norms: set[str], renamed: dict[str, str]) -> list[Node]:
+    """The functional batch norm returns a tuple, of which only the first member means anything here."""
+    kept = []
+    for node in nodes:
+        if node is None:
+            continue
+        if node.op == "_operator.getitem" and isinstance(node.args[0], Ref) and node.args[0].name in norms:
+            source = node.args[0].name
+            renamed[node.name] = renamed.get(source, source)
+            continue
+        kept.append(replace(node, args=_renamed(node.args, renamed), kwargs=_renamed(node.kwargs, renamed)))
+    return kept
+
+
+def _renamed(x: Any, names: dict[str, str]) -> Any:
+    if isinstance(x, Ref):
+        return Ref(names.get(x.name, x.name))
+    if isinstance(x, tuple):
+        return tuple(_renamed(item, names) for item in x)
+    if isinstance(x, list):
+        return [_renamed(item, names) for item in x]
+    return {k: _renamed(v, names) for k, v in x.items()} if isinstance(x, dict) else x

@@ -1,0 +1,232 @@
+"""An epoch: all parties and the dealer connected, with fresh nonces from each and keys derived from them.
+
+Anything that breaks ends the epoch for everybody: links close, keys are forgotten, tapes are burnt. Party 0 then
+forms the next one. There is no repairing in place, so no mask can ever be met again under another value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from mpcinfer.config import PROTOCOL_VERSION, Node
+from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
+from mpcinfer.protocol.session import session_key
+from mpcinfer.wire import channel, mesh
+from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.mesh import Link, Mesh
+from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Epoch:
+    """What a party works with until something breaks."""
+
+    id: bytes
+    mesh: Mesh
+    key: bytes = field(repr=False)
+    dealer: Any
+    channels: list[grpc.Channel] = field(repr=False)
+    plans_told: set[bytes] = field(default_factory=set)
+
+    def close(self) -> None:
+        """End it: for the others too, since their links to us end."""
+        self.mesh.close()
+        for ch in self.channels:
+            ch.close()
+
+
+@dataclass
+class _Arrival:
+    """A stream that a party with a lower index has opened, with the Hello it began with."""
+
+    link: Link
+    hello: mesh_pb2.Hello
+
+
+class Former:
+    """Forms epochs for one party."""
+
+    def __init__(self, node: Node, identity: Identity, wake: Callable[[], None]) -> None:
+        self._node = node
+        self._identity = identity
+        self._index = int(node.role.partition("/")[2])
+        self._wake = wake
+        self.current: Epoch | None = None
+        self._arrivals: dict[int, _Arrival] = {}
+        self._changed = threading.Condition()
+
+    def accept(self, peer: int, incoming: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        """Take in a stream from a lower party (an RPC handler's thread); returns what the handler must yield."""
+        link, outgoing = mesh.accept(peer, incoming, context, self._notify)
+        hello = mesh_pb2.Hello.FromString(link.receive(mesh.HELLO))
+        try:
+            self._check(hello, peer)
+        except MpcInferError:
+            link.close()
+            raise
+        with self._changed:
+            before = self._arrivals.get(peer)
+            self._arrivals[peer] = _Arrival(link, hello)
+            self._changed.notify_all()
+        if before is not None:
+            before.link.close()
+        if peer == 0 and self.current is not None:
+            self.current.close()  # party 0 begins anew: whatever the old links still look like, they are over
+        self._wake()
+        return outgoing
+
+    def invited(self) -> bool:
+        """Whether party 0 is waiting with a new session."""
+        with self._changed:
+            return 0 in self._arrivals and not self._arrivals[0].link.broken.is_set()
+
+    def form(self) -> Epoch:
+        """One attempt; raises what went wrong, with nothing left open."""
+        links: dict[int, Link] = {}
+        channels: list[grpc.Channel] = []
+        try:
+            return self._form(links, channels)
+        except BaseException:
+            for link in links.values():
+                link.close()
+            for ch in channels:
+                ch.close()
+            raise
+
+    def _form(self, links: dict[int, Link], channels: list[grpc.Channel]) -> Epoch:
+        cluster, limits = self._node.cluster, self._node.limits
+        deadline = time.monotonic() + limits.connect_timeout_s
+        nonce = secrets.token_bytes(32)
+        lower: dict[int, _Arrival] = {}
+        if self._index == 0:
+            session = secrets.token_bytes(16)
+        else:
+            lower[0] = self._take(0, None, deadline)
+            links[0] = lower[0].link
+            session = lower[0].hello.session
+        hello = mesh_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            cluster_digest=cluster.digest(),
+            index=self._index,
+            session=session,
+            nonce=nonce,
+        )
+        greeting = hello.SerializeToString()
+        higher = range(self._index + 1, cluster.n)
+        with ThreadPoolExecutor(max(1, len(higher) + 1)) as pool:
+            dealing = pool.submit(self._connect, "dealer", limits.connect_timeout_s)
+            dialling = {peer: pool.submit(self._connect, f"party/{peer}", limits.connect_timeout_s) for peer in higher}
+            failures: list[Exception] = []
+            for future in (dealing, *dialling.values()):
+                try:
+                    channels.append(future.result())
+                except Exception as error:
+                    failures.append(error)
+            if failures:
+                raise failures[0]
+        for peer, ch in zip(higher, channels[1:], strict=True):
+            links[peer] = mesh.dial(peer, ch, self._notify)
+            links[peer].send(mesh.HELLO, greeting)
+        nonces = {self._index: nonce}
+        for peer in range(self._index):
+            arrival = lower.get(peer) or self._take(peer, session, deadline)
+            links[peer] = arrival.link
+            nonces[peer] = arrival.hello.nonce
+            arrival.link.send(mesh.HELLO, greeting)
+        watchdog = threading.Timer(max(0.1, deadline - time.monotonic()), lambda: [link.close() for link in links.values()])
+        watchdog.start()
+        try:
+            for peer in higher:
+                answer = mesh_pb2.Hello.FromString(links[peer].receive(mesh.HELLO))
+                self._check(answer, peer)
+                if answer.session != session:
+                    raise AbortedError(f"party {peer} is forming another session")
+                nonces[peer] = answer.nonce
+        finally:
+            watchdog.cancel()
+        stub = dealer_pb2_grpc.DealerServiceStub(channels[0])
+        ordered = [nonces[i] for i in range(cluster.n)]
+        key = self._join(stub, session, ordered, deadline)
+        digest = hashlib.sha256(b"".join([session, *ordered])).hexdigest()[:8]
+        _log.info("epoch %s: all %d parties and the dealer are connected", digest, cluster.n)
+        return Epoch(session, Mesh(self._index, links), key, stub, channels)
+
+    def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> bytes:
+        private = X25519PrivateKey.generate()
+        cluster = self._node.cluster
+        request = dealer_pb2.JoinRequest(
+            session=session,
+            index=self._index,
+            nonce=nonces[self._index],
+            public_key=private.public_key().public_bytes_raw(),
+            cluster_digest=cluster.digest(),
+            protocol_version=PROTOCOL_VERSION,
+        )
+        try:
+            answer = stub.Join(request, timeout=max(0.1, deadline - time.monotonic()) + 1)
+        except grpc.RpcError as error:
+            raise channel.from_rpc_error(error, "dealer") from error
+        if list(answer.party_nonces) != nonces:
+            raise ProtocolError("the dealer and the parties saw different nonces for this session")
+        if len(answer.nonce) != 32:
+            raise ProtocolError("the dealer contributed no nonce")
+        return session_key(
+            private.exchange(X25519PublicKey.from_public_bytes(answer.public_key)),
+            index=self._index,
+            session=session,
+            cluster=cluster.digest(),
+            party_nonces=nonces,
+            dealer_nonce=answer.nonce,
+        )
+
+    def _connect(self, role: str, timeout: float) -> grpc.Channel:
+        limits = self._node.limits
+        return channel.connect(
+            self._node.cluster.endpoint(role), self._node.cluster, self._identity, timeout=timeout, max_message_mb=limits.max_message_mb
+        )
+
+    def _check(self, hello: mesh_pb2.Hello, peer: int) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise AgreementError(
+                f"party {self._index} speaks protocol version {PROTOCOL_VERSION}, party {peer} speaks "
+                f"{hello.protocol_version}; run the same version everywhere"
+            )
+        if hello.cluster_digest != self._node.cluster.digest():
+            raise AgreementError(
+                f"parties {self._index} and {peer} were started with different cluster files; give all the same one"
+            )
+        if hello.index != peer or len(hello.nonce) != 32 or len(hello.session) != 16:
+            raise AgreementError(f"party {peer} introduced itself wrongly")
+
+    def _take(self, peer: int, session: bytes | None, deadline: float) -> _Arrival:
+        """Wait for the stream of a lower party (of this session, if given)."""
+        with self._changed:
+            while True:
+                arrival = self._arrivals.get(peer)
+                if arrival is not None and arrival.link.broken.is_set():
+                    del self._arrivals[peer]
+                    arrival = None
+                if arrival is not None and session in (None, arrival.hello.session):
+                    return self._arrivals.pop(peer)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise UnavailableError(f"party {peer} did not connect; check that it runs and reaches us")
+                self._changed.wait(left)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        self._wake()

@@ -1,0 +1,115 @@
+"""Requests that clients have sent to this party, waiting for party 0 to announce them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, UnavailableError
+from mpcinfer.protocol.correlation import canonical
+
+
+@dataclass
+class Job:
+    """One request. `facts` are public and must be equal at every party; `content` is this party's own."""
+
+    id: bytes
+    action: str  # "infer", "deploy" or "remove"
+    caller: str
+    facts: dict[str, Any]
+    content: Any = field(repr=False)
+    deadline: float = 0.0  # on time.monotonic
+    result: Future[Any] = field(default_factory=Future, repr=False)
+
+    def digest(self) -> str:
+        """Of everything public about the request."""
+        public = {"id": self.id.hex(), "action": self.action, "caller": self.caller, "facts": self.facts}
+        return hashlib.sha256(canonical(public)).hexdigest()
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error, unless answered."""
+        if not self.result.done():
+            self.result.set_exception(error)
+
+    def succeed(self, value: Any) -> None:
+        """Answer, unless answered."""
+        if not self.result.done():
+            self.result.set_result(value)
+
+
+class Inbox:
+    """Bounded, thread-safe, first come first served."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._jobs: dict[bytes, Job] = {}
+        self._order: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._closed: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def put(self, job: Job) -> None:
+        """Queue a request; BusyError when full, ConflictError for an id in use."""
+        if len(job.id) != 16:
+            raise InputError("request_id must be 16 random bytes, the same at every party")
+        with self._changed:
+            if self._closed is not None:
+                raise self._closed
+            if job.id in self._jobs:
+                raise ConflictError("a request with this id is being worked on; draw a new id for every request")
+            if len(self._jobs) >= self._limit:
+                raise BusyError(f"{self._limit} requests are waiting already; send it again later")
+            self._jobs[job.id] = job
+            self._order.append(job.id)
+            self._changed.notify_all()
+
+    def discard(self, job: Job) -> None:
+        """Forget a request whose caller has gone or has its answer."""
+        with self._changed:
+            if self._jobs.get(job.id) is job:
+                del self._jobs[job.id]
+
+    def next(self, timeout: float) -> Job | None:
+        """The oldest request that nobody took yet and whose caller still waits (party 0)."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                while self._order:
+                    job = self._jobs.get(self._order.popleft())
+                    if job is not None and not job.result.done() and job.deadline > time.monotonic():
+                        return job
+                left = end - time.monotonic()
+                if left <= 0 or self._closed is not None:
+                    return None
+                self._changed.wait(left)
+
+    def wake(self) -> None:
+        """Let `next` return early by looking again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def match(self, request_id: bytes, digest: str, timeout: float) -> Job:
+        """The request that party 0 has announced; it must be what the client sent here. Waits for it to arrive."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: request_id in self._jobs, timeout):
+                raise UnavailableError("the request reached party 0 but not all parties; send it again")
+            job = self._jobs[request_id]
+        if job.digest() != digest:
+            raise AgreementError("the parties were sent different requests under one id")
+        return job
+
+    def close(self, error: Exception) -> None:
+        """Refuse everything from now on, and answer what waits."""
+        with self._changed:
+            self._closed = error
+            jobs = list(self._jobs.values())
+            self._changed.notify_all()
+        for job in jobs:
+            job.fail(error)

@@ -1,0 +1,341 @@
+"""The lane: one thread that executes steps, in the order party 0 announces them.
+
+A step is agreed on before anything is spent: party 0 announces a request, every party checks that the client sent it
+the same one, and all vote. Then the offline phase (fetch and expand the tape), a second vote, and the online phase.
+A refusal in a vote concerns that request only. An error after the second vote ends the epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpcinfer import errors
+from mpcinfer.config import Limits
+from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
+from mpcinfer.graph.interpret import interpret
+from mpcinfer.graph.plan import mask_weights
+from mpcinfer.party.catalogue import Catalogue, Model
+from mpcinfer.party.epoch import Epoch, Former
+from mpcinfer.party.inbox import Inbox, Job
+from mpcinfer.party.tape import Tape, fetch
+from mpcinfer.protocol.context import Context, Opening, drive
+from mpcinfer.protocol.tracing import Plan
+from mpcinfer.protocol.types import Shared, Weight
+from mpcinfer.wire.mesh import CONTROL
+
+_log = logging.getLogger(__name__)
+
+_MATCH_SECONDS = 3.0  # how long a request may be late at one party
+_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+_IDLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase of a request cost this party."""
+
+    seconds: float
+    rounds: int
+    bytes_sent: int
+    bytes_from_dealer: int = 0
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """This party's output shares and what they cost."""
+
+    model: Model
+    outputs: list[Shared]
+    online: Phase
+    offline: Phase
+
+
+class _Refused(Exception):
+    """Some party voted no: the request has its answer, the epoch goes on."""
+
+
+class Lane:
+    """Forms epochs and works through requests until stopped."""
+
+    def __init__(self, index: int, former: Former, inbox: Inbox, catalogue: Catalogue, limits: Limits) -> None:
+        self.index = index
+        self.state = "connecting"
+        self.detail = "starting"
+        self.done = 0
+        self.failed = 0
+        self._former = former
+        self._inbox = inbox
+        self._catalogue = catalogue
+        self._limits = limits
+        self._epoch: Epoch | None = None
+        self._stopping = threading.Event()
+        self._busy = False
+        self._ready = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self, grace: float) -> None:
+        """Finish the running step if it ends within `grace` seconds, then end the epoch."""
+        self._stopping.set()
+        self._inbox.wake()
+        end = time.monotonic() + grace
+        while self._busy and time.monotonic() < end:
+            time.sleep(0.02)
+        epoch = self._epoch
+        if epoch is not None:
+            epoch.close()
+        self._thread.join(max(1.0, end - time.monotonic()))
+
+    def wait_ready(self, timeout: float) -> None:
+        """Return once an epoch stands; UnavailableError saying what is missing if that takes too long."""
+        with self._ready:
+            if not self._ready.wait_for(lambda: self.state == "ready", timeout):
+                raise UnavailableError(f"party {self.index} is not connected to all others: {self.detail}")
+
+    # --- epochs ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                if self.index != 0 and not self._former.invited():
+                    self._stopping.wait(0.02)
+                    continue
+                self._epoch = self._former.current = self._former.form()
+                self._agree_on_models(self._epoch)
+                failures = 0
+                self._set("ready", "")
+                while not self._stopping.is_set():
+                    self._lead(self._epoch) if self.index == 0 else self._follow(self._epoch)
+            except MpcInferError as error:
+                if not self._stopping.is_set():
+                    self._set("connecting", str(error))
+            except Exception as error:
+                where = "".join(traceback.format_tb(error.__traceback__))  # code only: a message could hold a value
+                _log.error("the lane met an unexpected %s; beginning a new epoch\n%s", type(error).__name__, where)
+                self._set("connecting", "an internal error; see this party's log")
+            finally:
+                if self._epoch is not None:
+                    self._epoch.close()
+                    self._epoch = self._former.current = None
+            if not self._stopping.is_set():
+                self._stopping.wait(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
+                failures += 1
+        self._set("stopping", "this party is stopping")
+
+    def _set(self, state: str, detail: str) -> None:
+        if (state, detail) != (self.state, self.detail):
+            _log.info("%s%s", state, f": {detail}" if detail else "")
+        with self._ready:
+            self.state, self.detail = state, detail
+            self._ready.notify_all()
+
+    def _agree_on_models(self, epoch: Epoch) -> None:
+        own = json.dumps([i.hex() for i in self._catalogue.ids()]).encode()
+        watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
+        try:
+            held = epoch.mesh.exchange(own, CONTROL)
+        finally:
+            watchdog.cancel()
+        self._catalogue.agree({peer: {bytes.fromhex(i) for i in json.loads(ids)} for peer, ids in held.items()})
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def _lead(self, epoch: Epoch) -> None:
+        job = self._inbox.next(_IDLE_SECONDS)
+        if epoch.mesh.broken:
+            raise AbortedError("a party has left; connecting again")
+        if job is None:
+            return
+        try:
+            step = self._describe(job)
+        except MpcInferError as error:
+            self._answer(job, error)
+            return
+        epoch.mesh.announce(json.dumps(step).encode())
+        self._step(epoch, step)
+
+    def _follow(self, epoch: Epoch) -> None:
+        step = json.loads(epoch.mesh.links[0].receive(CONTROL))
+        self._step(epoch, step)
+
+    def _describe(self, job: Job) -> dict[str, Any]:
+        step: dict[str, Any] = {
+            "action": job.action,
+            "id": job.id.hex(),
+            "digest": job.digest(),
+            "tape": secrets.token_hex(16),
+            "seconds": max(0.1, job.deadline - time.monotonic()),
+        }
+        if job.action == "infer":
+            step["deployment"] = self._catalogue.find(job.facts["model"], job.facts["version"]).id.hex()
+        return step
+
+    def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
+        watchdog = epoch.mesh.limited(min(self._limits.step_timeout_s, float(step["seconds"]) + _MATCH_SECONDS))
+        job: Job | None = None
+        self._busy = True
+        try:
+            try:
+                job = self._inbox.match(bytes.fromhex(step["id"]), step["digest"], 0 if self.index == 0 else _MATCH_SECONDS)
+                refusal = None
+            except MpcInferError as error:
+                refusal = error
+            self._vote(epoch, refusal)
+            assert job is not None
+            action = {"infer": self._infer, "deploy": self._deploy, "remove": self._remove}[step["action"]]
+            job.succeed(action(epoch, job, step))
+            self.done += 1
+        except _Refused as refused:
+            self._answer(job, refused.__cause__)
+        except Exception as error:
+            self._answer(job, error)
+            raise
+        finally:
+            self._busy = False
+            watchdog.cancel()
+
+    def _answer(self, job: Job | None, error: BaseException | None) -> None:
+        self.failed += 1
+        if job is not None:
+            known = isinstance(error, MpcInferError)
+            job.fail(error if known else ProtocolError("an internal error; see the parties' logs"))  # type: ignore[arg-type]
+
+    def _vote(self, epoch: Epoch, refusal: MpcInferError | None, note: str = "") -> dict[int, str]:
+        """All parties say yes (with a note each) or no; _Refused, caused by the error, if anybody says no."""
+        own = {"error": type(refusal).__name__ if refusal else "", "text": str(refusal) if refusal else note}
+        answers = {self.index: own} | {
+            peer: json.loads(raw) for peer, raw in epoch.mesh.exchange(json.dumps(own).encode(), CONTROL).items()
+        }
+        if refusal is not None:
+            raise _Refused from refusal
+        for peer, answer in sorted(answers.items()):
+            if answer["error"]:
+                kind = getattr(errors, answer["error"], AbortedError)
+                raise _Refused from kind(f"party {peer}: {answer['text']}")
+        return {peer: answer["text"] for peer, answer in answers.items()}
+
+    def _agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:
+        """Do something that may fail here, and go on only if it succeeded everywhere."""
+        try:
+            value, refusal = work(), None
+        except MpcInferError as error:
+            value, refusal = None, error
+        self._vote(epoch, refusal)
+        return value
+
+    def _execute(
+        self, epoch: Epoch, tape: Tape, weights: dict[str, Weight], protocol: Callable[[Context], Coroutine[Any, Any, Any]]
+    ) -> tuple[Any, Phase]:
+        began, rounds, sent = time.perf_counter(), epoch.mesh.rounds, epoch.mesh.bytes_sent
+        ctx = Context(self.index, epoch.mesh.parties, tape, weights)
+        result = drive(protocol(ctx), lambda batch: _exchange(epoch, batch))
+        return result, Phase(time.perf_counter() - began, epoch.mesh.rounds - rounds, epoch.mesh.bytes_sent - sent)
+
+    def _fetch(self, epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: dict[str, Weight]) -> Tape:
+        return fetch(epoch, tape, plan, digest, weights, self._limits.step_timeout_s)
+
+    def _masked(self, epoch: Epoch, model: Model, tape: bytes) -> None:
+        """Open the weights' masks, once per epoch."""
+        if model.masked_in == epoch.id:
+            return
+        plan = model.mask_plan(epoch.mesh.parties)
+
+        def prepare() -> tuple[dict[str, Shared], Tape]:
+            return self._catalogue.load(model), self._fetch(epoch, tape, plan, plan.digest(), {})
+
+        shares, masks = self._agreed(epoch, prepare)
+        masked, _ = self._execute(epoch, masks, {}, lambda ctx: mask_weights(model.program, ctx, shares))
+        model.weights = {w.name: w for w in masked}
+        model.masked_in = epoch.id
+
+    def _infer(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> Inferred:
+        inputs: list[Shared] = job.content
+        own_tape, mask_tape = _tapes(step, 2)
+
+        def prepare() -> tuple[Model, Plan, bytes]:
+            model = self._catalogue.find(job.facts["model"], job.facts["version"])
+            if model.id.hex() != step["deployment"]:
+                raise AgreementError("the parties hold different versions of this model; deploy it again")
+            return model, *model.plan([x.shape for x in inputs], epoch.mesh.parties)
+
+        model, plan, digest = self._agreed(epoch, prepare)
+        self._masked(epoch, model, mask_tape)
+        began, sent = time.perf_counter(), epoch.mesh.bytes_sent
+        tape = self._agreed(epoch, lambda: self._fetch(epoch, own_tape, plan, digest, model.weights))
+        offline = Phase(time.perf_counter() - began, 0, epoch.mesh.bytes_sent - sent, tape.dealer_bytes)
+        holdings = model.holdings()
+        outputs, online = self._execute(
+            epoch, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
+        )
+        return Inferred(model, outputs, online, offline)
+
+    def _deploy(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> Model:
+        name, owner = job.facts["name"], job.caller
+        version = self._agreed(epoch, lambda: self._catalogue.next_version(name, owner))
+        notes = self._vote(epoch, None, f"{version} {secrets.token_hex(32)}")
+        # the id depends on fresh randomness of every party, so no attempt ever shares its masks with another
+        version = max(int(n.partition(" ")[0]) for n in notes.values())
+        nonces = "".join(notes[i].partition(" ")[2] for i in sorted(notes))
+        deployment = hashlib.sha256(f"{step['id']} {nonces}".encode()).digest()
+        try:
+            model: Model = self._agreed(epoch, lambda: self._catalogue.commit(job.id, deployment, version))
+            self._masked(epoch, model, _tapes(step, 1)[0])
+            self._vote(epoch, None)
+        except BaseException:
+            if deployment in self._catalogue.ids():
+                self._catalogue.remove(deployment)
+            raise
+        _log.info("model %s version %d deployed by %s", name, version, owner)
+        return model
+
+    def _remove(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> int:
+        name, version = job.facts["name"], job.facts["version"]
+
+        def prepare() -> list[Model]:
+            self._catalogue.next_version(name, job.caller)  # refuses other owners
+            return self._catalogue.matching(name, version)
+
+        models = self._agreed(epoch, prepare)
+        for model in models:
+            self._catalogue.remove(model.id)
+        _log.info("%d versions of model %s removed by %s", len(models), name, job.caller)
+        return len(models)
+
+
+def _tapes(step: dict[str, Any], count: int) -> list[bytes]:
+    """Ids of the tapes of a step, from the one party 0 drew."""
+    base = bytes.fromhex(step["tape"])
+    return [hashlib.sha256(base + bytes([i])).digest()[:16] for i in range(count)]
+
+
+def _exchange(epoch: Epoch, batch: list[Opening]) -> list[torch.Tensor]:
+    """One round: all openings of a batch in one message to every peer."""
+    packed = [opening.ring.pack(opening.masked) for opening in batch]
+    received = epoch.mesh.exchange(b"".join(packed))
+    values = [opening.masked for opening in batch]
+    expected = sum(len(p) for p in packed)
+    for peer, payload in received.items():
+        if len(payload) != expected:
+            raise ProtocolError(f"party {peer} sent {len(payload)} bytes in a round of {expected}")
+        at = 0
+        view = memoryview(payload)
+        for i, opening in enumerate(batch):
+            part = opening.ring.unpack(view[at : at + len(packed[i])], tuple(opening.masked.shape))
+            values[i] = opening.ring.add(values[i], part)
+            at += len(packed[i])
+    return values

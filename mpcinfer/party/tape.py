@@ -1,0 +1,73 @@
+"""A tape: the correlations of one request, fetched from the dealer and expanded, each drawn once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+
+from mpcinfer.errors import ProtocolError
+from mpcinfer.party.epoch import Epoch
+from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
+from mpcinfer.protocol.session import tape_key
+from mpcinfer.protocol.tracing import Plan
+from mpcinfer.protocol.types import Weight
+from mpcinfer.wire import channel
+from mpcinfer.wire.v1 import dealer_pb2
+
+
+class Tape:
+    """The `Source` of one run. Everything is expanded, and prepared for the weights at hand, before the run begins."""
+
+    def __init__(self, shares: dict[str, tuple[Kind, Tensors]], dealer_bytes: int) -> None:
+        self._shares = shares
+        self.dealer_bytes = dealer_bytes
+
+    def draw(self, name: str, item: Kind) -> Tensors:
+        """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before."""
+        try:
+            planned, shares = self._shares.pop(name)
+        except KeyError:
+            raise ProtocolError(f"correlation {name} is not on this tape, or was drawn before") from None
+        if planned != item:
+            raise ProtocolError(f"correlation {name} is not of the kind that was planned")
+        return shares
+
+
+def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping[str, Weight], timeout: float) -> Tape:
+    """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
+
+    Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then.
+    """
+    parties, index = epoch.mesh.parties, epoch.mesh.index
+    last = index == parties - 1
+    correction = _corrections(epoch, tape, plan, digest, timeout)
+    if len(correction) != (plan.correction_bytes() if last else 0):
+        raise ProtocolError("the dealer sent another amount than the plan asks for")
+    key = tape_key(epoch.key, tape, digest)
+    shares: dict[str, tuple[Kind, Tensors]] = {}
+    rest = memoryview(correction)
+    for name, item in plan.entries:
+        size = correction_bytes(item) if last else 0
+        expanded = expand(item, name, key, last=last, correction=rest[:size])
+        shares[name] = item, item.prepare(expanded, lambda weight: weights[weight].masked)
+        rest = rest[size:]
+    return Tape(shares, len(correction))
+
+
+def _corrections(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, timeout: float) -> bytearray:
+    request = dealer_pb2.DealRequest(
+        session=epoch.id,
+        index=epoch.mesh.index,
+        tape=tape,
+        plan_digest=digest,
+        plan=b"" if digest in epoch.plans_told else plan.to_bytes(),
+    )
+    received = bytearray()
+    try:
+        for part in epoch.dealer.Deal(request, timeout=timeout):
+            received += part.chunk
+    except grpc.RpcError as error:
+        raise channel.from_rpc_error(error, "dealer") from error
+    epoch.plans_told.add(digest)
+    return received

@@ -1,0 +1,70 @@
+"""Running a gRPC server process: mTLS, health service, graceful stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from mpcinfer.config import Node
+from mpcinfer.wire import channel
+from mpcinfer.wire.identity import Identity
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """One process's server. `add` registers services; `workers` threads run handlers."""
+
+    def __init__(self, node: Node, identity: Identity, workers: int, add: Callable[[grpc.Server], None]) -> None:
+        self._grace = node.limits.stop_grace_s
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grpc")
+        self._server = grpc.server(self._executor, options=channel.server_options(node.limits.max_message_mb))
+        self.health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self.set_serving(False)
+        add(self._server)
+        self.port = channel.bind(self._server, node.listen, channel.server_credentials(identity, node.cluster))
+
+    def set_serving(self, serving: bool) -> None:
+        """What the health service answers."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        self.health.set("", status)
+
+    def start(self) -> None:
+        """Begin to accept calls."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Refuse new calls, let running ones finish within the grace period, then return."""
+        self.health.enter_graceful_shutdown()
+        self._server.stop(self._grace).wait()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def wait_for_signal() -> str:
+    """Block until SIGTERM or SIGINT arrives; its name."""
+    received: list[int] = []
+    stop = threading.Event()
+
+    def handler(number: int, _frame: object) -> None:
+        received.append(number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    stop.wait()
+    return signal.Signals(received[0]).name
+
+
+def configure_logging(level: str) -> None:
+    """Log lines on stderr. What may be secret is never passed to a logger; there is nothing to filter here."""
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
