@@ -2,4 +2,78 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpcinfer.client.data import AsyncClient, Client
+    from mpcinfer.client.owner import Deployed, ModelOwner
+    from mpcinfer.errors import (
+        AbortedError,
+        AgreementError,
+        BusyError,
+        ConfigError,
+        ConflictError,
+        DeadlineError,
+        DtypeError,
+        ForbiddenError,
+        IdentityError,
+        InputError,
+        MpcInferError,
+        NotFoundError,
+        ProtocolError,
+        RangeError,
+        ShapeError,
+        StoreError,
+        UnavailableError,
+        UnsupportedError,
+        UploadError,
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AbortedError",
+    "AgreementError",
+    "AsyncClient",
+    "BusyError",
+    "Client",
+    "ConfigError",
+    "ConflictError",
+    "DeadlineError",
+    "Deployed",
+    "DtypeError",
+    "ForbiddenError",
+    "IdentityError",
+    "InputError",
+    "ModelOwner",
+    "MpcInferError",
+    "NotFoundError",
+    "ProtocolError",
+    "RangeError",
+    "ShapeError",
+    "StoreError",
+    "UnavailableError",
+    "UnsupportedError",
+    "UploadError",
+]
+
+_HOMES = {
+    "AsyncClient": "client.data",
+    "Client": "client.data",
+    "Deployed": "client.owner",
+    "ModelOwner": "client.owner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use only: a party's process never loads the client, nor a data owner's the exporter of models.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,365 @@
+"""The data owner's side: share an input among the parties, add up the shares of the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, ParamSpec, Self, TypeVar
+
+import numpy as np
+import torch
+
+from mpcinfer.client.cluster import (
+    CONNECT_TIMEOUT,
+    Connection,
+    PartyStatus,
+    cluster_status,
+    wait_until_ready,
+)
+from mpcinfer.client.locate import AnyPath
+from mpcinfer.client.model import Model, TensorSpec
+from mpcinfer.config import Cluster
+from mpcinfer.errors import (
+    AbortedError,
+    DeadlineError,
+    DtypeError,
+    InputError,
+    MpcInferError,
+    NotFoundError,
+    ProtocolError,
+    RangeError,
+    ShapeError,
+)
+from mpcinfer.ring import prg
+from mpcinfer.ring.codec import FixedPoint
+from mpcinfer.ring.domain import Ring
+from mpcinfer.ring.sharing import combine, split
+from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.v1 import party_pb2, tensor_pb2
+
+Array = torch.Tensor | np.ndarray[Any, Any]
+Cost = dict[str, dict[str, float]]
+
+MAX_REQUEST_BYTES = 64 * 2**20
+_READY_TIMEOUT = 15.0
+_MAX_CALLS = 64
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Client:
+    """What a data owner holds: a connection to all parties of a cluster. May be used from several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._models: dict[tuple[str, int], Model] = {}
+        self.last_cost: Cost | None = None
+        """What the last answer cost: {"online": {"seconds", "rounds", "bytes_sent_per_party"}, "offline": {"seconds",
+        "rounds", "bytes_sent_per_party", "bytes_sent_by_dealer"}}; seconds and bytes per party of the slowest and the
+        most talkative party. The offline phase does not depend on the input and may have happened before it came."""
+
+    @classmethod
+    def connect(
+        cls,
+        cluster: AnyPath | Cluster,
+        identity: AnyPath | Identity | None = None,
+        *,
+        timeout: float = CONNECT_TIMEOUT,
+    ) -> Self:
+        """Connect to all parties, checking who they are.
+
+        cluster: the cluster file, or the directory it is in. identity: which key pair to use (see `locate.locate`);
+        by default the only `client-*` pair beside the cluster file, else the only `owner-*` pair.
+        """
+        return cls(Connection.to(cluster, identity, timeout=timeout))
+
+    def infer(self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0) -> Any:
+        """Evaluate the model `name` (version 0: the newest) on `inputs`, within `timeout` seconds.
+
+        inputs: one tensor per input of the model, the batch first where the model has one; torch or numpy, of any
+        real dtype. Returns the output, or a tuple of them, of the same kind: float32, or int64 where what the model
+        owner reveals is an index. A batch too large for one request is sent as several, one after the other.
+        Nothing leaves this process before ShapeError, DtypeError and RangeError are ruled out. When a party fails in
+        the middle, the request is shared afresh and sent once more as soon as the parties are ready.
+        """
+        deadline = time.monotonic() + timeout
+        model = self._model(name, version)
+        try:
+            return self._infer(model, inputs, deadline)
+        except NotFoundError:
+            # The version has been removed, or deployed anew, since it was looked up.
+            self._models.pop(model.key, None)
+            found = self._model(name, version)
+            if found == model:
+                raise
+            return self._infer(found, inputs, deadline)
+
+    def models(self) -> list[Model]:
+        """The deployed models, by name and version. AgreementError if the parties hold different ones."""
+        return self._connection.models()
+
+    def status(self) -> list[PartyStatus]:
+        """How each party is doing, asked over new channels; a party that is down is reported, not raised."""
+        return cluster_status(self._connection.cluster, self._connection.identity)
+
+    def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _model(self, name: str, version: int) -> Model:
+        """The model with this version. A version never changes, but which one is the newest has to be asked."""
+        if (name, version) not in self._models:
+            found = self._connection.models(name)
+            if not found:
+                raise NotFoundError(f"no model {name!r} is deployed here; `mpcinfer models` lists those that are")
+            if version and version not in [m.version for m in found]:
+                known = ", ".join(str(m.version) for m in found)
+                raise NotFoundError(f"model {name!r} has no version {version}, only {known}")
+            chosen = next((m for m in found if m.version == version), found[-1])
+            self._models[chosen.key] = chosen
+            return chosen
+        return self._models[name, version]
+
+    def _infer(self, model: Model, inputs: Sequence[Array], deadline: float) -> Any:
+        encoded = encode_inputs(model, inputs)
+        answers = [self._answer(model, part, deadline) for part in _requests(model, encoded)]
+        self.last_cost = _total([cost for _, cost in answers])
+        as_torch = any(isinstance(x, torch.Tensor) for x in inputs)
+        outputs: list[Array] = []
+        for position, spec in enumerate(model.outputs):
+            whole = (
+                torch.cat([shared[position] for shared, _ in answers]) if len(answers) > 1 else answers[0][0][position]
+            )
+            # Without fraction bits a value is an index.
+            value = (whole.double() / 2.0**spec.frac_bits).float() if spec.frac_bits else whole
+            outputs.append(value if as_torch else value.numpy())
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _answer(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> tuple[list[torch.Tensor], Cost]:
+        """One request, sent once more if a party failed in the middle."""
+        connection = self._connection
+        try:
+            return self._request(model, inputs, deadline)
+        except AbortedError:
+            left = deadline - time.monotonic()
+            try:
+                wait_until_ready(connection.cluster, connection.identity, timeout=min(left, _READY_TIMEOUT))
+                again = deadline - time.monotonic() > 0
+            except MpcInferError:
+                again = False
+            if not again:
+                raise
+        return self._request(model, inputs, deadline)
+
+    def _request(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> tuple[list[torch.Tensor], Cost]:
+        """Share the encoded inputs, have the model evaluated, add up the shares of the outputs."""
+        parties = self._connection.cluster.n
+        request_id = secrets.token_bytes(16)
+        requests = [
+            party_pb2.InferRequest(request_id=request_id, model=model.name, version=model.version)
+            for _ in range(parties)
+        ]
+        for spec, x in zip(model.inputs, inputs, strict=True):
+            seeds, last = split(x, Ring(spec.ring_bits), parties)
+            for request, seed in zip(requests, seeds, strict=False):
+                request.inputs.append(_message(spec, x.shape, seed=seed))
+            requests[-1].inputs.append(_message(spec, x.shape, data=last.numpy().astype("<i8", copy=False).tobytes()))
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("no time left to send the request; allow it more time")
+        answers = self._connection.call("Infer", requests, timeout=left)
+        batch = _batch(model, inputs)
+        return [_sum(answers, i, spec, batch) for i, spec in enumerate(model.outputs)], _cost(answers)
+
+
+def encode_inputs(model: Model, inputs: Sequence[Array]) -> list[torch.Tensor]:
+    """The inputs as int64 tensors in fixed point, all checks done: InputError, ShapeError, DtypeError, RangeError."""
+    if len(inputs) != len(model.inputs):
+        names = ", ".join(spec.name for spec in model.inputs)
+        raise InputError(f"model {model.name!r} takes {len(model.inputs)} inputs ({names}), not {len(inputs)}")
+    tensors = [_tensor(x, spec) for x, spec in zip(inputs, model.inputs, strict=True)]
+    for x, spec in zip(tensors, model.inputs, strict=True):
+        fits = x.dim() == len(spec.shape) and all(
+            size > 0 and want in (-1, size) for want, size in zip(spec.shape, x.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("batch" if size == -1 else str(size) for size in spec.shape)
+            raise ShapeError(
+                f"input {spec.name!r} has shape {list(x.shape)}; model {model.name!r} takes [{wanted}], "
+                "every size at least 1"
+            )
+    batches = {x.shape[0] for x, spec in zip(tensors, model.inputs, strict=True) if spec.shape[:1] == (-1,)}
+    if len(batches) > 1:
+        raise ShapeError(f"the inputs have different batch sizes: {sorted(batches)}")
+    return [_encode(x, spec) for x, spec in zip(tensors, model.inputs, strict=True)]
+
+
+def _tensor(x: object, spec: TensorSpec) -> torch.Tensor:
+    """A dense torch tensor of a real dtype."""
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "biuf":
+            raise DtypeError(f"input {spec.name!r} has dtype {x.dtype}; pass real numbers (float, integer or bool)")
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64).reshape(x.shape))
+    if not isinstance(x, torch.Tensor):
+        raise DtypeError(f"input {spec.name!r} is a {type(x).__name__}; pass a torch tensor or a numpy array")
+    if x.layout != torch.strided or x.is_quantized or x.is_complex() or x.device.type == "meta":
+        raise DtypeError(f"input {spec.name!r} is a {x.layout} {x.dtype} tensor on {x.device}; pass dense real numbers")
+    return x
+
+
+def _encode(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    what = f"input {spec.name!r}"
+    encoded = FixedPoint(spec.frac_bits).encode(x, what)
+    if spec.limit and int(encoded.abs().max()) >= spec.limit * 2.0**spec.frac_bits:
+        raise RangeError(
+            f"{what} contains numbers of absolute value {spec.limit:g} or more; the model takes smaller ones"
+        )
+    return encoded
+
+
+def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The inputs cut along the batch into requests of at most MAX_REQUEST_BYTES, as are their answers."""
+    size = 8 * sum(x.numel() for x in inputs)
+    batch = _batch(model, inputs)
+    if batch is None:
+        if size > MAX_REQUEST_BYTES:
+            raise InputError(
+                f"the inputs take {size >> 20} MiB as shares; one request carries {MAX_REQUEST_BYTES >> 20}"
+            )
+        return [inputs]
+    free = all(spec.shape[:1] == (-1,) for spec in (*model.inputs, *model.outputs))
+    answer = 8 * sum(_elements(spec, batch) for spec in model.outputs)
+    rows = MAX_REQUEST_BYTES // max(1, max(size, answer) // batch)
+    if rows >= batch:
+        return [inputs]
+    if not free or rows == 0:
+        raise InputError(
+            f"the inputs take {size >> 20} MiB and the outputs {answer >> 20} MiB as shares; one request carries "
+            f"{MAX_REQUEST_BYTES >> 20} MiB, and this one cannot be cut along its batch"
+        )
+    return [[x[first : first + rows] for x in inputs] for first in range(0, batch, rows)]
+
+
+def _batch(model: Model, inputs: list[torch.Tensor]) -> int | None:
+    """The batch size, None if the model has none."""
+    sizes = [int(x.shape[0]) for x, spec in zip(inputs, model.inputs, strict=True) if spec.shape[:1] == (-1,)]
+    return sizes[0] if sizes else None
+
+
+def _elements(spec: TensorSpec, batch: int) -> int:
+    elements = 1
+    for size in spec.shape:
+        elements *= batch if size == -1 else size
+    return elements
+
+
+def _message(spec: TensorSpec, shape: Sequence[int], **content: bytes) -> tensor_pb2.Tensor:
+    return tensor_pb2.Tensor(shape=shape, frac_bits=spec.frac_bits, ring_bits=spec.ring_bits, **content)
+
+
+def _sum(answers: list[party_pb2.InferResponse], position: int, spec: TensorSpec, batch: int | None) -> torch.Tensor:
+    """Output number `position`: the sum of all parties' shares, signed."""
+    ring = Ring(spec.ring_bits)
+    shares = []
+    for index, answer in enumerate(answers):
+        message = answer.outputs[position] if position < len(answer.outputs) else tensor_pb2.Tensor()
+        shape = tuple(message.shape)
+        expected = tuple(batch if size == -1 else size for size in spec.shape)
+        form = shape, message.frac_bits, message.ring_bits or 64
+        if form != (expected, spec.frac_bits, spec.ring_bits):
+            raise ProtocolError(f"party/{index} answered with another output {spec.name!r} than the model declares")
+        if message.WhichOneof("content") == "seed" and len(message.seed) == prg.SEED_BYTES:
+            shares.append(prg.expand(message.seed, shape, ring))
+        elif len(message.data) == 8 * _elements(spec, batch or 1):
+            # A copy, because a tensor over bytes that cannot be written to makes torch warn.
+            data = np.frombuffer(message.data, "<i8").astype(np.int64)
+            shares.append(ring.reduce(torch.from_numpy(data).reshape(shape)))
+        else:
+            raise ProtocolError(f"party/{index} answered with a damaged share of output {spec.name!r}")
+    total = combine(shares, ring)
+    return total if spec.ring_bits == 64 else total - ((total >> (spec.ring_bits - 1)) << spec.ring_bits)
+
+
+def _cost(answers: list[party_pb2.InferResponse]) -> Cost:
+    def phase(costs: list[tensor_pb2.PhaseCost]) -> dict[str, float]:
+        return {
+            "seconds": max(cost.seconds for cost in costs),
+            "rounds": max(cost.rounds for cost in costs),
+            "bytes_sent_per_party": max(cost.bytes_sent for cost in costs),
+        }
+
+    offline = [answer.offline for answer in answers]
+    dealt = sum(cost.bytes_from_dealer for cost in offline)
+    return {
+        "online": phase([answer.online for answer in answers]),
+        "offline": {**phase(offline), "bytes_sent_by_dealer": dealt},
+    }
+
+
+def _total(costs: list[Cost]) -> Cost:
+    return {phase: {item: sum(cost[phase][item] for cost in costs) for item in costs[0][phase]} for phase in costs[0]}
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same calls, up to 64 of them at the same time, each in a thread of its own.
+
+    Cancelling a call stops waiting for it; the parties finish the request and the answer is dropped.
+    """
+
+    def __init__(self, client: Client, threads: ThreadPoolExecutor) -> None:
+        self._client = client
+        self._threads = threads
+
+    @classmethod
+    async def connect(
+        cls,
+        cluster: AnyPath | Cluster,
+        identity: AnyPath | Identity | None = None,
+        *,
+        timeout: float = CONNECT_TIMEOUT,
+    ) -> Self:
+        """Connect to all parties; see `Client.connect`."""
+        client = await asyncio.to_thread(Client.connect, cluster, identity, timeout=timeout)
+        return cls(client, ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="mpcinfer"))
+
+    @property
+    def last_cost(self) -> Cost | None:
+        """What the answer that came last cost; see `Client.last_cost`."""
+        return self._client.last_cost
+
+    async def infer(self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0) -> Any:
+        """See `Client.infer`."""
+        return await self._run(self._client.infer, name, *inputs, version=version, timeout=timeout)
+
+    async def models(self) -> list[Model]:
+        """See `Client.models`."""
+        return await self._run(self._client.models)
+
+    async def status(self) -> list[PartyStatus]:
+        """See `Client.status`."""
+        return await self._run(self._client.status)
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        await asyncio.to_thread(self._client.close)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))

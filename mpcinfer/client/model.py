@@ -1,0 +1,86 @@
+"""What the parties say about the models they hold, and whether they say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from mpcinfer.errors import AgreementError
+from mpcinfer.wire.v1 import party_pb2, tensor_pb2
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a model takes or gives: a shape (-1: any batch size >= 1) and how its numbers are encoded.
+
+    Absolute values must stay below `limit`; 0 means that only the encoding limits them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    frac_bits: int
+    ring_bits: int
+    limit: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A deployed version of a model, as all parties describe it. `created` is in Unix seconds, by one party's clock."""
+
+    name: str
+    version: int
+    deployment_id: str
+    owner: str
+    reveal: str
+    parameters: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    created: float
+
+    @staticmethod
+    def parse(info: party_pb2.ModelInfo) -> Model:
+        """The model that one party describes."""
+        return Model(
+            name=info.name,
+            version=info.version,
+            deployment_id=info.deployment_id.hex(),
+            owner=info.owner,
+            reveal=info.reveal,
+            parameters=info.parameters,
+            inputs=_specs(info.inputs),
+            outputs=_specs(info.outputs),
+            created=info.created_unix_seconds,
+        )
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and version."""
+        return self.name, self.version
+
+
+def _specs(messages: Iterable[tensor_pb2.TensorSpec]) -> tuple[TensorSpec, ...]:
+    # In proto3 a number that was not set reads 0; of a ring that means 64 bits.
+    return tuple(TensorSpec(m.name, tuple(m.shape), m.frac_bits, m.ring_bits or 64, m.limit) for m in messages)
+
+
+def agreed(listings: Sequence[Sequence[Model]], name: str | None = None) -> list[Model]:
+    """The models (only those called `name`, if given) that parties 0, 1, ... list, by name and version.
+
+    AgreementError naming the first model that is not the same at all of them.
+    """
+    tables = [{m.key: m for m in listing if name in (None, m.name)} for listing in listings]
+    for key in sorted(set().union(*tables)):
+        held = [table.get(key) for table in tables]
+        without = [index for index, model in enumerate(held) if model is None]
+        if without or len({_identity(model) for model in held if model}) > 1:
+            where = f"is missing at party/{without[0]}" if without else "is not the same at all parties"
+            raise AgreementError(
+                f"model {key[0]!r} version {key[1]} {where}; unless it is being deployed or removed right now, "
+                "remove this version and deploy it again"
+            )
+    return [tables[0][key] for key in sorted(tables[0])]
+
+
+def _identity(model: Model) -> object:
+    """All that must be the same at all parties: each takes the time of creation from its own clock."""
+    return replace(model, created=0.0)

@@ -1,0 +1,177 @@
+"""The model owner's side: turn a network into a Program and shares of its weights, and hand them to the parties."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from mpcinfer.client.cluster import CONNECT_TIMEOUT, LIST_TIMEOUT, Connection
+from mpcinfer.client.locate import AnyPath
+from mpcinfer.client.model import Model
+from mpcinfer.config import Cluster
+from mpcinfer.errors import AgreementError
+from mpcinfer.graph.capture import Captured, capture
+from mpcinfer.ring.domain import Z64
+from mpcinfer.ring.sharing import split
+from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.v1 import party_pb2
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+Progress = Callable[[int, int], None]
+
+DEPLOY_TIMEOUT = 1800.0
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A model that all parties have committed: what to call it, and how many secret parameters it has."""
+
+    name: str
+    version: int
+    deployment_id: str
+    parameters: int
+    reveal: str
+
+
+class ModelOwner:
+    """What a model owner holds: a connection to all parties of a cluster."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    def connect(
+        cls,
+        cluster: AnyPath | Cluster,
+        identity: AnyPath | Identity | None = None,
+        *,
+        timeout: float = CONNECT_TIMEOUT,
+    ) -> Self:
+        """Connect to all parties, checking who they are.
+
+        cluster: the cluster file, or the directory it is in. identity: which key pair to use (see `locate.locate`);
+        by default the only `owner-*` pair beside the cluster file.
+        """
+        return cls(Connection.to(cluster, identity, roles=("owner",), timeout=timeout))
+
+    def deploy(
+        self,
+        model: nn.Module | ExportedProgram,
+        example_inputs: torch.Tensor | Sequence[torch.Tensor] = (),
+        *,
+        name: str,
+        frac_bits: int = 16,
+        reveal: str = "logits",
+        k: int = 5,
+        public: Sequence[str] = (),
+        progress: Progress | None = None,
+        timeout: float = DEPLOY_TIMEOUT,
+    ) -> Deployed:
+        """Share the weights of `model` among the parties; a name that exists gets a new version.
+
+        example_inputs: a tensor per argument of the model (none for an ExportedProgram, which has its own).
+        reveal: what clients learn: "logits", "probabilities", "top-k" (the indices of the `k` largest) or "argmax".
+        frac_bits: precision, 8 to 24. public: names of constants that are no secret. progress: called with (bytes
+        sent, bytes to send), from another thread. timeout in seconds, for the upload and the parties' preparations.
+        The model is on all parties after this, or on none. Raises what `graph.capture.capture` does for a model that
+        cannot be evaluated, InputError for a name the parties refuse, and UnavailableError if a party fails.
+        """
+        examples = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+        captured = capture(model, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public)
+        upload = _Upload(captured, name, self._connection.cluster.n, progress)
+        try:
+            answers = self._connection.call("Deploy", upload.streams(), timeout=timeout)
+        except Exception:
+            if upload.interrupted is not None:
+                raise upload.interrupted from None
+            raise
+        if len({(answer.name, answer.version, answer.deployment_id) for answer in answers}) > 1:
+            raise AgreementError(f"the parties disagree about what {name!r} was deployed as; deploy it again")
+        first = answers[0]
+        return Deployed(
+            first.name, first.version, first.deployment_id.hex(), captured.program.size, captured.program.reveal
+        )
+
+    def remove(self, name: str, version: int = 0) -> int:
+        """Remove a version of a model (0: all versions) from all parties: how many were removed.
+
+        NotFoundError if there is none.
+        """
+        request = party_pb2.RemoveModelRequest(request_id=secrets.token_bytes(16), name=name, version=version)
+        answers = self._connection.call("RemoveModel", [request] * self._connection.cluster.n, timeout=LIST_TIMEOUT)
+        return max(int(answer.removed) for answer in answers)
+
+    def models(self) -> list[Model]:
+        """The deployed models, by name and version. AgreementError if the parties hold different ones."""
+        return self._connection.models()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Upload:
+    """The shares of one model: a seed per weight for all parties but the last, which gets the bytes."""
+
+    def __init__(self, captured: Captured, name: str, parties: int, progress: Progress | None) -> None:
+        self.interrupted: BaseException | None = None
+        self._progress = progress
+        self._shares: list[memoryview] = []
+        self._headers = [
+            party_pb2.DeployHeader(name=name, program=captured.program.to_bytes(), digest=hashlib.sha256().digest())
+            for _ in range(parties)
+        ]
+        request_id, digest = secrets.token_bytes(16), hashlib.sha256()
+        for header in self._headers:
+            header.request_id = request_id
+        for parameter in captured.program.parameters:
+            seeds, last = split(captured.weights.pop(parameter.name), Z64, parties)
+            for header, seed in zip(self._headers, [*seeds, b""], strict=True):
+                header.weights.add(name=parameter.name, shape=parameter.shape, frac_bits=parameter.frac_bits, seed=seed)
+            share: np.ndarray[Any, Any] = last.contiguous().numpy().astype("<i8", copy=False)
+            self._shares.append(share.reshape(-1).view(np.uint8).data)
+            digest.update(self._shares[-1])
+        self.size = sum(len(share) for share in self._shares)
+        self._headers[-1].size, self._headers[-1].digest = self.size, digest.digest()
+
+    def streams(self) -> list[Iterator[party_pb2.DeployRequest]]:
+        """What to send to each party."""
+        parts = [iter([party_pb2.DeployRequest(header=header)]) for header in self._headers]
+        return [*parts[:-1], self._chunks(parts[-1])]
+
+    def _chunks(self, header: Iterator[party_pb2.DeployRequest]) -> Iterator[party_pb2.DeployRequest]:
+        sent = 0
+        try:
+            yield from header
+            self._report(0)
+            for share in self._shares:
+                for start in range(0, len(share), _CHUNK):
+                    chunk = share[start : start + _CHUNK]
+                    yield party_pb2.DeployRequest(chunk=bytes(chunk))
+                    sent += len(chunk)
+                    self._report(sent)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # of `progress`; gRPC would only say that the stream broke
+            self.interrupted = error
+            raise
+
+    def _report(self, sent: int) -> None:
+        if self._progress is not None:
+            self._progress(sent, self.size)
