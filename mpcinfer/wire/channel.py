@@ -54,7 +54,9 @@ def server_options(max_message_mb: int = 256) -> Options:
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # the default closes channels that ping
+        # By default a server closes channels that ping, and on a busy machine pings arrive bunched up.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+        ("grpc.http2.max_ping_strikes", 0),
     ]
 
 
