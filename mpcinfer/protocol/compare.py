@@ -68,7 +68,7 @@ class Comparison(Kind):
         blocks, leaves = digits.LAYOUTS[self.width]
         r = free["r"]
         values = {
-            "lt": digits.tables(r & ((1 << (self.width - 1)) - 1), blocks * leaves),
+            "lt": digits.tables(r, self.width),
             "msb": (r >> (self.width - 1)) & 1,
             "leaf_products": digits.products(free["leaf"], digits.block(leaves, True)),
             "top_products": digits.products(free["top"], digits.block(blocks, False)),

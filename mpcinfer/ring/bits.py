@@ -16,51 +16,62 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @njit(
-    [f"void({t}[::1], int64, uint8[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True
+    [f"void({t}[::1], int64, uint32[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True
 )
 def _pack(values: Any, k: int, out: Any) -> None:
+    low, high = np.uint64(min(k, 32)), np.uint64(max(k - 32, 0))
+    low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)
+    word = np.uint64(32)
     acc = np.uint64(0)
-    fill = 0
+    fill = np.uint64(0)
     at = 0
-    for v in values:
-        left = k
-        word = np.uint64(v)
-        while left > 0:
-            take = min(left, 32)
-            acc |= (word & np.uint64((1 << take) - 1)) << np.uint64(fill)
-            word >>= np.uint64(take)
-            fill += take
-            left -= take
-            while fill >= 8:
-                out[at] = acc & np.uint64(255)
-                acc >>= np.uint64(8)
-                fill -= 8
+    for value in values:
+        acc |= (np.uint64(value) & low_mask) << fill
+        fill += low
+        if fill >= word:
+            out[at] = np.uint32(acc)
+            acc >>= word
+            fill -= word
+            at += 1
+        if high > 0:
+            acc |= ((np.uint64(value) >> word) & high_mask) << fill
+            fill += high
+            if fill >= word:
+                out[at] = np.uint32(acc)
+                acc >>= word
+                fill -= word
                 at += 1
     if fill > 0:
-        out[at] = acc & np.uint64(255)
+        out[at] = np.uint32(acc)
 
 
 @njit(
-    [f"void(uint8[::1], int64, {t}[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True
+    [f"void(uint32[::1], int64, {t}[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True
 )
 def _unpack(data: Any, k: int, out: Any) -> None:
+    low, high = np.uint64(min(k, 32)), np.uint64(max(k - 32, 0))
+    low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)
+    word = np.uint64(32)
     acc = np.uint64(0)
-    fill = 0
+    fill = np.uint64(0)
     at = 0
     for i in range(out.size):
-        word = np.uint64(0)
-        have = 0
-        while have < k:
-            take = min(k - have, 32)
-            while fill < take:
-                acc |= np.uint64(data[at]) << np.uint64(fill)
-                fill += 8
+        if fill < low:
+            acc |= np.uint64(data[at]) << fill
+            fill += word
+            at += 1
+        value = acc & low_mask
+        acc >>= low
+        fill -= low
+        if high > 0:
+            if fill < high:
+                acc |= np.uint64(data[at]) << fill
+                fill += word
                 at += 1
-            word |= (acc & np.uint64((1 << take) - 1)) << np.uint64(have)
-            acc >>= np.uint64(take)
-            fill -= take
-            have += take
-        out[i] = word
+            value |= (acc & high_mask) << word
+            acc >>= high
+            fill -= high
+        out[i] = value
 
 
 def unsigned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -70,11 +81,11 @@ def unsigned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def pack(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:
     """`values` (1-D integers; the low k bits count) as a little-endian bit string of ceil(size * k / 8) bytes."""
-    out = np.empty((values.size * k + 7) // 8, np.uint8)
     if k == 1:
-        return np.packbits(values.view(np.uint8)[:: values.itemsize] & 1, bitorder="little")
-    _pack(unsigned(values), k, out)
-    return out
+        return np.packbits(values.view(np.uint8).reshape(values.size, -1)[:, 0] & 1, bitorder="little")
+    words = np.empty((values.size * k + 31) // 32, np.uint32)
+    _pack(unsigned(values), k, words)
+    return words.view(np.uint8)[: (values.size * k + 7) // 8]
 
 
 def unpack(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
@@ -83,5 +94,6 @@ def unpack(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
     if k == 1:
         out[:] = np.unpackbits(raw, count=out.size, bitorder="little")
         return
-    # numba takes no read-only arrays for this signature, and incoming messages are
-    _unpack(raw if raw.flags.writeable else raw.copy(), k, unsigned(out))
+    words = np.zeros((raw.size + 3) // 4, np.uint32)  # aligned, writable, whole words: what the kernel takes
+    words.view(np.uint8)[: raw.size] = raw
+    _unpack(words, k, unsigned(out))

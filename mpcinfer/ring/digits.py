@@ -11,6 +11,7 @@ dealt bits, so folding is a table look-up and a parity. The last level needs no 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -72,11 +73,22 @@ def block(leaves: int, with_eq: bool) -> Block:
     return Block(width, len(monomials), table(terms), table([product] if product else []), product_of)
 
 
-def tables(low: torch.Tensor, digits: int) -> torch.Tensor:
-    """The lt tables of a secret's digits, least significant first: int64 [*S] -> int16 [*S, digits]."""
-    shifts = torch.arange(digits, dtype=torch.int64) * DIGIT_BITS
-    digit = (low[..., None] >> shifts) & 15
-    return ((1 << digit) - 1).to(torch.int16)
+@njit("void(uint64[::1], uint64, uint16[:, ::1])", nogil=True, cache=True)
+def _tables(r: Any, low: Any, out: Any) -> None:
+    for i in range(r.size):
+        rest = r[i] & low
+        for j in range(out.shape[1]):
+            out[i, j] = (np.uint32(1) << np.uint32(rest & np.uint64(15))) - np.uint32(1)
+            rest >>= np.uint64(4)
+
+
+def tables(r: torch.Tensor, width: int) -> torch.Tensor:
+    """The lt tables of the digits of low(r), least significant first: int64 [*S] -> int16 [*S, digits]."""
+    digits = math.prod(LAYOUTS[width])
+    out = torch.empty((*r.shape, digits), dtype=torch.int16)
+    low = np.uint64((1 << (width - 1)) - 1)
+    _tables(_flat(r, r.numel()).view(np.uint64), low, out.numpy().reshape(-1, digits).view(np.uint16))
+    return out
 
 
 def products(masks: torch.Tensor, spec: Block) -> torch.Tensor:

@@ -59,7 +59,7 @@ def test_tables_say_which_values_are_below_the_digit(width: int) -> None:
     count = blocks * leaves
     low = prg.expand(bytes(32), (50,), Ring(width - 1))
     low[0], low[1] = 0, (1 << (width - 1)) - 1
-    tables = digits.tables(low, count)
+    tables = digits.tables(low, width)
     assert tables.shape == (50, count) and tables.dtype == torch.int16
     for j in range(count):
         for v in range(15):
@@ -73,10 +73,9 @@ def compare(c: list[int], r: list[int], thresholds: tuple[int, ...], width: int,
     n, many = len(c), (len(thresholds), len(c))
     opened = torch.from_numpy(np.array(c, np.uint64).view(np.int64))
     secret = torch.from_numpy(np.array(r, np.uint64).view(np.int64))
-    low = secret & ((1 << (width - 1)) - 1)
     leaf = prg.expand(prg.derive(seed, "leaf"), (*many, blocks), Ring(inner.width, xor=True))
     top = prg.expand(prg.derive(seed, "top"), many, Ring(outer.width, xor=True))
-    lt = digits.tables(low, blocks * leaves)
+    lt = digits.tables(secret, width)
     msb = ((secret >> (width - 1)) & 1).to(torch.uint8)
     words, tops = digits.leaves(opened, thresholds, width, lt, True, leaf)
     words, high = digits.fold_blocks(words, leaf, digits.products(leaf, inner), tops, True, inner, top)
