@@ -1,6 +1,17 @@
 """The operators of a network, over shares: importing this package registers them all."""
 
-from mpcinfer.nn import activation, elementwise, linear, pooling, reveal, shape
+from mpcinfer.nn import activation, elementwise, linear, pooling, reveal, shape, softmax
 from mpcinfer.nn.registry import lookup, operator, supported
 
-__all__ = ["activation", "elementwise", "linear", "lookup", "operator", "pooling", "reveal", "shape", "supported"]
+__all__ = [
+    "activation",
+    "elementwise",
+    "linear",
+    "lookup",
+    "operator",
+    "pooling",
+    "reveal",
+    "shape",
+    "softmax",
+    "supported",
+]

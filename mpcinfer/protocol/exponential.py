@@ -1,0 +1,162 @@
+"""e^x of numbers that are not positive, with one opening of x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from functools import cache
+
+import torch
+from torch.nn import functional
+
+from mpcinfer.protocol.compare import Comparison, below
+from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
+from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.types import Masked, Shared, SharedBits
+from mpcinfer.ring import digits
+from mpcinfer.ring.domain import BIT, Z64, Ring
+
+# x is taken modulo 16; up to 2^-4 above zero is let through, so that a maximum taken coarsely does no harm
+_WINDOW_BITS = 4
+_SLACK_BITS = 4
+# the scales of the dealt e^-r and of the public e^c: rounding costs 2^-20 at either end of the window, less between
+_DEALT_BITS, _PUBLIC_BITS = 42, 19
+
+
+@cache
+def _exact(numerators: range, denominator: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """e^(n / denominator) as 31-bit mantissas (2^30 to 2^31) and exponents, by decimal arithmetic: no host differs."""
+    mantissas, exponents = [], []
+    with localcontext(prec=50):
+        for n in numerators:
+            value = int(((Decimal(n) / denominator).exp() * (1 << 64)).to_integral_value())
+            spare = value.bit_length() - 31
+            mantissas.append((value + (1 << (spare - 1))) >> spare)
+            exponents.append(value.bit_length() - 65)
+    return torch.tensor(mantissas, dtype=torch.int64), torch.tensor(exponents, dtype=torch.int64)
+
+
+def scaled_exp(x: torch.Tensor, frac_bits: int, scale: int) -> torch.Tensor:
+    """e^(x / 2^frac_bits) 2^scale to within 1/2 + 2^-29 of its value, in integers only, the same on every host.
+
+    x: int64 with -16 <= x / 2^frac_bits < 17, frac_bits >= 8; the result must be below 2^43.
+    """
+    if x.device.type == "meta":
+        return torch.empty_like(x)
+    rest = frac_bits - 6
+    fine = rest // 2
+    mantissa, exponent = _exact(range(-16 << 6, 17 << 6), 1 << 6)
+    middle, _ = _exact(range(1 << (rest - fine)), 1 << (frac_bits - fine))
+    low, _ = _exact(range(1 << fine), 1 << frac_bits)
+    top = (x >> rest) + (16 << 6)
+    # three factors at scale 2^30, the last two hardly above 1: every product is below 2^62
+    tail = (middle[(x >> fine) & ((1 << (rest - fine)) - 1)] * low[x & ((1 << fine) - 1)] + (1 << 29)) >> 30
+    shift = (60 - scale - exponent[top]).clamp(max=63)
+    return (mantissa[top] * tail + (1 << (shift - 1))) >> shift
+
+
+def _low_layout(bits: int) -> tuple[int, int]:
+    """Blocks, and leaves of a block, for comparing numbers of `bits` bits; spare leading digits are zero."""
+    return (2, 3) if bits <= 24 else (2, 4)
+
+
+@kind
+@dataclass(frozen=True)
+class Exponential(Kind):
+    """A `Comparison` with one threshold, block masks to compare the low bits of r, two outcome masks, and e^-r.
+
+    `frac_bits` is a multiple of 4, so that the low `frac_bits` + 4 bits (r modulo 16) are whole digits.
+    """
+
+    shape: tuple[int, ...]
+    frac_bits: int
+
+    def free(self) -> dict[str, Field]:
+        """r and block masks of the clip; block masks of the low bits; beta for both outcomes."""
+        blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
+        one = (1, *self.shape)
+        return Comparison(self.shape).free() | {
+            "low_leaf": Field((*one, blocks), Ring(digits.block(leaves, True).width, xor=True)),
+            "low_top": Field(one, Ring(digits.block(blocks, False).width, xor=True)),
+            "beta": Field((2, *self.shape), BIT),
+        }
+
+    def derived(self) -> dict[str, Field]:
+        """Tables and products of both comparisons; e^-r, beta_0 e^-r, beta_1 e^-r, beta_0 beta_1 e^-r."""
+        blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
+        one = (1, *self.shape)
+        return Comparison(self.shape).derived() | {
+            "low_leaf_products": Field((*one, blocks), Ring(digits.block(leaves, True).products, xor=True)),
+            "low_top_products": Field(one, Ring(digits.block(blocks, False).products, xor=True)),
+            "powers": Field((4, *self.shape), Z64),
+        }
+
+    def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
+        """See `derived`."""
+        blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
+        low = free["r"] & ((1 << (self.frac_bits + _WINDOW_BITS)) - 1)
+        power = scaled_exp(-low, self.frac_bits, _DEALT_BITS)
+        wraps, clips = free["beta"].to(torch.int64)
+        return Comparison(self.shape).derive(free, fixed) | {
+            "low_leaf_products": digits.products(free["low_leaf"], digits.block(leaves, True)),
+            "low_top_products": digits.products(free["low_top"], digits.block(blocks, False)),
+            "powers": torch.stack([power, wraps * power, clips * power, wraps * clips * power]),
+        }
+
+
+async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bits: int) -> SharedBits:
+    """XOR shares of [low < r mod 2^bits], [1, *shape]: the borrow of a subtraction mod 2^bits. As `below`, no sign."""
+    blocks, leaves = _low_layout(bits)
+    inner, outer = digits.block(leaves, True), digits.block(blocks, False)
+    leaf, top = correlation.mask("low_leaf"), correlation.mask("low_top")
+    count = bits // digits.DIGIT_BITS
+    lt = functional.pad(correlation["lt"][..., :count], (0, blocks * leaves - count))
+    words, tops = digits.leaves(low, (0,), 64, lt, ctx.first, leaf.share)
+    opened = (await ctx.open_masked(words, leaf)).value
+    words, high = digits.fold_blocks(
+        opened, leaf.share, correlation["low_leaf_products"], tops, ctx.first, inner, top.share
+    )
+    opened = (await ctx.open_masked(words, top)).value
+    no_sign = torch.zeros_like(correlation["msb"])
+    bit = digits.finish(
+        opened, top.share, correlation["low_top_products"], high, ctx.first, outer, low, (0,), 64, no_sign
+    )
+    return SharedBits(bit, BIT)
+
+
+async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None) -> Shared:
+    """Shares of e^x for x <= 0, with `frac_bits` fraction bits (default: x's).
+
+    Input: x at a scale of 8 to 24 fraction bits with -2^59 <= x < 2^59 (in units of its last place). Numbers up to
+    2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). Output: error below 1.3e-6 plus one
+    unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7 there).
+    How: c = x + r. Modulo 16, x is c - r or c - r - 16, as w = [c < r mod 16] says, so e^x is the dealt e^-r times
+    the public e^c or e^(c - 16). A scale that isn't a multiple of 4 bits is first refined to one (local, exact).
+    Opened: x - 2^-4 + r over Z_2^64; the words of `below` for the clip and those of the 20 low bits (2 blocks of 3
+    digits: 5 bits each, then 2); w and the clip xor beta.
+    Rounds 5; online 22 bytes per element and peer (22.5 above 20 fraction bits); offline 91 bytes at f = 16;
+    correlations `Exponential` and `Truncation`.
+    Source: DESIGN, section 3; e^x from dealt powers of the mask as in Kelkar et al. 2022 (secure Poisson regression),
+    with the borrow computed instead of a failure probability.
+    """
+    out_bits = x.frac_bits if frac_bits is None else frac_bits
+    x = x.rescaled(-(-x.frac_bits // digits.DIGIT_BITS) * digits.DIGIT_BITS)
+    f, window = x.frac_bits, x.frac_bits + _WINDOW_BITS
+    slack = 1 << (f - _SLACK_BITS)
+    correlation = ctx.correlation(Exponential(x.shape, f))
+    c = (await ctx.open(Shared(x.share - slack if ctx.first else x.share), correlation.mask("r"))).value
+    low = c & ((1 << window) - 1)
+    wraps, clips = await together(
+        _wrapped(ctx, low, correlation, window), below(ctx, Masked(c), (-(1 << window),), correlation, 64)
+    )
+    bits = SharedBits(torch.cat([wraps.share, clips.share]), BIT)
+    wrap, clip = (await ctx.open(bits, correlation.mask("beta"))).value != 0
+    # the multiplier is `at` + beta_0 `step`, what is kept of it 1 - clip = beta_1 or 1 - beta_1
+    down, up = (scaled_exp(low + slack + shift, f, _PUBLIC_BITS) for shift in (-(1 << window), 0))
+    at, step = torch.where(wrap, up, down), torch.where(wrap, down - up, up - down)
+    power, wrap_power, clip_power, both_power = correlation["powers"]
+    all_of_it, clipped = at * power + step * wrap_power, at * clip_power + step * both_power
+    # below 1.07 * 2^61, so it truncates safely
+    y = Shared(torch.where(clip, clipped, all_of_it - clipped), _DEALT_BITS + _PUBLIC_BITS)
+    return await truncate(ctx, y, y.frac_bits - out_bits)
