@@ -15,10 +15,11 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from mpcinfer.errors import InputError, UnsupportedError
-from mpcinfer.graph.fold import BATCH_NORMS, constant_value, fold_batch_norms
+from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.plan import plan_inference
 from mpcinfer.graph.program import REVEALS, Constant, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.nn import lookup, supported
+from mpcinfer.nn.shape import moves
 from mpcinfer.ring.codec import FixedPoint
 
 # position of the operand that may be a fixed weight
@@ -110,14 +111,15 @@ def _quiet_export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_sh
     with warnings.catch_warnings():
         # torch 2.13 warns of a class that it uses itself
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-        return export(model, inputs, dynamic_shapes=dynamic_shapes)
+        exported: ExportedProgram = export(model, inputs, dynamic_shapes=dynamic_shapes)
+        return exported
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
     """Without in-place operators and code whose results nobody uses; a new object."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-        functional = exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
     functional.graph.eliminate_dead_code()
     return functional
 
@@ -140,9 +142,8 @@ class _Translator:
         if self.missing:
             places = "; ".join(f"{op} at {', '.join(sorted(set(at)))}" for op, at in sorted(self.missing.items()))
             raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}")
-        self.results = self._outputs(exported)
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
-        self.nodes, self.tensors = fold_batch_norms(self.nodes, tensors, [r.name for r in self.results])
+        self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
         self.weights: set[str] = set()
         self.nodes = [self._laid_out(node) for node in self.nodes]
 
@@ -181,19 +182,17 @@ class _Translator:
         if op in _CHECKS:
             return
         if all(source.name in self.known for source in node.all_input_nodes):
-            value = constant_value(node, self.known)
-            if value is not None:
-                self.known[node.name] = value
-                if node.all_input_nodes and all(source.name in self.public for source in node.all_input_nodes):
-                    self.public.add(node.name)
-                return
-        if op not in BATCH_NORMS and lookup(op) is None:
+            self.known[node.name] = constant_value(node, self.known)
+            if node.all_input_nodes and all(source.name in self.public for source in node.all_input_nodes):
+                self.public.add(node.name)
+            return
+        if op != BATCH_NORM and lookup(op) is None:
             self.missing.setdefault(op, []).append(path)
             return
         self._check_dtype(node, op, path)
         args = tuple(_argument(a, op, path) for a in node.args)
         kwargs = {k: v for k, v in ((k, _argument(v, op, path)) for k, v in node.kwargs.items()) if v is not None}
-        if op in BATCH_NORMS and isinstance(node.args[0], fx.Node):
+        if op == BATCH_NORM and isinstance(node.args[0], fx.Node):
             kwargs["rank"] = node.args[0].meta["val"].dim()
         self.nodes.append(Node(node.name, op, args, kwargs, path))
 
@@ -203,11 +202,10 @@ class _Translator:
         made = [m for m in (meta if isinstance(meta, list | tuple) else [meta]) if isinstance(m, torch.Tensor)]
         from_integers = any(source.name in self.integers for source in node.all_input_nodes)
         if made and not any(m.dtype.is_floating_point for m in made):
-            rule = lookup(op)
-            if op not in _INTEGERS and not (from_integers and rule is not None and getattr(rule, "moves", False)):
+            if op not in _INTEGERS and not (from_integers and moves(op)):
                 raise UnsupportedError(f"{op} at {path}: yields {made[0].dtype}; secrets are floating point")
             self.integers.add(node.name)
-        elif from_integers:
+        elif made and from_integers:
             raise UnsupportedError(f"{op} at {path}: indices can be moved and returned, not computed with")
 
     def _outputs(self, exported: ExportedProgram) -> tuple[Ref, ...]:
@@ -236,6 +234,10 @@ class _Translator:
             stored = f"{args[1].name}.T"
             self.tensors[stored] = self.tensors[args[1].name].t()
             op, args[1] = "mpc.linear", Ref(stored)
+        if op == "aten.div.Tensor" and (divisor := self._tensor(args[1])) is not None:
+            inverse = f"{args[1].name}.inverse"
+            self.tensors[inverse] = 1 / divisor
+            op, args[1] = "aten.mul.Tensor", Ref(inverse)
         if op == "aten.mul.Tensor" and self._tensor(args[0]) is not None:
             args.reverse()
         for i, argument in enumerate(args):
@@ -260,7 +262,9 @@ class _Translator:
                 raise InputError(f"reveal={reveal!r} needs a model with one output; this one has {len(self.results)}")
             if self.results[0].name in self.integers:
                 raise InputError(f"reveal={reveal!r} needs a model that returns logits; this one returns indices")
-            op, *args = {"argmax": ("mpc.argmax",), "top-k": ("mpc.top_k", k), "probabilities": ("mpc.softmax",)}[reveal]
+            op, *args = {"argmax": ("mpc.argmax",), "top-k": ("mpc.top_k", k), "probabilities": ("mpc.softmax",)}[
+                reveal
+            ]
             self.nodes.append(Node("mpc.reveal", str(op), (self.results[0], *args), {}, f"reveal={reveal}"))
             self.results = (Ref("mpc.reveal"),)
             if reveal != "probabilities":

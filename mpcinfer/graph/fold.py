@@ -1,17 +1,20 @@
-"""Folding batch normalisation in evaluation mode into the layer before it, on plain weights, at deploy."""
+"""What is computed on plain weights at deploy: constants, and batch norms folded into the layer before them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.graph.program import Node, Ref, references
 
-BATCH_NORMS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
+# the functional form, which returns a tuple; its training twin has no protocol
+BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 _LAYERS = (
     "aten.conv1d.default",
     "aten.conv1d.padding",
@@ -22,31 +25,49 @@ _LAYERS = (
 Tensors = dict[str, torch.Tensor]
 
 
-def fold_batch_norms(nodes: list[Node], tensors: Tensors, results: list[str]) -> tuple[list[Node], Tensors]:
+def constant_value(node: fx.Node, known: Mapping[str, Any]) -> Any:
+    """What a node of an exported graph yields whose operands are all `known`: a tensor or a list of tensors."""
+    target = node.target
+    assert callable(target)
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        raise UnsupportedError(f"{target}: a model that draws random numbers")
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: known[operand.name])
+    try:
+        value = target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UnsupportedError(f"{target} of constants ({node.name}) cannot be computed before deploying") from error
+    if isinstance(value, list | tuple):
+        return [_double(part) for part in value]
+    return _double(value)
+
+
+def _double(x: Any) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise UnsupportedError(f"a constant of the model is a {type(x).__name__}, not a tensor")
+    return x.to(torch.float64) if x.dtype.is_floating_point else x
+
+
+def fold_batch_norms(
+    nodes: list[Node], tensors: Tensors, results: tuple[Ref, ...]
+) -> tuple[list[Node], Tensors, tuple[Ref, ...]]:
     """Replace every batch norm by new weights of the layer before it, or by one multiply-add where there is none.
 
-    `tensors` are the plain parameters by name. Returns new nodes and tensors.
+    `tensors` are the plain parameters by name. Returns new nodes, tensors and results.
     """
     tensors = dict(tensors)
     uses = Counter(r for node in nodes for r in references(node))
-    uses.update(results)
+    uses.update(r.name for r in results)
     by_name = {node.name: i for i, node in enumerate(nodes)}
     out: list[Node | None] = list(nodes)
     renamed: dict[str, str] = {}
     for i, node in enumerate(nodes):
-        if node.op not in BATCH_NORMS:
+        if node.op != BATCH_NORM:
             continue
         gain, shift = _affine(node, tensors)
         source = node.args[0]
         layer_at = by_name.get(source.name) if isinstance(source, Ref) else None
         layer = out[layer_at] if layer_at is not None else None
-        if (
-            layer is not None
-            and layer_at is not None
-            and layer.op in _LAYERS
-            and uses[layer.name] == 1
-            and _own(layer, tensors)
-        ):
+        if layer is not None and layer_at is not None and uses[layer.name] == 1 and _takes(layer, _dims(node), tensors):
             out[layer_at] = _into(layer, gain, shift, tensors)
             out[i] = None
             renamed[node.name] = layer.name
@@ -56,7 +77,8 @@ def fold_batch_norms(nodes: list[Node], tensors: Tensors, results: list[str]) ->
             tensors[f"{node.name}.shift"] = shift.reshape(column)
             args = (node.args[0], Ref(f"{node.name}.gain"), Ref(f"{node.name}.shift"))
             out[i] = Node(node.name, "mpc.affine", args, {}, node.path)
-    return _without_getitems(out, {n.name for n in nodes if n.op == BATCH_NORMS[0]}, renamed), tensors
+    kept = _without_getitems(out, {n.name for n in nodes if n.op == BATCH_NORM}, renamed)
+    return kept, tensors, _renamed(results, renamed)
 
 
 def _dims(node: Node) -> int:
@@ -67,19 +89,23 @@ def _dims(node: Node) -> int:
 def _affine(node: Node, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """The gain and shift that a batch norm is in evaluation mode."""
     args = list(node.args)
-    eps = args[-2] if node.op == BATCH_NORMS[1] else args[-1]
-    if node.op == BATCH_NORMS[1] and args[5]:
-        raise UnsupportedError(f"batch norm in training mode at {node.path}: call model.eval() before deploying")
-    known = [tensors.get(a.name) if isinstance(a, Ref) else None for a in args[1:5]]
-    weight, bias, mean, variance = known
+    unknown = [a for a in args[1:5] if isinstance(a, Ref) and a.name not in tensors]
+    if unknown:
+        raise UnsupportedError(f"batch norm at {node.path} with statistics or gains that depend on the input")
+    weight, bias, mean, variance = (tensors[a.name] if isinstance(a, Ref) else None for a in args[1:5])
     if mean is None or variance is None:
         raise UnsupportedError(f"batch norm without running statistics at {node.path}")
-    gain = (torch.ones_like(mean) if weight is None else weight) / torch.sqrt(variance + float(eps))
+    gain = (torch.ones_like(mean) if weight is None else weight) / torch.sqrt(variance + float(args[-1]))
     return gain, (torch.zeros_like(mean) if bias is None else bias) - mean * gain
 
 
-def _own(layer: Node, tensors: Tensors) -> bool:
-    return isinstance(layer.args[1], Ref) and layer.args[1].name in tensors
+def _takes(layer: Node, rank: int, tensors: Tensors) -> bool:
+    """Whether the channels of a batch norm on a tensor of this rank are the layer's outputs, and its weights known."""
+    if layer.op not in _LAYERS:
+        return False
+    parameters = [a for a in layer.args[1:3] if isinstance(a, Ref)]
+    # after a linear layer on [N, C, in] the batch norm's channels are C, not the outputs
+    return all(a.name in tensors for a in parameters) and tensors[parameters[0].name].dim() == rank
 
 
 def _into(layer: Node, gain: torch.Tensor, shift: torch.Tensor, tensors: Tensors) -> Node:

@@ -51,12 +51,12 @@ async def _evaluate(node: Node, ctx: Context, values: Mapping[str, Any]) -> Any:
         raise UnsupportedError(f"{node.op} at {node.path or node.name}: {error}") from error
     except MpcInferError:
         raise
-    except (TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ShapeError(f"{node.op} at {node.path or node.name}: the shapes do not fit") from error
+    except Exception as error:  # arguments that no model of this operator's documentation has
         raise UnsupportedError(
             f"{node.op} at {node.path or node.name}: called in a way that is not supported"
         ) from error
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ShapeError(f"{node.op} at {node.path or node.name}: the shapes do not fit") from error
 
 
 def _resolve(x: Any, values: Mapping[str, Any]) -> Any:
@@ -79,7 +79,7 @@ def check_inputs(program: Program, shapes: Sequence[tuple[int, ...]]) -> None:
         if not fits:
             wanted = ", ".join("batch" if s == -1 else str(s) for s in declared.shape)
             raise ShapeError(
-                f"input {declared.name!r} has shape {list(shape)}, the model takes [{wanted}] with every size at least 1"
+                f"input {declared.name!r} has shape {list(shape)}, the model takes [{wanted}], every size at least 1"
             )
         batch |= {got for want, got in zip(declared.shape, shape, strict=True) if want == -1}
     if len(batch) > 1:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpcinfer.errors import InputError
+from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS
 
 REVEALS = ("logits", "probabilities", "top-k", "argmax")
 FORMAT = 1
+MAX_DEPTH = 4  # of lists in an argument
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,10 @@ class Parameter(Value):
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Value):
     """A public tensor: integers at scale 2^frac_bits, row-major."""
 
-    name: str
-    shape: tuple[int, ...]
-    frac_bits: int
-    data: tuple[int, ...]
+    data: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,14 @@ class Program:
     @property
     def size(self) -> int:
         """Number of secret parameters."""
-        return sum(_count(p.shape) for p in self.parameters)
+        return sum(math.prod(p.shape) for p in self.parameters)
 
     def to_bytes(self) -> bytes:
         """JSON with one spelling."""
         data = {"format": FORMAT, **asdict(self)}
-        data["nodes"] = [[n.name, n.op, _plain(n.args), _plain(n.kwargs), n.path] for n in self.nodes]
+        data["nodes"] = [
+            [n.name, n.op, _plain(n.args), {k: _plain(v) for k, v in n.kwargs.items()}, n.path] for n in self.nodes
+        ]
         data["results"] = [r.name for r in self.results]
         return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
@@ -90,26 +92,22 @@ class Program:
             if raw.pop("format") != FORMAT:
                 raise InputError("the program has another format; deploy with the version the parties run")
             program = Program(
-                frac_bits=int(raw["frac_bits"]),
-                inputs=tuple(Value(v["name"], _shape(v["shape"]), int(v["frac_bits"])) for v in raw["inputs"]),
-                parameters=tuple(
-                    Parameter(v["name"], _shape(v["shape"]), int(v["frac_bits"]), bool(v["weight"]))
-                    for v in raw["parameters"]
-                ),
+                frac_bits=_integer(raw.pop("frac_bits")),
+                inputs=tuple(Value(**_declared(v)) for v in raw.pop("inputs")),
+                parameters=tuple(Parameter(**_declared(v), weight=_flag(v["weight"])) for v in raw.pop("parameters")),
                 constants=tuple(
-                    Constant(v["name"], _shape(v["shape"]), int(v["frac_bits"]), tuple(int(x) for x in v["data"]))
-                    for v in raw["constants"]
+                    Constant(**_declared(v), data=tuple(map(_integer, v["data"]))) for v in raw.pop("constants")
                 ),
-                nodes=tuple(
-                    Node(n, op, tuple(_refs(args)), _refs(kwargs), path) for n, op, args, kwargs, path in raw["nodes"]
-                ),
-                results=tuple(Ref(str(r)) for r in raw["results"]),
-                outputs=tuple(Value(v["name"], _shape(v["shape"]), int(v["frac_bits"])) for v in raw["outputs"]),
-                reveal=str(raw["reveal"]),
+                nodes=tuple(_node(*parts) for parts in raw.pop("nodes")),
+                results=tuple(Ref(_text(r)) for r in raw.pop("results")),
+                outputs=tuple(Value(**_declared(v)) for v in raw.pop("outputs")),
+                reveal=_text(raw.pop("reveal")),
             )
+            if raw:
+                raise ValueError("unknown fields")
+            program.check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError("this is not a program") from error
-        program.check()
         return program
 
     def digest(self) -> bytes:
@@ -117,7 +115,7 @@ class Program:
         return hashlib.sha256(self.to_bytes()).digest()
 
     def check(self) -> None:
-        """Every name is defined once and before it is used; InputError otherwise."""
+        """Every name is defined once and before it is used, sizes and scales are possible; InputError otherwise."""
         known: set[str] = set()
         for name in [v.name for v in (*self.inputs, *self.parameters, *self.constants)]:
             if name in known:
@@ -128,8 +126,20 @@ class Program:
             if missing or node.name in known:
                 raise InputError(f"node {node.name!r} of the program is out of order")
             known.add(node.name)
-        if any(r.name not in known for r in self.results) or self.reveal not in REVEALS:
+        if not all(r.name in known for r in self.results) or len(self.outputs) != len(self.results):
             raise InputError("the program's results are not defined")
+        if self.reveal not in REVEALS or not MIN_FRAC_BITS <= self.frac_bits <= MAX_FRAC_BITS:
+            raise InputError("the program's declaration of what it reveals, or of its fixed point, is impossible")
+        values = (*self.inputs, *self.parameters, *self.constants, *self.outputs)
+        if any(v.frac_bits not in (0, self.frac_bits) for v in values):
+            raise InputError("the program mixes fixed-point scales")
+        if any(s < 0 for v in (*self.parameters, *self.constants) for s in v.shape):
+            raise InputError("a parameter of the program has no definite size")
+        if any(s < -1 for v in values for s in v.shape):
+            raise InputError("a shape has a negative size")
+        for c in self.constants:
+            if len(c.data) != math.prod(c.shape) or not all(-(1 << 62) < x < 1 << 62 for x in c.data):
+                raise InputError(f"the values of {c.name!r} do not fit its shape")
 
 
 def references(node: Node) -> list[str]:
@@ -150,18 +160,33 @@ def references(node: Node) -> list[str]:
     return found
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError("not a string")
+    return x
 
 
-def _shape(raw: Any) -> tuple[int, ...]:
-    shape = tuple(int(s) for s in raw)
-    if any(s < -1 for s in shape):
-        raise InputError("a shape has a negative size")
-    return shape
+def _integer(x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError("not an integer")
+    return x
+
+
+def _flag(x: Any) -> bool:
+    if not isinstance(x, bool):
+        raise TypeError("not a flag")
+    return x
+
+
+def _declared(raw: Any) -> dict[str, Any]:
+    shape = tuple(map(_integer, raw["shape"]))
+    return {"name": _text(raw["name"]), "shape": shape, "frac_bits": _integer(raw["frac_bits"])}
+
+
+def _node(name: Any, op: Any, args: Any, kwargs: Any, path: Any) -> Node:
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise TypeError("not a node")
+    return Node(_text(name), _text(op), tuple(map(_refs, args)), {k: _refs(v) for k, v in kwargs.items()}, _text(path))
 
 
 def _plain(x: Any) -> Any:
@@ -169,14 +194,21 @@ def _plain(x: Any) -> Any:
         return {"$": x.name}
     if isinstance(x, list | tuple):
         return [_plain(item) for item in x]
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
     if x is None or isinstance(x, bool | int | float | str):
         return x
     raise InputError(f"a program cannot carry a {type(x).__name__}")
 
 
-def _refs(x: Any) -> Any:
+def _refs(x: Any, depth: int = 0) -> Any:
+    """The inverse of `_plain` for one argument."""
     if isinstance(x, dict):
-        return Ref(x["$"]) if set(x) == {"$"} else {k: _refs(v) for k, v in x.items()}
-    return [_refs(item) for item in x] if isinstance(x, list) else x
+        if set(x) != {"$"}:
+            raise ValueError("not a reference")
+        return Ref(_text(x["$"]))
+    if isinstance(x, list):
+        if depth == MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        return [_refs(item, depth + 1) for item in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        raise ValueError("not a finite number")
+    return x

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import encode
+from mpcinfer.nn.elementwise import encode, factor_bits
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
@@ -46,7 +46,7 @@ async def relu6(ctx: Context, x: Shared) -> Shared:
 @operator("aten.leaky_relu.default")
 async def leaky_relu(ctx: Context, x: Shared, negative_slope: float = 0.01) -> Shared:
     """x where x >= 0, else negative_slope * x: ReLU, then one truncation."""
-    bits = min(x.frac_bits + 8, 30)
+    bits = factor_bits(x.frac_bits)
     slope = encode(negative_slope, bits)
     positive = await select.relu(ctx, x)
     # slope x + (1 - slope) relu(x)
@@ -65,11 +65,3 @@ async def threshold(ctx: Context, x: Shared, limit: float, value: float) -> Shar
     """x where x > limit, else value."""
     at = encode(limit, x.frac_bits) + 1
     return await select.piecewise_linear(ctx, x, (at,), (0, 1), (encode(value, x.frac_bits), 0))
-
-
-@operator("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
-async def dropout(ctx: Context, x: Shared, p: float = 0.5, train: bool = False) -> Shared:
-    """The identity; refused in training mode."""
-    if train:
-        raise UnsupportedError("dropout in training mode: call model.eval() before deploying")
-    return x

@@ -35,12 +35,17 @@ def add_public(ctx: Context, x: Shared, constant: int | torch.Tensor) -> Shared:
     return Shared(share, x.frac_bits)
 
 
+def factor_bits(frac_bits: int) -> int:
+    """Fraction bits of a public factor: more than the secret has, so that small factors keep their precision, but
+    products below 2^14 must stay below 2^62 with the secret's and the factor's fraction bits."""
+    return min(frac_bits + 8, 48 - frac_bits)
+
+
 async def scale(ctx: Context, x: Shared, factor: Number) -> Shared:
     """x times a public number; integers cost nothing, others one truncation."""
     if float(factor).is_integer() and abs(factor) < 1 << 20:
         return x.times(int(factor))
-    # as many fraction bits as leave the product room, so that small factors keep their precision
-    bits = min(x.frac_bits + 8, 30)
+    bits = factor_bits(x.frac_bits)
     return await truncate(ctx, Shared(x.share * encode(factor, bits), x.frac_bits + bits), bits)
 
 
@@ -74,8 +79,9 @@ async def total(ctx: Context, x: Any, y: Any, factor: Number) -> Any:
     if not isinstance(x, Shared):
         raise UnsupportedError("a sum of constants should be computed before deploying")
     if isinstance(y, Public):
-        aligned = y.value << (x.frac_bits - y.frac_bits)
-        return add_public(ctx, x, aligned * encode(factor, 0))
+        if not float(factor).is_integer():
+            raise UnsupportedError("a public tensor times a fractional alpha")
+        return add_public(ctx, x, (y.value << (x.frac_bits - y.frac_bits)) * int(factor))
     return add_public(ctx, x, encode(y * factor, x.frac_bits))
 
 
@@ -119,9 +125,11 @@ async def div(ctx: Context, x: Any, y: Any) -> Any:
     raise UnsupportedError("division is supported by a public non-zero number only")
 
 
-@operator("aten.square.default")
-async def squared(ctx: Context, x: Shared) -> Shared:
+@operator("aten.square.default", "aten.pow.Tensor_Scalar")
+async def squared(ctx: Context, x: Shared, exponent: Number = 2) -> Shared:
     """x * x."""
+    if exponent != 2:
+        raise UnsupportedError("powers are supported for exponent 2 only")
     z: Shared = await product(ctx, x, x)
     return z
 

@@ -74,7 +74,14 @@ async def _conv(
 
 @operator("aten.conv2d.default", "aten.conv2d.padding")
 async def conv2d(
-    ctx: Context, x: Shared, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ctx: Context,
+    x: Shared,
+    w: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Shared:
     """Two-dimensional convolution."""
     return await _conv(ctx, x, w, bias, stride, padding, dilation, groups, 2)
@@ -82,7 +89,14 @@ async def conv2d(
 
 @operator("aten.conv1d.default", "aten.conv1d.padding")
 async def conv1d(
-    ctx: Context, x: Shared, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ctx: Context,
+    x: Shared,
+    w: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Shared:
     """One-dimensional convolution."""
     return await _conv(ctx, x, w, bias, stride, padding, dilation, groups, 1)

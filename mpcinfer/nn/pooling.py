@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from mpcinfer.errors import UnsupportedError
+from mpcinfer.nn.elementwise import factor_bits
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.tournament import maximum_along
@@ -59,7 +60,13 @@ async def _max_pool(
 
 @operator("aten.max_pool2d.default")
 async def max_pool2d(
-    ctx: Context, x: Shared, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    ctx: Context,
+    x: Shared,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
 ) -> Shared:
     """Maximum over windows of the last two axes."""
     return await _max_pool(ctx, x, kernel, stride, padding, dilation, ceil_mode, 2)
@@ -67,7 +74,13 @@ async def max_pool2d(
 
 @operator("aten.max_pool1d.default")
 async def max_pool1d(
-    ctx: Context, x: Shared, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    ctx: Context,
+    x: Shared,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
 ) -> Shared:
     """Maximum over windows of the last axis."""
     return await _max_pool(ctx, x, kernel, stride, padding, dilation, ceil_mode, 1)
@@ -76,14 +89,13 @@ async def max_pool1d(
 async def divide(ctx: Context, x: Shared, counts: int | torch.Tensor) -> Shared:
     """x / counts for public counts (a number or a tensor that broadcasts): one truncation, or none for 1.
 
-    The reciprocal has frac_bits + 8 bits, so an average of numbers below 2^(62 - 2 frac_bits - 8) is right to 1 ULP
-    or a relative 2^-(frac_bits + 8).
+    Averages below 2^14 are right to 1 ULP or a relative 2^-(frac_bits + 8), 2^-(48 - frac_bits) if that is more.
     """
     if isinstance(counts, int) and counts & (counts - 1) == 0:
         shift = counts.bit_length() - 1
         y = await truncate(ctx, x, shift)
         return Shared(y.share, x.frac_bits)
-    bits = min(x.frac_bits + 8, 30)
+    bits = factor_bits(x.frac_bits)
     exact = torch.as_tensor(counts, dtype=torch.int64)
     reciprocal = ((1 << bits) + exact // 2) // exact  # integers only: the same at every party
     y = await truncate(ctx, Shared(x.share * reciprocal.to(x.share.device), x.frac_bits + bits), bits)
@@ -91,7 +103,15 @@ async def divide(ctx: Context, x: Shared, counts: int | torch.Tensor) -> Shared:
 
 
 async def _avg_pool(
-    ctx: Context, x: Shared, kernel: Any, stride: Any, padding: Any, ceil_mode: bool, include_pad: bool, divisor: Any, dims: int
+    ctx: Context,
+    x: Shared,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    include_pad: bool,
+    divisor: Any,
+    dims: int,
 ) -> Shared:
     if ceil_mode:
         raise UnsupportedError("pooling with ceil_mode=True")
@@ -127,7 +147,13 @@ async def avg_pool2d(
 
 @operator("aten.avg_pool1d.default")
 async def avg_pool1d(
-    ctx: Context, x: Shared, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True
+    ctx: Context,
+    x: Shared,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
 ) -> Shared:
     """Mean over windows of the last axis."""
     return await _avg_pool(ctx, x, kernel, stride, padding, ceil_mode, count_include_pad, None, 1)

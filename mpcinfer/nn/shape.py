@@ -9,18 +9,18 @@ from torch.nn import functional
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import encode
-from mpcinfer.nn.registry import Rule, operator
+from mpcinfer.nn.registry import Rule, lookup, operator
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.types import Public, Shared
 
 _MOVES = """
-    view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int permute.default transpose.int t.default
+    view.default _unsafe_view.default permute.default transpose.int t.default
     squeeze.default squeeze.dim squeeze.dims unsqueeze.default expand.default repeat.default select.int slice.Tensor
-    flip.default roll.default movedim.int movedim.intlist narrow.default repeat_interleave.self_int
+    flip.default roll.default repeat_interleave.self_int
     alias.default detach.default pixel_shuffle.default diagonal.default
 """
-_MANY = "chunk.default split.Tensor split.sizes split_with_sizes.default unbind.int"
-_SAME = "contiguous.default clone.default _to_copy.default to.dtype to.device lift_fresh_copy.default"
+_MANY = "split.Tensor split_with_sizes.default unbind.int"
+_SAME = "clone.default _to_copy.default"
 
 
 def _aten(name: str) -> Any:
@@ -61,6 +61,13 @@ async def _same(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
+def moves(name: str) -> bool:
+    """Whether the operator only moves elements, so that it may be applied to integers too."""
+    return (
+        lookup(name) is not None and name.removeprefix("aten.") in f"{_MOVES} {_MANY} {_SAME} _operator.getitem".split()
+    )
+
+
 for _name in _MOVES.split():
     if _aten(_name) is not None:
         operator(f"aten.{_name}")(_move(_name))
@@ -90,7 +97,9 @@ def _joined(tensors: list[Shared], join: Any) -> Shared:
 
 
 @operator("aten.constant_pad_nd.default", "aten.pad.default")
-async def pad(ctx: Context, x: Shared, padding: list[int], *rest: Any, mode: str = "constant", value: Any = None) -> Shared:
+async def pad(
+    ctx: Context, x: Shared, padding: list[int], *rest: Any, mode: str = "constant", value: Any = None
+) -> Shared:
     """Padding with a public constant, or reflecting, replicating, wrapping around."""
     for extra in rest:  # constant_pad_nd has (pad, value), pad has (pad, mode, value)
         if isinstance(extra, str):
