@@ -82,7 +82,7 @@ def unsigned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def pack(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:
     """`values` (1-D integers; the low k bits count) as a little-endian bit string of ceil(size * k / 8) bytes."""
     if k == 1:
-        return np.packbits(values.view(np.uint8).reshape(values.size, -1)[:, 0] & 1, bitorder="little")
+        return np.packbits((values & 1).astype(np.uint8, copy=False), bitorder="little")
     words = np.empty((values.size * k + 31) // 32, np.uint32)
     _pack(unsigned(values), k, words)
     return words.view(np.uint8)[: (values.size * k + 7) // 8]
