@@ -192,7 +192,9 @@ class Connection:
         endpoint = self.cluster.parties[index]
         error = channel.from_rpc_error(call, f"{endpoint.role} at {endpoint.address}")
         if call.code() is grpc.StatusCode.UNAVAILABLE:
-            # The party went away, or shows a new certificate: what comes next is checked from scratch.
+            if type(error) is UnavailableError and not call.trailing_metadata():  # gRPC speaks, not the party
+                error = UnavailableError(f"{endpoint.role} at {endpoint.address} has gone away; start it (again)")
+            # It may come back with another certificate: what comes next is checked from scratch.
             with self._lock:
                 if self._links[index] is link:
                     self._links[index] = None
