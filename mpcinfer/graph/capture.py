@@ -18,6 +18,7 @@ from mpcinfer.errors import InputError, UnsupportedError
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.plan import plan_inference
 from mpcinfer.graph.program import REVEALS, Constant, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.reorder import pool_before_relu
 from mpcinfer.nn import lookup, supported
 from mpcinfer.nn.shape import moves
 from mpcinfer.ring.codec import FixedPoint
@@ -38,6 +39,8 @@ _WEIGHT_AT = {
 _TAKES_PUBLIC = ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.mul.Tensor")
 # what argmax yields is an integer, and may only be moved
 _INTEGERS = ("aten.argmax.default",)
+# over the last axis these are mpc.softmax, which `reveal` recognises
+_SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 # checks of sizes and dtypes that export adds; they compute nothing
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default")
 
@@ -144,6 +147,7 @@ class _Translator:
             raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}")
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
         self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
+        self.nodes = pool_before_relu(self.nodes, [r.name for r in self.results])
         self.weights: set[str] = set()
         self.nodes = [self._laid_out(node) for node in self.nodes]
 
@@ -194,6 +198,8 @@ class _Translator:
         kwargs = {k: v for k, v in ((k, _argument(v, op, path)) for k, v in node.kwargs.items()) if v is not None}
         if op == BATCH_NORM and isinstance(node.args[0], fx.Node):
             kwargs["rank"] = node.args[0].meta["val"].dim()
+        if op in _SOFTMAX and args[1] in (-1, node.meta["val"].dim() - 1):
+            op, args, kwargs = "mpc.softmax", args[:1], {}
         self.nodes.append(Node(node.name, op, args, kwargs, path))
 
     def _check_dtype(self, node: fx.Node, op: str, path: str) -> None:
@@ -265,7 +271,8 @@ class _Translator:
             op, *args = {"argmax": ("mpc.argmax",), "top-k": ("mpc.top_k", k), "probabilities": ("mpc.softmax",)}[
                 reveal
             ]
-            self.nodes.append(Node("mpc.reveal", str(op), (self.results[0], *args), {}, f"reveal={reveal}"))
+            logits = self._logits(self.results[0])
+            self.nodes.append(Node("mpc.reveal", str(op), (logits, *args), {}, f"reveal={reveal}"))
             self.results = (Ref("mpc.reveal"),)
             if reveal != "probabilities":
                 self.integers.add("mpc.reveal")
@@ -286,6 +293,16 @@ class _Translator:
         )
         draft.check()
         return _with_output_shapes(draft)
+
+    def _logits(self, result: Ref) -> Ref:
+        """The argument of a softmax that ends the model, which then goes: `reveal` applies its own or needs none, and
+        small probabilities, unlike logits, round to ties."""
+        last = next((node for node in self.nodes if node.name == result.name), None)
+        if last is None or last.op != "mpc.softmax" or any(result.name in references(node) for node in self.nodes):
+            return result
+        self.nodes.remove(last)
+        logits: Ref = last.args[0]
+        return logits
 
     def _frac_bits(self, name: str) -> int:
         return 0 if name in self.integers else self.codec.frac_bits
