@@ -224,7 +224,7 @@ def advantage(a: View, b: View, runs: int) -> tuple[float, float]:
     x = np.concatenate([_features(a, runs), _features(b, runs)]).astype(np.float32) - np.float32(0.5)
     y = np.repeat([0, 1], runs)
     train = np.tile(np.arange(runs) % 2 == 0, 2)
-    model = LogisticRegression(C=1e-3, tol=1e-3, max_iter=1000).fit(x[train], y[train])
+    model = LogisticRegression(C=1e-3, max_iter=1000).fit(x[train], y[train])
     held_out = runs // 2
     sigma = ((2 * held_out + 1) / (12 * held_out * held_out)) ** 0.5
     return float(roc_auc_score(y[~train], model.decision_function(x[~train]))), sigma

@@ -93,7 +93,7 @@ def to_json(item: Kind) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> Kind:
     """The inverse of `to_json`; InputError for anything that isn't a known kind with its own parameters."""
     arguments = dict(data)
-    cls = _KINDS.get(arguments.pop("kind", ""))
+    cls = _KINDS.get(str(arguments.pop("kind", "")))
     if cls is None:
         raise InputError("the plan names an unknown kind of correlation; all processes must run the same version")
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

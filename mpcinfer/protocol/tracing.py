@@ -67,7 +67,7 @@ class Cost:
 class _Recorder:
     def __init__(self) -> None:
         self.entries: dict[str, Kind] = {}
-        self.masks: list[Mask] = []
+        self.masks: dict[str, Mask] = {}  # by label, which is unique as the names of correlations are
 
     def draw(self, name: str, item: Kind) -> Tensors:
         if name in self.entries:
@@ -92,7 +92,7 @@ class TracingContext(Context):
     def correlation(self, item: Kind) -> Correlation:
         """As in Context; keeps the masks to check that each was used."""
         drawn = super().correlation(item)
-        self._recorder.masks.extend(drawn.masks())
+        self._recorder.masks |= {mask.label: mask for mask in drawn.masks()}
         return drawn
 
 
@@ -106,16 +106,26 @@ def trace(
     """The plan and the cost of `protocol(ctx)` on meta tensors, and its result; ProtocolError if a mask is misused."""
     recorder = _Recorder()
     cost = Cost()
+    opened: set[str] = set()
+
+    def check(opening: Opening) -> None:
+        mask = recorder.masks.get(opening.label)
+        if mask is None or opening.label in opened:
+            raise ProtocolError(f"opening {opening.label} has no mask of its own")
+        if mask.ring != opening.ring or mask.share.shape != opening.masked.shape:
+            raise ProtocolError(f"opening {opening.label} has another ring or shape than its mask: it would leak")
+        opened.add(opening.label)
 
     def exchange(batch: list[Opening]) -> list[torch.Tensor]:
         cost.rounds += 1
         for opening in batch:
+            check(opening)
             cost.bytes_sent += opening.ring.packed_bytes(opening.masked.numel()) * (parties - 1)
             cost.openings[opening.label.partition(":")[2]] += 1
         return [torch.empty(o.masked.shape, dtype=o.ring.dtype, device="meta") for o in batch]
 
     result = drive(protocol(TracingContext(recorder, parties, weights or {})), exchange)
-    unused = [mask.label for mask in recorder.masks if not mask.used]
+    unused = [label for label in recorder.masks if label not in opened]
     if unused:
         raise ProtocolError(f"masks that hide nothing: {', '.join(unused[:5])}")
     return Plan(tuple(recorder.entries.items()), deployment), cost, result

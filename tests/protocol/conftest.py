@@ -85,7 +85,13 @@ def on_meta(x: Input) -> Shared:
 @pytest.fixture
 def run(parties: int, world: Callable[..., LocalWorld]) -> Callable[..., Ran]:
     """run(protocol, *inputs): trace it and run it at all parties; both must agree on every cost and opening."""
-    return lambda protocol, *inputs, **rest: run_both_ways(world(parties), protocol, *inputs, **rest)
+    return lambda protocol, *inputs: run_both_ways(world(parties), protocol, *inputs)
+
+
+@pytest.fixture
+def run_in() -> Callable[..., Ran]:
+    """run_in(world, protocol, *inputs, weights=...): the same, in a world that is there already."""
+    return run_both_ways
 
 
 def run_both_ways(
