@@ -17,11 +17,12 @@ _EXP_BITS = 24
 
 @operator("mpc.softmax")
 async def softmax(ctx: Context, x: Shared) -> Shared:
-    """Softmax over the last axis: [*S, k] -> [*S, k], k <= 2^17. Error below 5e-5 plus one unit in the last place.
+    """Softmax over the last axis: [*S, k] -> [*S, k]. Error below 5e-5 plus one unit in the last place.
 
     The maximum, x minus it, e^x, the sum, one reciprocal a row, the product, a truncation. Differences within a row
-    must stay below 2^59 units in the last place. Rounds 4 ceil(log2 k) + 15; online about 50.4 bytes per element and
-    peer, and 56 + 8.75 ceil(log2 k) per row; openings: those of the protocols named.
+    must stay below 2^59 units in the last place.
+    Rounds 4 ceil(log2 k) + 15; online 50.4 bytes per element and peer, and 48 + 8.75 ceil(log2 k) per row (51.2 per
+    element for k = 128); offline 173 bytes per element for k = 128; openings: those of the protocols named.
     """
     top = await maximum_along(ctx, x)
     powers = await exp_nonpositive(ctx, x - top.map(lambda t: t.unsqueeze(-1)), max(_EXP_BITS, x.frac_bits))

@@ -1,0 +1,131 @@
+"""1/x over many octaves, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+
+from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.inverse import inverse_polynomial, reciprocal
+from mpcinfer.protocol.local import LocalWorld
+from mpcinfer.protocol.types import Shared
+from tests.openings import assert_differences, assert_uniform, observe, seed
+from tests.protocol.conftest import Ran
+
+Worlds = Callable[..., LocalWorld]
+RELATIVE = 4e-5
+
+
+def over(low: int, high: int, frac_bits: int = 30) -> Callable[[Context, Shared], object]:
+    return lambda ctx, x: reciprocal(ctx, x, low=low, high=high, frac_bits=frac_bits)
+
+
+def decoded(world: LocalWorld, protocol: Callable[..., object], x: torch.Tensor, frac_bits: int) -> torch.Tensor:
+    shares = world.run(protocol, world.share(x, frac_bits))  # type: ignore[arg-type]
+    return world.reveal(shares).double() / 2.0 ** shares[0].frac_bits
+
+
+def assert_close(got: torch.Tensor, x: torch.Tensor, frac_bits: int, out_bits: int = 30) -> None:
+    want = 2.0**frac_bits / x.double()
+    assert float(((got - want).abs() - RELATIVE * want).max()) <= 2.0**-out_bits
+
+
+def grid(low: int, high: int, frac_bits: int, count: int) -> torch.Tensor:
+    """As many numbers in each octave, and every power of two, every cut, and their neighbours."""
+    x = torch.round(torch.exp2(torch.linspace(low, high, count, dtype=torch.float64) + frac_bits)).to(torch.int64)
+    edges = [t << (frac_bits + k) for k in range(low, high) for t in (1, 2)]
+    edges += [(181 << (frac_bits + k)) >> 7 for k in range(low, high)]
+    near = torch.tensor([e + i for e in edges for i in (-1, 0, 1, 2)])
+    return torch.cat([x, near[(near >= 1 << (frac_bits + low)) & (near <= 1 << (frac_bits + high))]])
+
+
+@pytest.mark.parametrize(("degree", "bound"), [(1, Fraction(1, 3)), (3, Fraction(1, 3)), (4, Fraction(11, 64))])
+def test_polynomial_is_the_best_one(degree: int, bound: Fraction) -> None:
+    """The residual equioscillates degree + 2 times: nothing of that degree is better."""
+    p = inverse_polynomial(degree, bound)
+    assert len(p) == degree + 1
+    h = torch.linspace(-float(bound), float(bound), 100_001, dtype=torch.float64)
+    residual = 1 - (1 - h) * sum(float(a) * h**j for j, a in enumerate(p))
+    worst = float(residual.abs().max())
+    extreme = residual[residual.abs() > worst * (1 - 1e-6)].sign()
+    assert int((extreme[1:] != extreme[:-1]).sum()) == degree + 1
+
+
+def test_default_range(world: Worlds, parties: int) -> None:
+    """The error is also below what issue 3 asks: 1e-3 |y| or 2 units in the last place."""
+    x = grid(-8, 20, 16, 10_000)
+    got = decoded(world(parties), reciprocal, x, 16)
+    assert_close(got, x, 16)
+    want = 2.0**16 / x.double()
+    assert bool(((got - want).abs() <= torch.clamp(1e-3 * want, min=2 * 2.0**-30)).all())
+
+
+@pytest.mark.parametrize(
+    ("frac_bits", "low", "high", "out_bits"),
+    [
+        (8, -8, 20, 30),
+        (24, -8, 20, 30),
+        (24, 0, 7, 30),
+        (16, 0, 1, 30),
+        (8, -8, -7, 24),
+        (16, -16, -8, 28),
+        (16, 0, 30, 60),
+    ],
+)
+def test_other_ranges_and_scales(world: Worlds, frac_bits: int, low: int, high: int, out_bits: int) -> None:
+    x = grid(low, high, frac_bits, 3000)
+    assert_close(decoded(world(2), over(low, high, out_bits), x, frac_bits), x, frac_bits, out_bits)
+
+
+def test_every_number_of_an_octave(world: Worlds) -> None:
+    x = torch.arange(1 << 16, (2 << 16) + 1)
+    assert_close(decoded(world(3), over(0, 2), x, 16), x, 16)
+
+
+def test_outside_the_range_the_nearer_end_counts(world: Worlds, parties: int) -> None:
+    low = torch.tensor([256, 255, 1, 0, -1, -(2**36), -(2**62)])
+    high = torch.tensor([2**36, 2**36 + 1, 2**40, 2**62])
+    assert_close(decoded(world(parties), reciprocal, low, 16), torch.full_like(low, 256), 16)
+    assert_close(decoded(world(parties, "high"), reciprocal, high, 16), torch.full_like(high, 2**36), 16)
+
+
+@pytest.mark.parametrize("low, high, frac_bits", [(-17, 0, 30), (3, 3, 30), (0, 40, 30), (-16, 38, 30), (-8, 20, 53)])
+def test_impossible_ranges(world: Worlds, low: int, high: int, frac_bits: int) -> None:
+    with pytest.raises(ValueError, match="no reciprocals over"):
+        decoded(world(2), over(low, high, frac_bits), torch.ones(1, dtype=torch.int64), 16)
+
+
+def test_costs(run: Callable[..., Ran]) -> None:
+    x = (torch.arange(16).reshape(2, 8) + 1) << 16
+    ran = run(reciprocal, (x, 16))
+    thresholds = 57
+    comparison = 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
+    rest = 4 * (64 + 28) + (64 + 37) + 64 + (64 + 22)  # powers, truncation, triple, truncation
+    ran.costs(8, 16 * 48 + thresholds * 16 * 35 // 8, 16 * (comparison + rest) // 8)
+    assert ran.frac_bits == 30
+    assert ran.opened() == [
+        ("Comparison.r", 64),
+        ("Comparison.leaf", 7),
+        ("Comparison.top", 6),
+        ("Comparison.beta", 1),
+        ("TruncatedPowers.r", 64),
+        ("Truncation.r", 64),
+        ("Triple.a", 64),
+        ("Triple.b", 64),
+        ("Truncation.r", 64),
+    ]
+    assert run(over(0, 7), (x, 16)).transcript.rounds == 8
+    assert run(reciprocal, (torch.zeros((0, 3), dtype=torch.int64), 16)).value.shape == (0, 3)
+    assert abs(int(run(reciprocal, (torch.tensor(1 << 16), 16)).value) - (1 << 30)) <= RELATIVE * 2**30
+
+
+def test_openings() -> None:
+    async def protocol(ctx: Context, x: Shared) -> Shared:
+        return await reciprocal(ctx, Shared(x.share, 16), low=-2, high=2)
+
+    x, y = torch.arange(1, 1001) << 8, torch.full((1000,), 1 << 16)
+    assert_differences(observe(protocol, x), observe(protocol, y), [x - y])
+    assert_uniform([observe(protocol, x, key=seed(i)) for i in range(70)])
