@@ -292,10 +292,9 @@ def wait_until_ready(
     deadline = time.monotonic() + timeout
     while True:
         check()
-        left = max(deadline - time.monotonic(), 0.001)
-        waiting = [
-            s for s in cluster_status(cluster, identity, timeout=min(left, CONNECT_TIMEOUT)) if s.state != "ready"
-        ]
+        # Not less than a second, even at the end: what a party says is worth more than that it had no time to say it.
+        patience = min(max(deadline - time.monotonic(), 1.0), CONNECT_TIMEOUT)
+        waiting = [s for s in cluster_status(cluster, identity, timeout=patience) if s.state != "ready"]
         if not waiting:
             return
         refused = [s for s in waiting if s.state == "refused"]
