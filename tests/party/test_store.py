@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mpcinfer.party.store as store_module
+import mpcinfer.party.record as record_module
 from mpcinfer.errors import ConflictError, InputError, NotFoundError, StoreError, UploadError
-from mpcinfer.party.store import HEADER, SEAL_SIZE, TAG, Deployment, Staged, Store, WeightEntry
+from mpcinfer.party.record import HEADER, SEAL_SIZE, TAG, Deployment, Staged, WeightEntry
+from mpcinfer.party.store import Store
 
 KEY = bytes(range(32))
 SMALL_CHUNK = 64
@@ -33,7 +34,7 @@ SEED = b"canary-seed-0123"
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks in a small file, so that every byte of it can be tried."""
-    monkeypatch.setattr(store_module, "CHUNK", SMALL_CHUNK)
+    monkeypatch.setattr(record_module, "CHUNK", SMALL_CHUNK)
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_round_trip_around_chunk_boundaries(
     payload = os.urandom(8 * sum(elements))
     directory = tmp_path_factory.mktemp("round") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "CHUNK", SMALL_CHUNK)
+        patch.setattr(record_module, "CHUNK", SMALL_CHUNK)
         with Store(directory, KEY) as store:
             upload(store, entries, payload, step=step)
             store.commit(b"request", b"id", 1)
@@ -701,3 +702,34 @@ def test_a_key_file_without_a_key_is_refused_and_not_quoted(directory: Path, tmp
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
     assert not text or text not in str(caught.value)
+
+
+def test_a_pending_deployment_stays_pending_across_a_restart_until_confirmed(directory: Path) -> None:
+    with Store(directory, KEY) as store:
+        entries = [WeightEntry("w", (2,), 16)]
+        upload(store, entries, b"x" * 16)
+        assert store.commit(b"request", b"\x01" * 16, 1, pending=True).pending
+        assert not path_of(directory).exists()
+    with Store(directory, KEY) as store:
+        (found,) = store.deployments()
+        assert found.pending
+        assert read_all(store) == [(entries[0], b"x" * 16)]
+        assert not store.confirm(b"\x01" * 16).pending
+        assert store.confirm(b"\x01" * 16) == store.deployments()[0]
+        assert read_all(store) == [(entries[0], b"x" * 16)]
+    with Store(directory, KEY) as store:
+        assert not store.deployments()[0].pending
+        with pytest.raises(NotFoundError):
+            store.confirm(b"\x02" * 16)
+
+
+def test_a_pending_deployment_can_be_removed(directory: Path) -> None:
+    with Store(directory, KEY) as store:
+        upload(store, [WeightEntry("w", (2,), 16)], b"x" * 16)
+        store.commit(b"request", b"\x01" * 16, 1, pending=True)
+        upload(store, [WeightEntry("w", (2,), 16)], b"y" * 16)
+        with pytest.raises(ConflictError):
+            store.commit(b"request", b"\x01" * 16, 2)
+        store.remove(b"\x01" * 16)
+        assert store.deployments() == []
+    assert list((directory / "deployments").iterdir()) == list((directory / "staging").iterdir()) == []
