@@ -10,13 +10,13 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError
+from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError, NotFoundError
 from mpcinfer.protocol.correlation import deal, free_values
 from mpcinfer.protocol.session import session_key, tape_key
 from mpcinfer.protocol.tracing import Plan
@@ -24,12 +24,16 @@ from mpcinfer.protocol.tracing import Plan
 _log = logging.getLogger(__name__)
 
 
+_MAX_PLANS = 256  # per session; a party tells again what was forgotten
+
+
 @dataclass
 class _Tape:
+    """A tape that not all parties have named yet: the plan, who has named it, and whether it is of no use any more."""
+
     digest: bytes
     named: set[int] = field(default_factory=set)
     burnt: bool = False
-    taken: bool = False
 
 
 @dataclass
@@ -43,6 +47,7 @@ class _Session:
     keys: list[bytes] = field(default_factory=list)
     plans: dict[bytes, Plan] = field(default_factory=dict)
     tapes: dict[bytes, _Tape] = field(default_factory=dict)
+    spent: set[bytes] = field(default_factory=set)  # dealt or burnt: never again
     # masks B of weights by (deployment, weight): kept for the products that refer to them
     fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     ended: bool = False
@@ -68,7 +73,9 @@ class Dealer:
         session = self._session
         return session is not None and bool(session.keys)
 
-    def join(self, session_id: bytes, index: int, nonce: bytes, public_key: bytes, timeout: float) -> tuple[bytes, bytes, list[bytes]]:
+    def join(
+        self, session_id: bytes, index: int, nonce: bytes, public_key: bytes, timeout: float
+    ) -> tuple[bytes, bytes, list[bytes]]:
         """Join a session and wait for the others: the dealer's nonce, its public key for this party, all nonces.
 
         A new session id ends the session before: its seeds, tapes and masks are forgotten.
@@ -118,51 +125,83 @@ class Dealer:
             for i in range(self.parties)
         ]
 
-    def deal(self, session_id: bytes, index: int, tape: bytes, digest: bytes, plan: bytes, timeout: float) -> Iterator[memoryview]:
+    def deal(
+        self,
+        session_id: bytes,
+        index: int,
+        tape: bytes,
+        digest: bytes,
+        plan: bytes,
+        timeout: float,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> Iterator[memoryview]:
         """Wait until all parties have named the same plan for `tape`, then yield the corrections (to the last party).
 
-        A tape is dealt once; two plans for it, a time-out or a second call burn it.
+        A tape is dealt once; two plans for it, a second call by one party, a time-out and a caller who goes while
+        waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with the tape untouched, if `plan` is empty
+        and the dealer does not have it any more.
         """
+        if len(tape) != 16 or not 0 <= index < self.parties:
+            raise InputError("a tape has an id of 16 bytes")
         with self._changed:
             session = self._session
             if session is None or session_id != self._id or not session.keys:
-                raise AbortedError("the dealer does not know this session (it may have restarted); a new one must be formed")
-            if plan:
-                parsed = Plan.from_bytes(plan)
-                if parsed.digest() != digest:
-                    raise InputError("the plan does not have the digest it was announced with")
-                session.plans[digest] = parsed
-            if digest not in session.plans:
-                raise AgreementError("the dealer was not told this plan in this session")
-            state = session.tapes.setdefault(tape, _Tape(digest))
-            if state.burnt or index in state.named or len(state.named) == self.parties:
-                state.burnt = True
-                self._changed.notify_all()
+                raise AbortedError("the dealer does not know this session (it may have restarted); form a new one")
+            agreed = self._plan(session, digest, plan)
+            if tape in session.spent:
                 raise ConflictError("this tape was dealt or burnt already; ask for a new one")
+            state = session.tapes.setdefault(tape, _Tape(digest))
+            if index in state.named:
+                self._burn(session, tape)
+                raise ConflictError("a party asked twice for one tape; it is burnt, ask for a new one")
             if state.digest != digest:
-                state.burnt = True
-                self._changed.notify_all()
+                self._burn(session, tape)
                 raise AgreementError("the parties named different plans for one tape; it is burnt")
             state.named.add(index)
-            item = session.plans[digest]
             if len(state.named) == self.parties:
+                session.spent.add(tape)
+                del session.tapes[tape]
                 self.tapes_dealt += 1
-                self._keep_masks(session, tape, digest, item)
-            self._changed.notify_all()
+                self._keep_masks(session, tape, digest, agreed)
+                self._changed.notify_all()
             try:
                 self._wait(
-                    lambda: len(state.named) == self.parties or state.burnt or session.ended,
+                    lambda: len(state.named) == self.parties or state.burnt or session.ended or not alive(),
                     timeout,
                     "the other parties did not ask for this tape in time",
                 )
             except DeadlineError:
-                state.burnt = True
-                self._changed.notify_all()
+                self._burn(session, tape)
                 raise
-            if state.burnt or session.ended:
+            if len(state.named) < self.parties or session.ended:
+                self._burn(session, tape)
                 raise AbortedError("this tape is burnt; send the request again")
         if index == self.parties - 1:
-            yield from self._corrections(session, tape, digest, item)
+            yield from self._corrections(session, tape, digest, agreed)
+
+    def wake(self) -> None:
+        """Look again whether those who wait are still there."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _burn(self, session: _Session, tape: bytes) -> None:
+        state = session.tapes.pop(tape, None)
+        if state is not None:
+            state.burnt = True
+            session.spent.add(tape)
+            self._changed.notify_all()
+
+    def _plan(self, session: _Session, digest: bytes, told: bytes) -> Plan:
+        plan = Plan.from_bytes(told) if told else session.plans.pop(digest, None)
+        if plan is None:
+            raise NotFoundError("the dealer does not know this plan (any more); tell it")
+        if told and plan.digest() != digest:
+            raise InputError("the plan does not have the digest it was announced with")
+        session.plans.pop(digest, None)
+        session.plans[digest] = plan  # at the end: the front is what was not used for longest
+        if len(session.plans) > _MAX_PLANS:
+            session.plans.pop(next(iter(session.plans)))
+        return plan
 
     def _keys(self, session: _Session, tape: bytes, digest: bytes) -> list[bytes]:
         return [tape_key(key, tape, digest) for key in session.keys]
@@ -183,6 +222,8 @@ class Dealer:
             return mask
 
         for name, item in plan.entries:
+            if session.ended:
+                raise AbortedError("this session has ended; the parties are forming a new one")
             began = time.perf_counter()
             parts = deal(item, name, keys, fixed)
             self.seconds_dealing += time.perf_counter() - began
@@ -190,6 +231,6 @@ class Dealer:
                 self.bytes_sent += len(part)
                 yield part
 
-    def _wait(self, done: object, timeout: float, failure: str) -> None:
-        if not self._changed.wait_for(done, timeout):  # type: ignore[arg-type]
+    def _wait(self, done: Callable[[], bool], timeout: float, failure: str) -> None:
+        if not self._changed.wait_for(done, timeout):
             raise DeadlineError(failure)

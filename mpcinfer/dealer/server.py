@@ -10,8 +10,9 @@ from mpcinfer.config import Node
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.service import DealerService
 from mpcinfer.errors import ConfigError
+from mpcinfer.protocol.warm import warm_up
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.server import Server, configure_logging, wait_for_signal
+from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import dealer_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
+    stopped = stop_signal()
     if node.role != "dealer":
         raise ConfigError(f"this configuration is for {node.role}; start it with `mpcinfer party`")
     torch.set_num_threads(1)
@@ -28,10 +30,14 @@ def serve(node: Node) -> None:
     service = DealerService(node.cluster, dealer, node.limits)
     # every party may be joining and dealing at once, plus status and health checks
     server = Server(
-        node, identity, 4 * node.cluster.n + 8, lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s)
+        node,
+        identity,
+        4 * node.cluster.n + 8,
+        lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s),
     )
+    warm_up()
     server.start()
     server.set_serving(True)
     _log.info("dealer of cluster %s listens on %s", node.cluster.name, node.listen)
-    _log.info("%s: stopping", wait_for_signal())
+    _log.info("%s: stopping", stopped())
     server.stop()

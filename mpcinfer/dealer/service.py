@@ -38,7 +38,7 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 )
             if request.cluster_digest != self._cluster.digest():
                 raise AgreementError(
-                    f"the dealer and party {request.index} were started with different cluster files; give both the same one"
+                    f"the dealer and party {request.index} have different cluster files; start both with the same one"
                 )
             nonce, public_key, nonces = self._dealer.join(
                 request.session, request.index, request.nonce, request.public_key, self._limits.connect_timeout_s
@@ -51,8 +51,15 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         """See dealer.proto."""
         try:
             self._party(context, request.index)
+            context.add_callback(self._dealer.wake)
             parts = self._dealer.deal(
-                request.session, request.index, request.tape, request.plan_digest, request.plan, self._limits.step_timeout_s
+                request.session,
+                request.index,
+                request.tape,
+                request.plan_digest,
+                request.plan,
+                self._limits.step_timeout_s,
+                context.is_active,
             )
             pending = bytearray()
             for part in parts:
@@ -88,5 +95,3 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         require(peer, "party/")
         if peer.role != f"party/{index}":
             raise ForbiddenError(f"{peer.role} cannot speak for party {index}")
-
-

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from mpcinfer.errors import ForbiddenError, InputError, NotFoundError, StoreError
+from mpcinfer.errors import ForbiddenError, InputError, MpcInferError, NotFoundError, StoreError
 from mpcinfer.graph.plan import constants, plan_inference, plan_masks
 from mpcinfer.graph.program import Parameter, Program
-from mpcinfer.party.store import Deployment, Store, WeightEntry
+from mpcinfer.party.record import Deployment, WeightEntry
+from mpcinfer.party.store import Store
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Public, Shared, Weight
 from mpcinfer.ring import prg
@@ -65,16 +68,39 @@ class Model:
         return {**(self.shares or {}), **self.weights, **constants(self.program)}
 
 
+@dataclass(frozen=True)
+class _Unserved:
+    """A deployment that not all parties have whole."""
+
+    name: str
+    version: int
+    damaged: tuple[int, ...]
+    missing: tuple[int, ...]
+
+    def error(self) -> MpcInferError:
+        what = f"model {self.name!r} version {self.version}"
+        remedy = "remove it and deploy it again"
+        if self.damaged:
+            parties = " and ".join(map(str, self.damaged))
+            return StoreError(f"{what}: the stored copy of party {parties} is damaged; {remedy}")
+        return NotFoundError(f"{what}: party {' and '.join(map(str, self.missing))} does not hold it; {remedy}")
+
+
 class Catalogue:
     """The store's content, as models. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._models: dict[bytes, Model] = {}
-        self._absent: dict[bytes, str] = {}  # deployments some party lacks, and what to say about it
+        self._unserved: dict[bytes, _Unserved] = {}  # what not all parties have whole, and what to say about it
+        self._unreadable: set[bytes] = set()
         self._lock = threading.RLock()
         for deployment in store.deployments():
-            self._add(deployment)
+            try:
+                self._add(deployment)
+            except (MpcInferError, KeyError, ValueError, TypeError):
+                self._unreadable.add(deployment.id)
+                _log.error("stored deployment %s is not of a kind this version knows", deployment.id.hex()[:8])
         for name, error in store.damaged.items():
             _log.error("stored deployment %s cannot be used: %s", name[:8], error)
 
@@ -90,53 +116,72 @@ class Catalogue:
         self._models[deployment.id] = model
         return model
 
-    def ids(self) -> list[bytes]:
-        """All deployments this party holds."""
+    def inventory(self) -> dict[str, Any]:
+        """What the other parties need to know: by deployment id in hex, names and versions, and what cannot be used."""
         with self._lock:
-            return list(self._models)
-
-    def agree(self, held: dict[int, set[bytes]]) -> None:
-        """Take in what every other party holds; only what all hold is served."""
-        with self._lock:
-            self._absent = {
-                i: f"party {peer} does not hold it" for i in self._models for peer, ids in held.items() if i not in ids
+            return {
+                "models": {m.id.hex(): [m.name, m.version, m.deployment.pending] for m in self._models.values()},
+                "damaged": [*self._store.damaged, *(i.hex() for i in self._unreadable)],
             }
-            for i, why in self._absent.items():
-                model = self._models[i]
-                _log.warning("model %s version %d is not served: %s", model.name, model.version, why)
+
+    def agree(self, index: int, others: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take in the inventories of all other parties: only what all hold is served.
+
+        A deploy that broke off while its parties were committing is settled: kept if all have committed it, removed
+        if one has not, since then none can have told its owner that it is there.
+        """
+        with self._lock:
+            inventories = {index: self.inventory(), **others}
+            self._unserved = {}
+            known = {
+                i: (name, version) for inv in inventories.values() for i, (name, version, _) in inv["models"].items()
+            }
+            for i, (name, version) in known.items():
+                damaged = [peer for peer, inv in inventories.items() if i in inv["damaged"]]
+                missing = [peer for peer, inv in inventories.items() if i not in inv["models"] and peer not in damaged]
+                confirmed = any(not inv["models"].get(i, (0, 0, True))[2] for inv in inventories.values())
+                own = self._models.get(bytes.fromhex(i))
+                if not damaged and not missing:
+                    if own is not None and own.deployment.pending:
+                        self.confirm(own)
+                    continue
+                if own is not None and own.deployment.pending and missing and not confirmed:
+                    _log.warning("model %s version %d was not deployed everywhere; removing it", name, version)
+                    self.remove(own.id)
+                    continue
+                why = _Unserved(name, version, tuple(damaged), tuple(missing))
+                self._unserved[bytes.fromhex(i)] = why
+                _log.warning("%s", why.error())
 
     def models(self) -> list[Model]:
         """The models all parties hold, by name and version."""
         with self._lock:
-            served = [m for m in self._models.values() if m.id not in self._absent]
+            served = [m for m in self._models.values() if m.id not in self._unserved and not m.deployment.pending]
         return sorted(served, key=lambda m: (m.name, m.version))
 
     def find(self, name: str, version: int) -> Model:
-        """The model of that name and version (0: the newest); NotFoundError says what there is."""
-        with self._lock:
-            found = [m for m in self._models.values() if m.name == name and version in (0, m.version)]
-            served = [m for m in found if m.id not in self._absent]
-            if served:
-                return max(served, key=lambda m: m.version)
-            if found:
-                raise NotFoundError(f"model {name!r} is incomplete: {self._absent[found[0].id]}; deploy it again")
-            if self._store.damaged:
-                damaged = f" ({len(self._store.damaged)} stored deployments are damaged; see this party's log)"
-            else:
-                damaged = ""
-            known = ", ".join(sorted({m.name for m in self._models.values()})) or "none"
-            raise NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}; deployed: {known}{damaged}")
+        """The model of that name and version (0: the newest).
 
-    def matching(self, name: str, version: int) -> list[Model]:
-        """All versions of a name (0), or one; NotFoundError if there is none. Incomplete ones count."""
+        StoreError if a party's copy is damaged, NotFoundError otherwise; they say what there is and what to do.
+        """
+        served = self.models()
+        found = [m for m in served if m.name == name and version in (0, m.version)]
+        if found:
+            return max(found, key=lambda m: m.version)
         with self._lock:
-            found = [m for m in self._models.values() if m.name == name and version in (0, m.version)]
-        if not found:
-            raise NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
-        return found
+            broken = [u for u in self._unserved.values() if u.name == name and version in (0, u.version)]
+        if broken:
+            raise max(broken, key=lambda u: u.version).error()
+        known = ", ".join(sorted({m.name for m in served})) or "none"
+        raise NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}; deployed: {known}")
+
+    def matching(self, name: str, version: int) -> list[bytes]:
+        """The ids of all versions of a name (0), or of one, as far as this party knows, served or not."""
+        with self._lock:
+            return [m.id for m in self._models.values() if m.name == name and version in (0, m.version)]
 
     def next_version(self, name: str, owner: str) -> int:
-        """The version a new deployment gets, as far as this party knows; ForbiddenError if another owner has the name."""
+        """The version a new deployment gets, as far as this party knows; ForbiddenError if another owns the name."""
         with self._lock:
             same = [m for m in self._models.values() if m.name == name]
             if any(m.owner != owner for m in same):
@@ -144,16 +189,23 @@ class Catalogue:
             return max((m.version for m in same), default=0) + 1
 
     def commit(self, request_id: bytes, deployment: bytes, version: int) -> Model:
-        """Make a staged upload a deployment."""
+        """Make a staged upload a deployment, pending until `confirm`."""
         with self._lock:
-            return self._add(self._store.commit(request_id, deployment, version))
+            return self._add(self._store.commit(request_id, deployment, version, pending=True))
+
+    def confirm(self, model: Model) -> None:
+        """All parties have committed this model: serve it."""
+        with self._lock:
+            model.deployment = self._store.confirm(model.id)
 
     def remove(self, deployment: bytes) -> None:
-        """Delete a deployment from the store and from memory."""
+        """Delete a deployment, damaged or not, from the store and from memory; fine if there is none."""
         with self._lock:
             self._models.pop(deployment, None)
-            self._absent.pop(deployment, None)
-            self._store.remove(deployment)
+            self._unserved.pop(deployment, None)
+            self._unreadable.discard(deployment)
+            with suppress(NotFoundError):
+                self._store.remove(deployment)
 
     def load(self, model: Model) -> dict[str, Shared]:
         """This party's shares of a model's parameters, from disk the first time."""

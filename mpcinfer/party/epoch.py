@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,9 +41,29 @@ class Epoch:
     dealer: Any
     channels: list[grpc.Channel] = field(repr=False)
     plans_told: set[bytes] = field(default_factory=set)
+    _dealing: Any = field(default=None, repr=False)
 
-    def close(self) -> None:
-        """End it: for the others too, since their links to us end."""
+    @contextmanager
+    def cancelling(self, call: grpc.Call) -> Iterator[None]:
+        """While this runs, `call` is cancelled as soon as the mesh is broken."""
+        self._dealing = call
+        try:
+            if self.mesh.broken:
+                call.cancel()
+            yield
+        finally:
+            self._dealing = None
+
+    def check(self) -> None:
+        """Cancel what is pointless once the mesh is broken; called when any link has ended."""
+        call = self._dealing
+        if call is not None and self.mesh.broken:
+            call.cancel()
+
+    def close(self, flush_seconds: float = 0.0) -> None:
+        """End it: for the others too, since their links to us end. What was sent may take `flush_seconds` to arrive."""
+        if flush_seconds:
+            self.mesh.finish(flush_seconds)
         self.mesh.close()
         for ch in self.channels:
             ch.close()
@@ -146,8 +167,8 @@ class Former:
             links[peer] = arrival.link
             nonces[peer] = arrival.hello.nonce
             arrival.link.send(mesh.HELLO, greeting)
-        watchdog = threading.Timer(max(0.1, deadline - time.monotonic()), lambda: [link.close() for link in links.values()])
-        watchdog.start()
+        epoch_mesh = Mesh(self._index, links)
+        watchdog = epoch_mesh.limited(max(0.1, deadline - time.monotonic()))
         try:
             for peer in higher:
                 answer = mesh_pb2.Hello.FromString(links[peer].receive(mesh.HELLO))
@@ -162,7 +183,13 @@ class Former:
         key = self._join(stub, session, ordered, deadline)
         digest = hashlib.sha256(b"".join([session, *ordered])).hexdigest()[:8]
         _log.info("epoch %s: all %d parties and the dealer are connected", digest, cluster.n)
-        return Epoch(session, Mesh(self._index, links), key, stub, channels)
+
+        def watch(state: grpc.ChannelConnectivity) -> None:
+            if state is not grpc.ChannelConnectivity.READY:
+                epoch_mesh.close()
+
+        channels[0].subscribe(watch)  # a dealer that restarts has forgotten everything, which must not wait to be seen
+        return Epoch(session, epoch_mesh, key, stub, channels)
 
     def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> bytes:
         private = X25519PrivateKey.generate()
@@ -195,7 +222,11 @@ class Former:
     def _connect(self, role: str, timeout: float) -> grpc.Channel:
         limits = self._node.limits
         return channel.connect(
-            self._node.cluster.endpoint(role), self._node.cluster, self._identity, timeout=timeout, max_message_mb=limits.max_message_mb
+            self._node.cluster.endpoint(role),
+            self._node.cluster,
+            self._identity,
+            timeout=timeout,
+            max_message_mb=limits.max_message_mb,
         )
 
     def _check(self, hello: mesh_pb2.Hello, peer: int) -> None:
@@ -229,4 +260,7 @@ class Former:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+        epoch = self.current
+        if epoch is not None:
+            epoch.check()
         self._wake()

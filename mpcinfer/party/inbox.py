@@ -6,7 +6,8 @@ import hashlib
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +34,12 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, unless answered."""
-        if not self.result.done():
+        with suppress(InvalidStateError):
             self.result.set_exception(error)
 
     def succeed(self, value: Any) -> None:
         """Answer, unless answered."""
-        if not self.result.done():
+        with suppress(InvalidStateError):
             self.result.set_result(value)
 
 
@@ -102,14 +103,21 @@ class Inbox:
                 raise UnavailableError("the request reached party 0 but not all parties; send it again")
             job = self._jobs[request_id]
         if job.digest() != digest:
-            raise AgreementError("the parties were sent different requests under one id")
+            error = AgreementError("the parties were sent different requests under one id")
+            job.fail(error)
+            raise error
         return job
+
+    def abort(self, error: Exception) -> None:
+        """Answer what waits with an error: the other parties will not ask for it any more."""
+        with self._changed:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.fail(error)
 
     def close(self, error: Exception) -> None:
         """Refuse everything from now on, and answer what waits."""
         with self._changed:
             self._closed = error
-            jobs = list(self._jobs.values())
             self._changed.notify_all()
-        for job in jobs:
-            job.fail(error)
+        self.abort(error)

@@ -13,8 +13,8 @@ import logging
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from mpcinfer import errors
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
+from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
 from mpcinfer.graph.interpret import interpret
 from mpcinfer.graph.plan import mask_weights
 from mpcinfer.party.catalogue import Catalogue, Model
@@ -32,6 +32,7 @@ from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.protocol.context import Context, Opening, drive
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared, Weight
+from mpcinfer.wire import channel
 from mpcinfer.wire.mesh import CONTROL
 
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 _MATCH_SECONDS = 3.0  # how long a request may be late at one party
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
+_FLUSH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class Lane:
             time.sleep(0.02)
         epoch = self._epoch
         if epoch is not None:
-            epoch.close()
-        self._thread.join(max(1.0, end - time.monotonic()))
+            epoch.close(_FLUSH_SECONDS)
+        self._thread.join(1.0)
 
     def wait_ready(self, timeout: float) -> None:
         """Return once an epoch stands; UnavailableError saying what is missing if that takes too long."""
@@ -125,14 +127,13 @@ class Lane:
                 if not self._stopping.is_set():
                     self._set("connecting", str(error))
             except Exception as error:
-                where = "".join(traceback.format_tb(error.__traceback__))  # code only: a message could hold a value
-                _log.error("the lane met an unexpected %s; beginning a new epoch\n%s", type(error).__name__, where)
-                self._set("connecting", "an internal error; see this party's log")
+                self._set("connecting", f"{_incident(error)}; beginning a new epoch")
             finally:
                 if self._epoch is not None:
-                    self._epoch.close()
+                    self._epoch.close(_FLUSH_SECONDS if self._stopping.is_set() else 0.0)
                     self._epoch = self._former.current = None
             if not self._stopping.is_set():
+                self._inbox.abort(AbortedError(f"party {self.index} lost its connections; send the request again"))
                 self._stopping.wait(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
                 failures += 1
         self._set("stopping", "this party is stopping")
@@ -145,27 +146,23 @@ class Lane:
             self._ready.notify_all()
 
     def _agree_on_models(self, epoch: Epoch) -> None:
-        own = json.dumps([i.hex() for i in self._catalogue.ids()]).encode()
+        own = json.dumps(self._catalogue.inventory()).encode()
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
             held = epoch.mesh.exchange(own, CONTROL)
         finally:
             watchdog.cancel()
-        self._catalogue.agree({peer: {bytes.fromhex(i) for i in json.loads(ids)} for peer, ids in held.items()})
+        self._catalogue.agree(self.index, {peer: json.loads(inventory) for peer, inventory in held.items()})
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _lead(self, epoch: Epoch) -> None:
         job = self._inbox.next(_IDLE_SECONDS)
         if epoch.mesh.broken:
-            raise AbortedError("a party has left; connecting again")
-        if job is None:
+            raise AbortedError("a party or the dealer has left; connecting again")
+        if job is None or self._stopping.is_set():
             return
-        try:
-            step = self._describe(job)
-        except MpcInferError as error:
-            self._answer(job, error)
-            return
+        step = self._describe(job)
         epoch.mesh.announce(json.dumps(step).encode())
         self._step(epoch, step)
 
@@ -179,19 +176,21 @@ class Lane:
             "id": job.id.hex(),
             "digest": job.digest(),
             "tape": secrets.token_hex(16),
-            "seconds": max(0.1, job.deadline - time.monotonic()),
         }
         if job.action == "infer":
-            step["deployment"] = self._catalogue.find(job.facts["model"], job.facts["version"]).id.hex()
+            with suppress(MpcInferError):  # a model that has gone is refused by the vote
+                step["deployment"] = self._catalogue.find(job.facts["model"], job.facts["version"]).id.hex()
         return step
 
     def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
-        watchdog = epoch.mesh.limited(min(self._limits.step_timeout_s, float(step["seconds"]) + _MATCH_SECONDS))
+        watchdog = epoch.mesh.limited(self._limits.step_timeout_s)
         job: Job | None = None
         self._busy = True
         try:
             try:
-                job = self._inbox.match(bytes.fromhex(step["id"]), step["digest"], 0 if self.index == 0 else _MATCH_SECONDS)
+                job = self._inbox.match(
+                    bytes.fromhex(step["id"]), step["digest"], 0 if self.index == 0 else _MATCH_SECONDS
+                )
                 refusal = None
             except MpcInferError as error:
                 refusal = error
@@ -212,8 +211,7 @@ class Lane:
     def _answer(self, job: Job | None, error: BaseException | None) -> None:
         self.failed += 1
         if job is not None:
-            known = isinstance(error, MpcInferError)
-            job.fail(error if known else ProtocolError("an internal error; see the parties' logs"))  # type: ignore[arg-type]
+            job.fail(error if isinstance(error, MpcInferError) else _incident(error))
 
     def _vote(self, epoch: Epoch, refusal: MpcInferError | None, note: str = "") -> dict[int, str]:
         """All parties say yes (with a note each) or no; _Refused, caused by the error, if anybody says no."""
@@ -225,40 +223,56 @@ class Lane:
             raise _Refused from refusal
         for peer, answer in sorted(answers.items()):
             if answer["error"]:
-                kind = getattr(errors, answer["error"], AbortedError)
+                kind = getattr(errors, answer["error"], None)
+                if not (isinstance(kind, type) and issubclass(kind, MpcInferError)):
+                    kind = AbortedError
                 raise _Refused from kind(f"party {peer}: {answer['text']}")
         return {peer: answer["text"] for peer, answer in answers.items()}
 
     def _agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:
         """Do something that may fail here, and go on only if it succeeded everywhere."""
+        value, refusal = None, None
         try:
-            value, refusal = work(), None
+            value = work()
         except MpcInferError as error:
-            value, refusal = None, error
+            refusal = error
+        except Exception as error:
+            refusal = _incident(error)
         self._vote(epoch, refusal)
         return value
 
     def _execute(
-        self, epoch: Epoch, tape: Tape, weights: dict[str, Weight], protocol: Callable[[Context], Coroutine[Any, Any, Any]]
+        self,
+        epoch: Epoch,
+        tape: Tape,
+        weights: dict[str, Weight],
+        protocol: Callable[[Context], Coroutine[Any, Any, Any]],
     ) -> tuple[Any, Phase]:
         began, rounds, sent = time.perf_counter(), epoch.mesh.rounds, epoch.mesh.bytes_sent
         ctx = Context(self.index, epoch.mesh.parties, tape, weights)
         result = drive(protocol(ctx), lambda batch: _exchange(epoch, batch))
         return result, Phase(time.perf_counter() - began, epoch.mesh.rounds - rounds, epoch.mesh.bytes_sent - sent)
 
-    def _fetch(self, epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: dict[str, Weight]) -> Tape:
-        return fetch(epoch, tape, plan, digest, weights, self._limits.step_timeout_s)
+    def _deal(self, epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: dict[str, Weight]) -> Tape:
+        """Fetch a tape at all parties. A failure ends the epoch: the dealer may have forgotten it, or burn the tape."""
+        try:
+            tape_here: Tape = self._agreed(
+                epoch, lambda: fetch(epoch, tape, plan, digest, weights, self._limits.step_timeout_s)
+            )
+        except _Refused as refused:
+            raise refused.__cause__ or AbortedError("a party could not get its randomness") from None
+        return tape_here
 
     def _masked(self, epoch: Epoch, model: Model, tape: bytes) -> None:
         """Open the weights' masks, once per epoch."""
         if model.masked_in == epoch.id:
             return
-        plan = model.mask_plan(epoch.mesh.parties)
 
-        def prepare() -> tuple[dict[str, Shared], Tape]:
-            return self._catalogue.load(model), self._fetch(epoch, tape, plan, plan.digest(), {})
+        def prepare() -> tuple[Plan, dict[str, Shared]]:
+            return model.mask_plan(epoch.mesh.parties), self._catalogue.load(model)
 
-        shares, masks = self._agreed(epoch, prepare)
+        plan, shares = self._agreed(epoch, prepare)
+        masks = self._deal(epoch, tape, plan, plan.digest(), {})
         masked, _ = self._execute(epoch, masks, {}, lambda ctx: mask_weights(model.program, ctx, shares))
         model.weights = {w.name: w for w in masked}
         model.masked_in = epoch.id
@@ -269,14 +283,14 @@ class Lane:
 
         def prepare() -> tuple[Model, Plan, bytes]:
             model = self._catalogue.find(job.facts["model"], job.facts["version"])
-            if model.id.hex() != step["deployment"]:
+            if model.id.hex() != step.get("deployment"):
                 raise AgreementError("the parties hold different versions of this model; deploy it again")
             return model, *model.plan([x.shape for x in inputs], epoch.mesh.parties)
 
         model, plan, digest = self._agreed(epoch, prepare)
         self._masked(epoch, model, mask_tape)
         began, sent = time.perf_counter(), epoch.mesh.bytes_sent
-        tape = self._agreed(epoch, lambda: self._fetch(epoch, own_tape, plan, digest, model.weights))
+        tape = self._deal(epoch, own_tape, plan, digest, model.weights)
         offline = Phase(time.perf_counter() - began, 0, epoch.mesh.bytes_sent - sent, tape.dealer_bytes)
         holdings = model.holdings()
         outputs, online = self._execute(
@@ -295,26 +309,33 @@ class Lane:
         try:
             model: Model = self._agreed(epoch, lambda: self._catalogue.commit(job.id, deployment, version))
             self._masked(epoch, model, _tapes(step, 1)[0])
-            self._vote(epoch, None)
         except BaseException:
-            if deployment in self._catalogue.ids():
-                self._catalogue.remove(deployment)
+            self._catalogue.remove(deployment)
             raise
+        # From here on another party may have seen that all are done: if this vote fails, the next epoch settles it.
+        self._vote(epoch, None)
+        self._catalogue.confirm(model)
         _log.info("model %s version %d deployed by %s", name, version, owner)
         return model
 
     def _remove(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> int:
         name, version = job.facts["name"], job.facts["version"]
 
-        def prepare() -> list[Model]:
-            self._catalogue.next_version(name, job.caller)  # refuses other owners
-            return self._catalogue.matching(name, version)
+        self._agreed(epoch, lambda: self._catalogue.next_version(name, job.caller))  # refuses other owners
+        # A party whose file is damaged or gone does not know what is in it; another one does.
+        notes = self._vote(epoch, None, " ".join(i.hex() for i in self._catalogue.matching(name, version)))
+        deployments = {bytes.fromhex(i) for note in notes.values() for i in note.split()}
+        if not deployments:
+            raise _Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
+        for deployment in deployments:
+            self._catalogue.remove(deployment)
+        _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
+        return len(deployments)
 
-        models = self._agreed(epoch, prepare)
-        for model in models:
-            self._catalogue.remove(model.id)
-        _log.info("%d versions of model %s removed by %s", len(models), name, job.caller)
-        return len(models)
+
+def _incident(error: BaseException | None) -> ProtocolError:
+    """What a client may be told about a failure that nobody foresaw; the log says where it was."""
+    return ProtocolError(channel.to_status(error or AssertionError())[1])
 
 
 def _tapes(step: dict[str, Any], count: int) -> list[bytes]:

@@ -16,8 +16,9 @@ from mpcinfer.party.inbox import Inbox
 from mpcinfer.party.lane import Lane
 from mpcinfer.party.service import MeshService, PartyService
 from mpcinfer.party.store import Store
+from mpcinfer.protocol.warm import warm_up
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.server import Server, configure_logging, wait_for_signal
+from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -26,8 +27,11 @@ _log = logging.getLogger(__name__)
 def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
+    stopped = stop_signal()
     if not node.role.startswith("party/") or node.store is None or node.store_key is None:
-        raise ConfigError(f"a party needs the role party/I, a store and a store_key; this configuration is for {node.role}")
+        raise ConfigError(
+            f"a party needs the role party/I, a store and a store_key; this configuration is for {node.role}"
+        )
     torch.set_num_threads(1)  # one lane computes at a time, and parties of one machine share its cores
     index, limits = int(node.role.partition("/")[2]), node.limits
     identity = Identity.load(node.key_path, node.certificate_path)
@@ -44,11 +48,18 @@ def serve(node: Node) -> None:
 
         # Waiting requests and peer streams each hold a worker; health and status checks must never wait for one.
         server = Server(node, identity, limits.max_waiting_requests + 4 * node.cluster.n + 16, add)
+        warm_up()
         server.start()
         lane.start()
         server.set_serving(True)
-        _log.info("party %d of cluster %s listens on %s (%d operators)", index, node.cluster.name, node.listen, len(nn.supported()))
-        _log.info("%s: stopping", wait_for_signal())
+        _log.info(
+            "party %d of cluster %s listens on %s (%d operators)",
+            index,
+            node.cluster.name,
+            node.listen,
+            len(nn.supported()),
+        )
+        _log.info("%s: stopping", stopped())
         server.set_serving(False)
         lane.stop(limits.stop_grace_s)
         inbox.close(UnavailableError(f"party {index} is stopping"))

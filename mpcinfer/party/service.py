@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
-from mpcinfer.errors import DeadlineError, ForbiddenError, InputError, ShapeError, UploadError
+from mpcinfer.errors import AbortedError, BusyError, DeadlineError, ForbiddenError, InputError, ShapeError, UploadError
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.program import Program, Value
 from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Inferred, Lane, Phase
-from mpcinfer.party.store import Store, WeightEntry
+from mpcinfer.party.record import Staged, WeightEntry
+from mpcinfer.party.store import Store
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring import prg
 from mpcinfer.ring.codec import FixedPoint
@@ -35,13 +38,16 @@ _DEFAULT_SECONDS = 300.0
 class PartyService(party_pb2_grpc.PartyServiceServicer):
     """See party.proto."""
 
-    def __init__(self, cluster: Cluster, lane: Lane, inbox: Inbox, catalogue: Catalogue, store: Store, limits: Limits) -> None:
+    def __init__(
+        self, cluster: Cluster, lane: Lane, inbox: Inbox, catalogue: Catalogue, store: Store, limits: Limits
+    ) -> None:
         self._cluster = cluster
         self._lane = lane
         self._inbox = inbox
         self._catalogue = catalogue
         self._store = store
         self._limits = limits
+        self._admission = threading.BoundedSemaphore(limits.max_waiting_requests)
         self._uploads = threading.BoundedSemaphore(4)
         self._started = time.monotonic()
 
@@ -70,26 +76,17 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> party_pb2.ListModelsResponse:
         """See party.proto."""
-        try:
-            require(peer_of(context, self._cluster), "owner/", "client/", "party/")
-            self._lane.wait_ready(self._patience(context))
+        with self._admitted(context, "owner/", "client/", "party/"):
             return party_pb2.ListModelsResponse(models=[_info(m) for m in self._catalogue.models()])
-        except Exception as error:
-            channel.abort(context, error)
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""
-        try:
-            peer = self._caller(context, "client/", "owner/")
-            self._lane.wait_ready(self._patience(context))
+        with self._admitted(context, "client/", "owner/") as peer:
             model = self._catalogue.find(request.model, request.version)
-            inputs = [_share(t, v) for t, v in zip(request.inputs, model.program.inputs, strict=False)]
             check_inputs(model.program, [tuple(t.shape) for t in request.inputs])
-            facts = {
-                "model": request.model,
-                "version": request.version,
-                "shapes": [list(x.shape) for x in inputs],
-            }
+            declared = zip(request.inputs, model.program.inputs, strict=True)
+            inputs = [_share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
+            facts = {"model": request.model, "version": request.version, "shapes": [list(x.shape) for x in inputs]}
             done: Inferred = self._run(context, Job(request.request_id, "infer", peer.role, facts, inputs))
             return party_pb2.InferResponse(
                 outputs=[_tensor(x) for x in done.outputs],
@@ -97,26 +94,56 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 online=_cost(done.online),
                 offline=_cost(done.offline),
             )
-        except Exception as error:
-            channel.abort(context, error)
 
     def Deploy(
         self, request_iterator: Iterator[party_pb2.DeployRequest], context: grpc.ServicerContext
     ) -> party_pb2.DeployResponse:
         """See party.proto."""
-        staged = None
+        with self._admitted(context, "owner/") as peer, self._upload(context, request_iterator, peer) as (id_, facts):
+            model: Model = self._run(context, Job(id_, "deploy", peer.role, facts, None))
+            return party_pb2.DeployResponse(name=model.name, version=model.version, deployment_id=model.id)
+
+    def RemoveModel(
+        self, request: party_pb2.RemoveModelRequest, context: grpc.ServicerContext
+    ) -> party_pb2.RemoveModelResponse:
+        """See party.proto."""
+        with self._admitted(context, "owner/") as peer:
+            facts = {"name": request.name, "version": request.version}
+            removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
+            return party_pb2.RemoveModelResponse(removed=removed)
+
+    @contextmanager
+    def _admitted(self, context: grpc.ServicerContext, *roles: str) -> Iterator[Peer]:
+        """Who calls, if they may, if there is room, and once the parties are connected. Any error inside ends the RPC.
+
+        Whoever waits here or inside holds a worker; more than there is room for must not starve health checks.
+        """
         try:
-            peer = self._caller(context, "owner/")
-            self._lane.wait_ready(self._patience(context))
-            with self._uploads:
-                first = next(iter(request_iterator), None)
-                if first is None or first.WhichOneof("part") != "header":
-                    raise UploadError("an upload begins with its header")
-                header = first.header
-                self._check_header(header)
-                entries = [WeightEntry(w.name, tuple(w.shape), w.frac_bits, w.seed or None) for w in header.weights]
-                program = Program.from_bytes(header.program)
-                check_manifest(program, entries)
+            peer = peer_of(context, self._cluster)
+            require(peer, *roles)
+            if not self._admission.acquire(blocking=False):
+                raise BusyError(
+                    f"{self._limits.max_waiting_requests} requests are waiting already; send it again later"
+                )
+            try:
+                self._lane.wait_ready(self._patience(context))
+                yield peer
+            finally:
+                self._admission.release()
+        except Exception as error:
+            channel.abort(context, error)
+
+    @contextmanager
+    def _upload(
+        self, context: grpc.ServicerContext, parts: Iterator[party_pb2.DeployRequest], peer: Peer
+    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Stage an upload: its request id and public facts. What is not committed at the end is discarded."""
+        staged: Staged | None = None
+        try:
+            if not self._uploads.acquire(timeout=self._patience(context)):
+                raise BusyError("too many uploads at a time; send it again later")
+            try:
+                header, program, entries = self._header(next(parts, None))
                 metadata = {
                     "name": header.name,
                     "owner": peer.role,
@@ -124,62 +151,57 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                     "created": time.time(),
                 }
                 staged = self._store.stage(header.request_id, metadata, entries)
-                for part in request_iterator:
+                for part in parts:
                     staged.write(part.chunk)
                 staged.finish(header.size, header.digest)
-            facts = {"name": header.name, "program": program.digest().hex()}
-            model: Model = self._run(context, Job(header.request_id, "deploy", peer.role, facts, None))
-            return party_pb2.DeployResponse(name=model.name, version=model.version, deployment_id=model.id)
-        except Exception as error:
-            if isinstance(error, grpc.RpcError):  # the caller's stream broke in the middle
-                error = UploadError("the upload ended before it was complete")
-            channel.abort(context, error)
+            except grpc.RpcError as error:
+                raise UploadError("the upload ended before it was complete") from error
+            finally:
+                self._uploads.release()
+            yield header.request_id, {"name": header.name, "program": program.digest().hex()}
         finally:
             if staged is not None:
                 staged.discard()
 
-    def RemoveModel(
-        self, request: party_pb2.RemoveModelRequest, context: grpc.ServicerContext
-    ) -> party_pb2.RemoveModelResponse:
-        """See party.proto."""
-        try:
-            peer = self._caller(context, "owner/")
-            self._lane.wait_ready(self._patience(context))
-            facts = {"name": request.name, "version": request.version}
-            removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
-            return party_pb2.RemoveModelResponse(removed=removed)
-        except Exception as error:
-            channel.abort(context, error)
-
-    def _caller(self, context: grpc.ServicerContext, *roles: str) -> Peer:
-        peer = peer_of(context, self._cluster)
-        require(peer, *roles)
-        return peer
+    def _header(
+        self, first: party_pb2.DeployRequest | None
+    ) -> tuple[party_pb2.DeployHeader, Program, list[WeightEntry]]:
+        """The first message of an upload, checked."""
+        if first is None or first.WhichOneof("part") != "header":
+            raise UploadError("an upload begins with its header")
+        header = first.header
+        if not _NAME.fullmatch(header.name):
+            raise InputError(
+                "a model's name is 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+            )
+        entries = [WeightEntry(w.name, tuple(w.shape), w.frac_bits, w.seed or None) for w in header.weights]
+        program = Program.from_bytes(header.program)
+        check_manifest(program, entries)
+        if max(header.size, sum(entry.size for entry in entries)) > self._limits.max_upload_mb << 20:
+            raise UploadError(f"the upload is larger than this party allows ({self._limits.max_upload_mb} MiB)")
+        return header, program, entries
 
     def _patience(self, context: grpc.ServicerContext) -> float:
         left = context.time_remaining()
         return min(self._limits.connect_timeout_s, _DEFAULT_SECONDS if left is None else max(0.0, left - 0.1))
 
     def _run(self, context: grpc.ServicerContext, job: Job) -> Any:
+        """Have the lane do it, and wait until it is done, the deadline comes, or the caller has gone."""
         left = context.time_remaining()
         seconds = _DEFAULT_SECONDS if left is None else left
         job.deadline = time.monotonic() + seconds
         self._inbox.put(job)
-        context.add_callback(lambda: self._inbox.discard(job))
         try:
+            if not context.add_callback(lambda: job.fail(AbortedError("the caller has gone"))):
+                raise AbortedError("the caller has gone")
             return job.result.result(max(0.0, seconds - 0.05))
         except TimeoutError:
-            error = DeadlineError(f"not finished in {seconds:.1f} s; allow more time ({self._lane.detail or 'the parties are busy'})")
+            why = self._lane.detail or "the parties are busy"
+            error = DeadlineError(f"not finished in {seconds:.1f} s; allow more time ({why})")
             job.fail(error)
             raise error from None
         finally:
             self._inbox.discard(job)
-
-    def _check_header(self, header: party_pb2.DeployHeader) -> None:
-        if not _NAME.fullmatch(header.name):
-            raise InputError("a model's name is 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first")
-        if header.size > self._limits.max_upload_mb << 20:
-            raise UploadError(f"the upload is larger than this party allows ({self._limits.max_upload_mb} MiB)")
 
 
 class MeshService(mesh_pb2_grpc.MeshServiceServicer):
@@ -197,27 +219,25 @@ class MeshService(mesh_pb2_grpc.MeshServiceServicer):
             require(peer, "party/")
             number = int(peer.role.partition("/")[2])
             if number >= self._index:
-                raise ForbiddenError(f"party {number} waits for party {self._index} to connect, not the other way round")
+                raise ForbiddenError(
+                    f"party {number} waits for party {self._index} to connect, not the other way round"
+                )
             outgoing = self._former.accept(number, request_iterator, context)
         except Exception as error:
             channel.abort(context, error)
         yield from outgoing
 
 
-def _share(tensor: tensor_pb2.Tensor, declared: Value) -> Shared:
+def _share(tensor: tensor_pb2.Tensor, declared: Value, max_bytes: int) -> Shared:
     """The share in a request, checked against the model's declaration."""
     shape = tuple(tensor.shape)
     if tensor.ring_bits not in (0, 64) or tensor.frac_bits != declared.frac_bits:
         raise InputError(f"input {declared.name!r} must be shared over 64 bits with {declared.frac_bits} fraction bits")
-    if any(size < 1 for size in shape):
-        raise ShapeError(f"input {declared.name!r} has shape {list(shape)}: every size must be at least 1")
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     if tensor.WhichOneof("content") == "seed":
         if len(tensor.seed) != prg.SEED_BYTES:
             raise InputError(f"a seed has {prg.SEED_BYTES} bytes")
-        if count > 1 << 28:
+        if 8 * count > max_bytes:  # what a seed stands for may be no larger than what could be sent
             raise ShapeError(f"input {declared.name!r} is too large; send smaller batches")
         return Shared(prg.expand(tensor.seed, shape, Z64), tensor.frac_bits)
     if len(tensor.data) != 8 * count:
@@ -257,5 +277,3 @@ def _info(model: Model) -> party_pb2.ModelInfo:
         created_unix_seconds=model.created,
         parameters=model.program.size,
     )
-
-

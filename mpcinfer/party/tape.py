@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import grpc
 
-from mpcinfer.errors import ProtocolError
+from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
 from mpcinfer.protocol.session import tape_key
@@ -56,18 +56,29 @@ def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping
 
 
 def _corrections(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, timeout: float) -> bytearray:
-    request = dealer_pb2.DealRequest(
-        session=epoch.id,
-        index=epoch.mesh.index,
-        tape=tape,
-        plan_digest=digest,
-        plan=b"" if digest in epoch.plans_told else plan.to_bytes(),
-    )
-    received = bytearray()
-    try:
-        for part in epoch.dealer.Deal(request, timeout=timeout):
-            received += part.chunk
-    except grpc.RpcError as error:
-        raise channel.from_rpc_error(error, "dealer") from error
+    request = dealer_pb2.DealRequest(session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest)
+    if digest in epoch.plans_told:
+        try:
+            return _receive(epoch, request, timeout)
+        except NotFoundError:  # the dealer keeps the plans used lately; this says so before the tape is touched
+            epoch.plans_told.discard(digest)
+    request.plan = plan.to_bytes()
+    received = _receive(epoch, request, timeout)
     epoch.plans_told.add(digest)
+    return received
+
+
+def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> bytearray:
+    received = bytearray()
+    call = epoch.dealer.Deal(request, timeout=timeout)
+    try:
+        with epoch.cancelling(call):
+            for part in call:
+                received += part.chunk
+    except grpc.RpcError as error:
+        if epoch.mesh.broken:
+            raise AbortedError(
+                "a party or the dealer left while randomness was dealt; send the request again"
+            ) from error
+        raise channel.from_rpc_error(error, "dealer") from error
     return received

@@ -7,6 +7,7 @@ stream (a peer that died, a gap in the sequence, a deadline) ends it for good: l
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any
@@ -28,7 +29,12 @@ class Link:
     """One peer's stream, used by one thread at a time in each direction."""
 
     def __init__(
-        self, peer: int, incoming: Iterator[Any], outgoing: SimpleQueue[Any], wrap: Callable[..., Any], cancel: Callable[[], Any]
+        self,
+        peer: int,
+        incoming: Iterator[Any],
+        outgoing: SimpleQueue[Any],
+        wrap: Callable[..., Any],
+        cancel: Callable[[], Any],
     ) -> None:
         self.peer = peer
         self.bytes_sent = 0
@@ -57,7 +63,7 @@ class Link:
 
     def receive(self, kind: int) -> bytes:
         """The next message, which must be of this kind; AbortedError when the stream has ended."""
-        parts = []
+        parts: list[bytes] = []
         while True:
             try:
                 frame = next(self._incoming).frame
@@ -82,6 +88,10 @@ class Link:
         self._outgoing.put(None)
         self._cancel()
 
+    def finish(self) -> None:
+        """Send nothing more, but let what is queued arrive; `close` must follow."""
+        self._outgoing.put(None)
+
     def _lost(self) -> AbortedError:
         self.close()
         return AbortedError(
@@ -105,7 +115,9 @@ def dial(peer: int, channel: grpc.Channel, on_end: Callable[[], None]) -> Link:
     return link
 
 
-def accept(peer: int, incoming: Iterator[Any], context: grpc.ServicerContext, on_end: Callable[[], None]) -> tuple[Link, Iterator[Any]]:
+def accept(
+    peer: int, incoming: Iterator[Any], context: grpc.ServicerContext, on_end: Callable[[], None]
+) -> tuple[Link, Iterator[Any]]:
     """The other end: the link, and the iterator that the RPC handler must return."""
     outgoing: SimpleQueue[Any] = SimpleQueue()
     link = Link(peer, incoming, outgoing, mesh_pb2.ConnectResponse, context.cancel)
@@ -159,6 +171,15 @@ class Mesh:
         """End all links."""
         for link in self.links.values():
             link.close()
+
+    def finish(self, seconds: float) -> None:
+        """End all links, but let what was sent arrive first, for at most `seconds`."""
+        end = time.monotonic() + seconds
+        for link in self.links.values():
+            link.finish()
+        for link in self.links.values():
+            link.broken.wait(max(0.0, end - time.monotonic()))
+        self.close()
 
     def limited(self, seconds: float) -> threading.Timer:
         """A running timer that closes the mesh after `seconds` unless cancelled: the watchdog of one step."""

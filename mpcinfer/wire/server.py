@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mpcinfer.config import Node
 from mpcinfer.wire import channel
@@ -48,8 +48,8 @@ class Server:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def wait_for_signal() -> str:
-    """Block until SIGTERM or SIGINT arrives; its name."""
+def stop_signal() -> Callable[[], str]:
+    """From now on SIGTERM and SIGINT ask this process to stop; the result blocks until one has come, and names it."""
     received: list[int] = []
     stop = threading.Event()
 
@@ -59,8 +59,12 @@ def wait_for_signal() -> str:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
-    stop.wait()
-    return signal.Signals(received[0]).name
+
+    def wait() -> str:
+        stop.wait()
+        return signal.Signals(received[0]).name
+
+    return wait
 
 
 def configure_logging(level: str) -> None:
