@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpcinfer.client import owner as module
 from mpcinfer.client.owner import ModelOwner
 from mpcinfer.errors import (
     AgreementError,
@@ -29,7 +30,24 @@ from mpcinfer.ring.domain import Z64
 from tests.client.fakes import FakeCluster, info, total
 
 MODEL = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+DEFAULTS = {"frac_bits": 16, "reveal": "logits", "k": 5, "public": ()}
 LARGE = nn.Sequential(nn.Linear(500, 600), nn.ReLU(), nn.Linear(600, 2)).eval()
+
+
+_captured: dict[object, Captured] = {}
+
+
+def capture_once(model: Any, examples: Any, **options: Any) -> Captured:
+    """`capture`, which takes its time, once for each model and options."""
+    key = id(model) if isinstance(model, nn.Module) else type(model), str(options)
+    if key not in _captured:
+        _captured[key] = capture(model, examples, **options)
+    return Captured(_captured[key].program, dict(_captured[key].weights))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "capture", capture_once)
 
 
 @pytest.fixture
@@ -70,12 +88,8 @@ def share_size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def captured(model: nn.Module, *examples: torch.Tensor, **options: Any) -> Captured:
-    return capture(model, examples, **options)
-
-
 def test_shares_of_the_weights_leave_and_nothing_else(worlds: FakeCluster) -> None:
-    expected = captured(MODEL, torch.zeros(1, 6))
+    expected = capture_once(MODEL, (torch.zeros(1, 6),), **DEFAULTS)
     with ModelOwner.connect(worlds.cluster, worlds.issue("owner/o")) as owner:
         for _ in range(2):
             deployed = owner.deploy(MODEL, torch.zeros(1, 6), name="mlp")
@@ -108,7 +122,7 @@ def test_a_large_share_goes_in_chunks(world: FakeCluster, owner: ModelOwner) -> 
     assert max(map(len, chunks)) == 2**20
     done, everything = zip(*seen, strict=True)
     assert list(done) == sorted(done) and (done[0], done[-1]) == (0, everything[0]) and len(set(everything)) == 1
-    expected = captured(LARGE, torch.zeros(2, 500)).weights
+    expected = capture_once(LARGE, (torch.zeros(2, 500),), **DEFAULTS).weights
     assert all(torch.equal(found, expected[name]) for name, found in weights(world).items())
 
 
