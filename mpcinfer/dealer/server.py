@@ -18,13 +18,10 @@ from mpcinfer.wire.v1 import dealer_pb2_grpc
 _log = logging.getLogger(__name__)
 
 
-def serve(node: Node) -> None:
-    """Run until SIGTERM or SIGINT."""
-    configure_logging(node.log_level)
-    stopped = stop_signal()
+def build(node: Node) -> tuple[Dealer, Server]:
+    """The dealer and its server, which has its port but does not run yet."""
     if node.role != "dealer":
         raise ConfigError(f"this configuration is for {node.role}; start it with `mpcinfer party`")
-    torch.set_num_threads(1)
     identity = Identity.load(node.key_path, node.certificate_path)
     dealer = Dealer(node.cluster.n, node.cluster.digest())
     service = DealerService(node.cluster, dealer, node.limits)
@@ -35,6 +32,15 @@ def serve(node: Node) -> None:
         4 * node.cluster.n + 8,
         lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s),
     )
+    return dealer, server
+
+
+def serve(node: Node) -> None:
+    """Run until SIGTERM or SIGINT."""
+    configure_logging(node.log_level)
+    stopped = stop_signal()
+    torch.set_num_threads(1)
+    _, server = build(node)
     warm_up()
     server.start()
     server.set_serving(True)

@@ -100,7 +100,8 @@ class Lane:
         epoch = self._epoch
         if epoch is not None:
             epoch.close(_FLUSH_SECONDS)
-        self._thread.join(1.0)
+        if self._thread.is_alive():
+            self._thread.join(1.0)
 
     def wait_ready(self, timeout: float) -> None:
         """Return once an epoch stands; UnavailableError saying what is missing if that takes too long."""

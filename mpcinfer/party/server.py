@@ -24,43 +24,67 @@ from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2_grpc
 _log = logging.getLogger(__name__)
 
 
+class Party:
+    """The parts of one party, put together."""
+
+    def __init__(self, node: Node) -> None:
+        """Open the store and take the port; ConfigError, IdentityError, StoreError or ConflictError if that fails."""
+        if not node.role.startswith("party/") or node.store is None or node.store_key is None:
+            raise ConfigError(
+                f"a party needs the role party/I, a store and a store_key; this configuration is for {node.role}"
+            )
+        self.index, self._limits = int(node.role.partition("/")[2]), node.limits
+        identity = Identity.load(node.key_path, node.certificate_path)
+        self.store = Store.open(node.store, node.store_key)
+        try:
+            self.catalogue = Catalogue(self.store)
+            self.inbox = Inbox(node.limits.max_waiting_requests)
+            self.former = Former(node, identity, self.inbox.wake)
+            self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, node.limits)
+            service = PartyService(node.cluster, self.lane, self.inbox, self.catalogue, self.store, node.limits)
+            mesh = MeshService(node.cluster, self.index, self.former)
+
+            def add(server: grpc.Server) -> None:
+                party_pb2_grpc.add_PartyServiceServicer_to_server(service, server)
+                mesh_pb2_grpc.add_MeshServiceServicer_to_server(mesh, server)
+
+            # Waiting requests and peer streams each hold a worker; health and status checks must never wait for one.
+            self.server = Server(node, identity, node.limits.max_waiting_requests + 4 * node.cluster.n + 16, add)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def start(self) -> None:
+        """Accept calls, and begin to look for the other parties."""
+        self.server.start()
+        self.lane.start()
+        self.server.set_serving(True)
+
+    def stop(self) -> None:
+        """Finish what is being computed and answered, as far as the grace period allows; refuse what waits."""
+        self.server.set_serving(False)
+        self.lane.stop(self._limits.stop_grace_s)
+        self.inbox.close(UnavailableError(f"party {self.index} is stopping"))
+        self.server.stop()
+        self.store.close()
+
+
 def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
     stopped = stop_signal()
-    if not node.role.startswith("party/") or node.store is None or node.store_key is None:
-        raise ConfigError(
-            f"a party needs the role party/I, a store and a store_key; this configuration is for {node.role}"
-        )
     torch.set_num_threads(1)  # one lane computes at a time, and parties of one machine share its cores
-    index, limits = int(node.role.partition("/")[2]), node.limits
-    identity = Identity.load(node.key_path, node.certificate_path)
-    with Store.open(node.store, node.store_key) as store:
-        catalogue = Catalogue(store)
-        inbox = Inbox(limits.max_waiting_requests)
-        former = Former(node, identity, inbox.wake)
-        lane = Lane(index, former, inbox, catalogue, limits)
-
-        def add(server: grpc.Server) -> None:
-            service = PartyService(node.cluster, lane, inbox, catalogue, store, limits)
-            party_pb2_grpc.add_PartyServiceServicer_to_server(service, server)
-            mesh_pb2_grpc.add_MeshServiceServicer_to_server(MeshService(node.cluster, index, former), server)
-
-        # Waiting requests and peer streams each hold a worker; health and status checks must never wait for one.
-        server = Server(node, identity, limits.max_waiting_requests + 4 * node.cluster.n + 16, add)
+    party = Party(node)
+    try:
         warm_up()
-        server.start()
-        lane.start()
-        server.set_serving(True)
+        party.start()
         _log.info(
             "party %d of cluster %s listens on %s (%d operators)",
-            index,
+            party.index,
             node.cluster.name,
             node.listen,
             len(nn.supported()),
         )
         _log.info("%s: stopping", stopped())
-        server.set_serving(False)
-        lane.stop(limits.stop_grace_s)
-        inbox.close(UnavailableError(f"party {index} is stopping"))
-        server.stop()
+    finally:
+        party.stop()
