@@ -1,0 +1,428 @@
+"""What the dealer deals, to whom, how often, and what it forgets."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+import mpcinfer.dealer.dealing as dealing
+from mpcinfer.dealer.dealing import Dealer
+from mpcinfer.errors import (
+    AbortedError,
+    AgreementError,
+    ConflictError,
+    DeadlineError,
+    InputError,
+    MpcInferError,
+    NotFoundError,
+)
+from mpcinfer.protocol import correlation
+from mpcinfer.protocol.compare import Comparison
+from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
+from mpcinfer.protocol.exponential import Exponential
+from mpcinfer.protocol.linear import FixedProduct, WeightMask
+from mpcinfer.protocol.multiply import SquarePair, Triple
+from mpcinfer.protocol.polynomial import TruncatedPowers
+from mpcinfer.protocol.rerandomise import ZeroSharing
+from mpcinfer.protocol.session import session_key, tape_key
+from mpcinfer.protocol.tracing import Plan
+from mpcinfer.protocol.truncate import Truncation
+from mpcinfer.ring.kernels import Bilinear
+from mpcinfer.ring.sharing import combine
+
+CLUSTER = b"c" * 32
+MATMUL = Bilinear("matmul")
+CONV = Bilinear("conv", ((1, 1), (1, 1), (1, 1), 1))
+MASK = WeightMask("w", (4, 3))
+KINDS: list[Kind] = [
+    Comparison((5,)),
+    Comparison((2, 3), width=32, thresholds=3, products=True),
+    Comparison((3,), width=48, products=True),
+    Exponential((4,), 16),
+    FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
+    SquarePair((3, 2)),
+    Triple(Bilinear("mul"), (4,), (4,)),
+    Triple(MATMUL, (2, 3), (3, 4)),
+    Triple(CONV, (1, 2, 4, 4), (3, 2, 3, 3)),
+    TruncatedPowers((6,), 16, 3),
+    Truncation((7,), 16),
+    WeightMask("other", (2, 2)),
+    ZeroSharing((5,)),
+]
+PLAN = Plan((("t#0", Truncation((4,), 16)), ("r#0", Comparison((4,), products=True))))
+
+
+def plan_of(*items: Kind, deployment: str = "") -> Plan:
+    return Plan(tuple((f"node#{i}", item) for i, item in enumerate(items)), deployment)
+
+
+@dataclass
+class Session:
+    """All parties' side of one session."""
+
+    dealer: Dealer
+    id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    nonces: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+
+    def join(self, timeout: float = 20) -> Session:
+        n = self.dealer.parties
+        self.nonces = self.nonces or [secrets.token_bytes(32) for _ in range(n)]
+        private = [X25519PrivateKey.generate() for _ in range(n)]
+        with ThreadPoolExecutor(n) as pool:
+            answers = list(
+                pool.map(
+                    lambda i: self.dealer.join(
+                        self.id, i, self.nonces[i], private[i].public_key().public_bytes_raw(), timeout
+                    ),
+                    range(n),
+                )
+            )
+        self.dealer_nonces = [a[0] for a in answers]
+        self.seen_nonces = [a[2] for a in answers]
+        self.keys = [
+            session_key(
+                private[i].exchange(X25519PublicKey.from_public_bytes(answers[i][1])),
+                index=i,
+                session=self.id,
+                cluster=CLUSTER,
+                party_nonces=answers[i][2],
+                dealer_nonce=answers[i][0],
+            )
+            for i in range(n)
+        ]
+        return self
+
+    def ask(
+        self,
+        index: int,
+        tape: bytes,
+        plan: Plan = PLAN,
+        *,
+        told: bool = False,
+        timeout: float = 20,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> bytes:
+        """What one party gets for a tape."""
+        parts = self.dealer.deal(self.id, index, tape, plan.digest(), b"" if told else plan.to_bytes(), timeout, alive)
+        return b"".join(bytes(part) for part in parts)
+
+    def asks(self, tape: bytes, plans: Plan | Sequence[Plan] = PLAN, **options: Any) -> list[Any]:
+        """All parties ask at once: their bytes or errors."""
+        n = self.dealer.parties
+        each = [plans] * n if isinstance(plans, Plan) else plans
+
+        def one(i: int) -> bytes | MpcInferError:
+            try:
+                return self.ask(i, tape, each[i], **options)
+            except MpcInferError as error:
+                return error
+
+        with ThreadPoolExecutor(n) as pool:
+            return list(pool.map(one, range(n)))
+
+    def shares(self, tape: bytes, plan: Plan, corrections: bytes) -> list[dict[str, Tensors]]:
+        """All parties' shares of all correlations."""
+        n = self.dealer.parties
+        result = []
+        for i, key in enumerate(self.keys):
+            rest, shares = memoryview(corrections), {}
+            for name, item in plan.entries:
+                size = correction_bytes(item)
+                last = i == n - 1
+                shares[name] = expand(
+                    item, name, tape_key(key, tape, plan.digest()), last=last, correction=rest[:size] if last else None
+                )
+                rest = rest[size:]
+            result.append(shares)
+        return result
+
+    def values(self, tape: bytes, plan: Plan, corrections: bytes) -> dict[str, Tensors]:
+        """What the shares of all correlations add up to."""
+        shares = self.shares(tape, plan, corrections)
+        return {
+            name: {
+                f: combine([s[name][f] for s in shares], declared.ring)
+                for f, declared in (item.free() | item.derived()).items()
+            }
+            for name, item in plan.entries
+        }
+
+
+@pytest.fixture
+def dealer() -> Dealer:
+    return Dealer(2, CLUSTER)
+
+
+@pytest.fixture
+def session(dealer: Dealer) -> Session:
+    return Session(dealer).join()
+
+
+def tape() -> bytes:
+    return secrets.token_bytes(16)
+
+
+def started(work: Callable[[], Any], until: Callable[[], object]) -> Future[Any]:
+    """Start something in a thread; return once it has come so far."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    end = time.monotonic() + 20
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return future
+
+
+# --- sessions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_all_parties_and_the_dealer_agree_and_only_then(n: int) -> None:
+    dealer = Dealer(n, CLUSTER)
+    assert not dealer.ready
+    session = Session(dealer).join()
+    assert dealer.ready
+    assert session.seen_nonces == [session.nonces] * n
+    assert len(set(session.dealer_nonces)) == 1 and len(session.dealer_nonces[0]) == 32
+    assert len(set(session.keys)) == n
+    assert dealer._session is not None and dealer._session.keys == session.keys
+
+
+def test_a_key_depends_on_the_secret_and_not_on_nonces_alone(dealer: Dealer) -> None:
+    """The same session id and the same nonces of the parties at two dealers, as an observer might replay them."""
+    first = Session(dealer).join()
+    again = Session(Dealer(2, CLUSTER), first.id, first.nonces).join()
+    assert again.seen_nonces == first.seen_nonces
+    assert not set(first.keys) & set(again.keys)
+    assert first.dealer_nonces[0] != again.dealer_nonces[0]
+
+
+def test_who_waits_for_the_others_is_told_that_they_did_not_come(dealer: Dealer) -> None:
+    public = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    with pytest.raises(DeadlineError):
+        dealer.join(tape(), 0, bytes(32), public, 0.05)
+    assert not dealer.ready
+
+
+def test_bad_introductions_are_refused(dealer: Dealer, session: Session) -> None:
+    public = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    for id_, index, nonce, key in [
+        (b"short", 0, bytes(32), public),
+        (tape(), 2, bytes(32), public),
+        (tape(), -1, bytes(32), public),
+        (tape(), 0, b"", public),
+        (tape(), 0, bytes(32), b"no key"),
+    ]:
+        with pytest.raises(InputError):
+            dealer.join(id_, index, nonce, key, 0.05)
+    assert dealer.ready
+    with pytest.raises(ConflictError):
+        dealer.join(session.id, 0, bytes(32), public, 0.05)
+
+
+def test_a_new_session_ends_the_one_before_and_a_past_one_never_returns(dealer: Dealer, session: Session) -> None:
+    ended = tape()
+    waiting = started(lambda: session.ask(0, ended), lambda: dealer._session and dealer._session.tapes)
+    again = Session(dealer).join()
+    with pytest.raises(AbortedError):
+        waiting.result(20)
+    with pytest.raises(AbortedError):
+        session.ask(0, tape())
+    for old in (session, Session(dealer, session.id)):
+        with pytest.raises(AbortedError):
+            old.join(1)
+    assert not isinstance(again.asks(tape())[1], Exception)
+
+
+def test_a_party_that_waits_in_a_session_that_ends_is_told(dealer: Dealer) -> None:
+    public = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    waiting = started(lambda: dealer.join(tape(), 0, bytes(32), public, 20), lambda: dealer._session)
+    Session(dealer).join()
+    with pytest.raises(AbortedError):
+        waiting.result(20)
+
+
+def test_any_restart_changes_all_streams(dealer: Dealer) -> None:
+    """The same plan and the same tape id in a new session: nothing that masks anything is the same."""
+    plan, same = plan_of(*KINDS[:2], MASK), tape()
+    seen: list[torch.Tensor] = []
+    for _ in range(3):
+        session = Session(dealer).join()
+        corrections = session.asks(same, plan)[-1]
+        shares = session.shares(same, plan, corrections)
+        seen += [session.values(same, plan, corrections)["node#2"]["b"], *(s["node#2"]["b"] for s in shares)]
+    words = [int(w) for t in seen for w in t.reshape(-1)]
+    assert len(set(words)) == len(words)
+
+
+# --- tapes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("item", KINDS, ids=[f"{type(k).__name__}-{i}" for i, k in enumerate(KINDS)])
+def test_shares_add_up_to_what_the_kind_says(n: int, item: Kind) -> None:
+    session = Session(Dealer(n, CLUSTER)).join()
+    plan, one = plan_of(MASK, item, deployment="d"), tape()
+    answers = session.asks(one, plan)
+    assert answers[:-1] == [b""] * (n - 1)
+    assert len(answers[-1]) == plan.correction_bytes() == session.dealer.bytes_sent
+    values = session.values(one, plan, answers[-1])
+    expected = item.derive(
+        {name: values["node#1"][name] for name in item.free()}, {"w": values["node#0"]["b"]}.__getitem__
+    )
+    for name, declared in item.derived().items():
+        assert torch.equal(values["node#1"][name], declared.ring.reduce(expected[name].to(declared.ring.dtype)))
+    for name in item.free():
+        assert values["node#1"][name].unique().numel() > 1 or values["node#1"][name].numel() < 5
+
+
+def test_every_kind_is_among_those_tested() -> None:
+    assert {type(k).__name__ for k in KINDS} == {
+        name for name, kind in correlation._KINDS.items() if kind.__module__.startswith("mpcinfer.")
+    }
+
+
+def test_a_tape_is_dealt_once(session: Session) -> None:
+    one = tape()
+    first = session.asks(one)
+    assert len(first[1]) == PLAN.correction_bytes()
+    for again in (session.asks(one), session.asks(one, told=True)):
+        assert [type(a) for a in again] == [ConflictError] * 2
+    assert session.dealer.tapes_dealt == 1 and session.dealer.bytes_sent == PLAN.correction_bytes()
+
+
+def test_two_plans_for_one_tape_burn_it(session: Session) -> None:
+    one, other = tape(), plan_of(Truncation((5,), 16))
+    answers = session.asks(one, [PLAN, other], timeout=10)
+    assert {type(a) for a in answers} == {AgreementError, AbortedError}
+    for plan in (PLAN, other):
+        assert [type(a) for a in session.asks(one, plan)] == [ConflictError] * 2
+    assert session.dealer.tapes_dealt == 0 and session.dealer.bytes_sent == 0
+    assert not isinstance(session.asks(tape())[1], Exception)
+
+
+def test_a_party_that_asks_twice_burns_the_tape(session: Session) -> None:
+    one = tape()
+    waiting = started(
+        lambda: session.ask(1, one), lambda: session.dealer._session and one in session.dealer._session.tapes
+    )
+    with pytest.raises(ConflictError):
+        session.ask(1, one)
+    with pytest.raises(AbortedError):
+        waiting.result(20)
+    with pytest.raises(ConflictError):
+        session.ask(0, one)
+
+
+def test_a_time_out_burns_the_tape(session: Session) -> None:
+    one = tape()
+    with pytest.raises(DeadlineError):
+        session.ask(0, one, timeout=0.05)
+    assert [type(a) for a in session.asks(one)] == [ConflictError] * 2
+
+
+def test_a_caller_who_goes_while_waiting_burns_the_tape(session: Session) -> None:
+    one, here = tape(), [True]
+    waiting = started(
+        lambda: session.ask(0, one, alive=lambda: here[0]),
+        lambda: session.dealer._session and one in session.dealer._session.tapes,
+    )
+    session.dealer.wake()
+    time.sleep(0.05)
+    assert not waiting.done()
+    here[0] = False
+    session.dealer.wake()
+    with pytest.raises(AbortedError):
+        waiting.result(20)
+    with pytest.raises(ConflictError):
+        session.ask(1, one)
+    assert session.dealer.tapes_dealt == 0
+
+
+def test_a_plan_must_have_its_digest_and_be_known(session: Session) -> None:
+    one = tape()
+    with pytest.raises(InputError):
+        list(session.dealer.deal(session.id, 0, one, b"x" * 32, PLAN.to_bytes(), 1))
+    with pytest.raises(InputError):
+        list(session.dealer.deal(session.id, 0, one, PLAN.digest(), b"no plan", 1))
+    with pytest.raises(NotFoundError):
+        session.ask(0, one, told=True)
+    for index, id_ in ((2, one), (-1, one), (0, b"short")):
+        with pytest.raises(InputError):
+            session.ask(index, id_)
+    # none of these has touched the tape
+    assert not isinstance(session.asks(one)[1], Exception)
+    assert not isinstance(session.asks(tape(), told=True)[1], Exception)
+
+
+def test_plans_that_were_not_used_for_long_are_forgotten(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dealing, "_MAX_PLANS", 2)
+    plans = [plan_of(Truncation((k,), 16)) for k in (1, 2, 3)]
+    session.asks(tape(), plans[0])
+    session.asks(tape(), plans[1])
+    session.asks(tape(), plans[0], told=True)
+    session.asks(tape(), plans[2])
+    assert not isinstance(session.asks(tape(), plans[0], told=True)[1], Exception)
+    assert [type(a) for a in session.asks(tape(), plans[1], told=True)] == [NotFoundError] * 2
+
+
+def test_tapes_that_are_over_take_little_memory(session: Session) -> None:
+    for _ in range(5):
+        session.asks(tape())
+    inner = session.dealer._session
+    assert inner is not None and not inner.tapes and len(inner.spent) == 5
+
+
+# --- masks of weights ----------------------------------------------------------------------------------------------
+
+PRODUCT = FixedProduct(MATMUL, "w", (2, 4), (4, 3))
+
+
+def test_lasting_masks_serve_the_deployment_they_were_dealt_for(session: Session) -> None:
+    masks, products = plan_of(MASK, deployment="d"), plan_of(PRODUCT, deployment="d")
+    one = tape()
+    b = session.values(one, masks, session.asks(one, masks)[1])["node#0"]["b"]
+    for _ in range(2):
+        one = tape()
+        value = session.values(one, products, session.asks(one, products)[1])["node#0"]
+        assert torch.equal(value["c"], value["a"] @ b)
+    answers = session.asks(tape(), plan_of(PRODUCT, deployment="e"))
+    assert isinstance(answers[1], AbortedError) and "masks" in str(answers[1])
+
+
+def test_lasting_masks_are_forgotten_with_the_session(dealer: Dealer, session: Session) -> None:
+    session.asks(tape(), plan_of(MASK, deployment="d"))
+    again = Session(dealer).join()
+    assert isinstance(again.asks(tape(), plan_of(PRODUCT, deployment="d"))[1], AbortedError)
+    assert dealer._session is not None and not dealer._session.fixed
+
+
+def test_opening_a_deployment_again_uses_another_mask(session: Session) -> None:
+    masks, products = plan_of(MASK, deployment="d"), plan_of(PRODUCT, deployment="d")
+    seen = []
+    for _ in range(2):
+        one = tape()
+        seen.append(session.values(one, masks, session.asks(one, masks)[1])["node#0"]["b"])
+    assert not (seen[0] == seen[1]).any()
+    one = tape()
+    value = session.values(one, products, session.asks(one, products)[1])["node#0"]
+    assert torch.equal(value["c"], value["a"] @ seen[1])
+
+
+def test_seeds_stay_out_of_logs(dealer: Dealer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        session = Session(dealer).join()
+        session.asks(tape())
+        session.asks(tape(), [PLAN, plan_of(MASK)])
+    for key in session.keys:
+        assert key.hex()[:16] not in caplog.text and repr(key)[2:20] not in caplog.text
