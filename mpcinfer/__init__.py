@@ -1,34 +1,12 @@
-"""mpcinfer: inference on a network nobody may see, over inputs nobody may see, by parties that see neither."""
+"""mpcinfer: inference on a network nobody may see, over inputs nobody may see, by parties that see neither.
+
+What it exports is loaded on first use; type checkers read `__init__.pyi`.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mpcinfer.client.data import AsyncClient, Client
-    from mpcinfer.client.owner import Deployed, ModelOwner
-    from mpcinfer.errors import (
-        AbortedError,
-        AgreementError,
-        BusyError,
-        ConfigError,
-        ConflictError,
-        DeadlineError,
-        DtypeError,
-        ForbiddenError,
-        IdentityError,
-        InputError,
-        MpcInferError,
-        NotFoundError,
-        ProtocolError,
-        RangeError,
-        ShapeError,
-        StoreError,
-        UnavailableError,
-        UnsupportedError,
-        UploadError,
-    )
+from typing import Any
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,11 @@ def test_what_it_offers() -> None:
     assert all(inspect.isclass(getattr(mpcinfer, name)) for name in mpcinfer.__all__)
     assert set(mpcinfer.__all__) <= set(dir(mpcinfer))
     assert mpcinfer.ShapeError is errors.ShapeError
+
+
+def test_type_checkers_see_the_same() -> None:
+    stub = Path(mpcinfer.__file__).with_suffix(".pyi").read_text()
+    assert set(re.findall(r"import (\w+) as \1\n", stub)) == set(mpcinfer.__all__)
 
 
 def test_what_it_does_not_offer() -> None:
