@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ import torch
 
 import mpcinfer
 from mpcinfer import cli
-from mpcinfer.config import Cluster
+from mpcinfer.client.local import LocalCluster
+from mpcinfer.config import Cluster, Node
 from mpcinfer.errors import AbortedError, BusyError
 from mpcinfer.wire.identity import Identity, key_pin
 from tests.client.fakes import FakeCluster, info, running, spec
@@ -379,8 +381,6 @@ def command_line(process: Path) -> bytes:
 
 @pytest.mark.timeout(300)
 def test_a_process_that_cannot_start_says_why(tmp_path: Path, shell: Shell) -> None:
-    from mpcinfer.client.local import LocalCluster
-
     local = LocalCluster(tmp_path / "c")
     address = local.cluster.parties[0].address
     assert shell("dealer", "--config", local.directory / "party-0.toml").err.startswith("error: ")
@@ -391,3 +391,39 @@ def test_a_process_that_cannot_start_says_why(tmp_path: Path, shell: Shell) -> N
             _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.splitlines()[-1].startswith(f"error: cannot listen on {address}") and "Traceback" not in err
+
+
+# --- templates -------------------------------------------------------------------------------------------------------
+
+LOCAL = Path(__file__).parents[1] / "parties" / "local"
+
+
+def test_the_templates_are_what_the_processes_read(shell: Shell, tmp_path: Path) -> None:
+    """With pins in place of the placeholders; what is commented out are the defaults."""
+    made = LocalCluster(tmp_path / "c", base_port=7100)
+    text = (LOCAL / "cluster.toml.example").read_text()
+    for endpoint in (*made.cluster.parties, made.cluster.dealer):
+        text = text.replace(f"sha256:<pin of {endpoint.role.replace('/', '-')}>", endpoint.key_pin)
+    (made.directory / "cluster.toml").write_text(text)
+    assert Cluster.load(made.cluster_path).digest() == made.cluster.digest()
+    for name in ("party", "dealer"):
+        text = (LOCAL / f"{name}.toml.example").read_text()
+        (made.directory / "node.toml").write_text(text)
+        node = Node.load(made.directory / "node.toml")
+        spelled_out, count = re.subn(r"(?m)^# (?=\w+ = )", "", text)
+        (made.directory / "node.toml").write_text(spelled_out)
+        assert Node.load(made.directory / "node.toml") == node
+        assert count == (8 if name == "party" else 0)
+
+
+@pytest.mark.slow
+def test_the_readme_makes_the_same_cluster(tmp_path: Path) -> None:
+    script = (LOCAL / "README.md").read_text().partition("```sh\n")[2].partition("# then")[0]
+    environment = {**os.environ, "PYTHONPATH": str(LOCAL.parents[1])}
+    command = f'mpcinfer() {{ {sys.executable} -m mpcinfer "$@"; }}\nset -e\n{script}'
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    again = LocalCluster(tmp_path)
+    assert [e.address for e in (*again.cluster.parties, again.cluster.dealer)] == [
+        f"127.0.0.1:{7100 + i}" for i in range(3)
+    ]
+    assert len(list(tmp_path.glob("*.pem"))) == 6
