@@ -1,0 +1,225 @@
+"""Our side of the peers: their environments, installed once, and their parties as processes that answer requests.
+
+Nothing of a peer is ever imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("MPCINFER_CACHE", Path.home() / ".cache" / "mpcinfer"))
+INSTALL_TIMEOUT = 1800.0  # seconds, for each call of pip
+
+
+class PeerFailed(Exception):
+    """A peer could not be installed, crashed, answered with an error or not in time; the text says which."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What to install (steps of pip arguments, one after the other) and how to start party `rank`."""
+
+    name: str
+    version: str
+    python: str
+    steps: tuple[tuple[str, ...], ...]
+    variants: dict[str, tuple[str, ...]]  # ways to do an operation that has more than one; what counts is the fastest
+
+    def ways(self, operation: str) -> tuple[str, ...]:
+        """The variants of an operation."""
+        return self.variants.get(operation, ("default",))
+
+
+PEERS = {
+    # its wheels are for CPython 3.10 and 3.11
+    "spu": Peer(
+        "spu",
+        "0.9.5",
+        "3.11",
+        (("spu==0.9.5", "numpy"),),
+        {"matmul": ("default", "cached"), "conv": ("default", "cached"), "maxpool": ("default", "pairs")},
+    ),
+    # it asks for `sklearn`, a package that refuses to be installed, so what it needs is listed here
+    "crypten": Peer(
+        "crypten",
+        "0.4.1",
+        "3.11",
+        (
+            tuple("torch>=2.13,<2.14 numpy scipy omegaconf pyyaml future onnx tensorboard scikit-learn pandas".split()),
+            ("--no-deps", "crypten==0.4.1"),
+        ),
+        {"maxpool": ("default", "pairs")},
+    ),
+}
+
+
+def install(peer: Peer) -> Path:
+    """The interpreter of the peer's environment, which is made if it is not there yet. PeerFailed if that fails."""
+    home = CACHE / "peers" / peer.name
+    interpreter, stamp = home / "bin" / "python", home / ".installed"
+    wanted = json.dumps(peer.steps)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with (home.parent / f"{peer.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two benchmarks must not install into one environment at once
+        if stamp.exists() and stamp.read_text() == wanted:
+            return interpreter
+        if not interpreter.exists():
+            _quietly(_python(peer.python), "-m", "venv", "--clear", str(home))
+        for step in peer.steps:
+            _quietly(str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check", *step)
+        stamp.write_text(wanted)
+    return interpreter
+
+
+def _python(version: str) -> str:
+    """A Python interpreter of this version."""
+    if sys.version_info[:2] == tuple(int(part) for part in version.split(".")):
+        return sys.executable
+    found = shutil.which(f"python{version}")
+    if found is None:
+        raise PeerFailed(f"needs Python {version}, which is not on the PATH")
+    return found
+
+
+def _quietly(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise PeerFailed(f"installing took more than {INSTALL_TIMEOUT:.0f} s") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        raise PeerFailed(f"could not be installed: {lines[-1] if lines else 'no reason given'}")
+
+
+class Parties:
+    """The parties of one peer, a process each. `call` asks all of them; after a PeerFailed they are gone.
+
+    A context manager; processes are started by the first call and again by the first after a failure.
+    """
+
+    def __init__(self, peer: Peer, parties: int) -> None:
+        self.peer, self.n = peer, parties
+        self._interpreter: Path | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._received: list[bytes] = []
+        self._directory: Path | None = None
+        self._broken = ""  # why it cannot be installed; not tried again
+
+    def install(self) -> Path:
+        """Its interpreter, installed if need be; PeerFailed, the same at every call, if that failed."""
+        if self._broken:
+            raise PeerFailed(self._broken)
+        try:
+            self._interpreter = self._interpreter or install(self.peer)
+        except PeerFailed as error:
+            self._broken = str(error)
+            raise
+        return self._interpreter
+
+    def call(self, do: str, timeout: float, **arguments: Any) -> list[Any]:
+        """Ask every party to do something at the same time: their results, by rank."""
+        if not self._processes:
+            self._start()
+        deadline = time.monotonic() + timeout
+        try:
+            request = json.dumps({"do": do, **arguments}).encode() + b"\n"
+            for process in self._processes:
+                assert process.stdin is not None
+                process.stdin.write(request)
+                process.stdin.flush()
+            return [self._answer(rank, do, deadline, timeout) for rank in range(self.n)]
+        except (PeerFailed, OSError) as error:
+            self.stop()
+            raise error if isinstance(error, PeerFailed) else PeerFailed(f"a party is gone ({error})") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def _answer(self, rank: int, do: str, deadline: float, timeout: float) -> Any:
+        process = self._processes[rank]
+        assert process.stdout is not None
+        while b"\n" not in self._received[rank]:
+            ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise PeerFailed(f"no answer to {do!r} in {timeout:.0f} s")
+            part = os.read(process.stdout.fileno(), 65536)
+            if not part:
+                raise PeerFailed(f"party {rank} ended with exit code {process.wait()} during {do!r}{self._last(rank)}")
+            self._received[rank] += part
+        line, _, self._received[rank] = self._received[rank].partition(b"\n")
+        answer = json.loads(line)
+        if "failed" in answer:
+            raise PeerFailed(answer["failed"])
+        return answer["ok"]
+
+    def _last(self, rank: int) -> str:
+        assert self._directory is not None
+        lines = (self._directory / f"{rank}.log").read_text(errors="replace").splitlines()
+        return f": {lines[-1][:200]}" if lines else ""
+
+    def _start(self) -> None:
+        interpreter = self.install()
+        self._directory = directory = Path(tempfile.mkdtemp(prefix=f"bench-{self.peer.name}-"))
+        self._received = [b""] * self.n
+        ports = ",".join(str(port) for port in _free_ports(self.n))
+        for rank in range(self.n):
+            log = directory / f"{rank}.log"
+            arguments = {
+                "spu": [str(rank), ports, str(log)],
+                "crypten": [str(rank), str(self.n), str(directory / "rendezvous")],
+            }[self.peer.name]
+            with log.open("ab") as errors:
+                self._processes.append(
+                    subprocess.Popen(
+                        [str(interpreter), str(HERE / f"run_{self.peer.name}.py"), *arguments],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")},
+                        start_new_session=True,
+                    )
+                )
+
+    def stop(self) -> None:
+        """End the processes, if there are any."""
+        processes, self._processes = self._processes, []
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a session of its own, see start_new_session
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def __enter__(self) -> Parties:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -1,0 +1,174 @@
+"""One party of SPU (SEMI2K, 64-bit ring, default 18 fraction bits), in SPU's own environment; see serve.py.
+
+run_spu.py RANK PORT,PORT... LOG: the parties are joined by brpc on 127.0.0.1; LOG is this process's standard error,
+where SPU prints what its link has sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import spu
+from jax import lax
+from serve import peak_memory, reset_peak_memory, serve
+from spu import libspu
+from spu.experimental import make_cached_var
+from spu.utils import frontend
+
+_SENT = re.compile(r"Link details: total send bytes (\d+), recv bytes \d+, send actions (\d+)")
+_WAIT_MS = 120_000
+
+
+def _pool(x: Any) -> Any:
+    """Max over 2x2 windows; x is NHWC."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def _pool_in_pairs(x: Any) -> Any:
+    """The same, written as maxima of pairs, which SPU evaluates faster than its own pooling."""
+    rows = jnp.maximum(x[:, ::2], x[:, 1::2])
+    return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
+
+
+def _conv(x: Any, w: Any) -> Any:
+    """3x3, padding 1; x is NHWC and w HWIO."""
+    return lax.conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+OPERATIONS: dict[str, Any] = {
+    "matmul": jnp.matmul,
+    "conv": _conv,
+    "relu": jax.nn.relu,
+    "maxpool": _pool,
+    "argmax": lambda x: jnp.argmax(x, axis=-1),
+}
+# SPU computes convolutions and pooling in NHWC; what is private is laid out so beforehand
+_LAYOUT = {"x": (0, 2, 3, 1), "w": (2, 3, 1, 0)}
+
+
+class Runner:
+    """Prepares cases (an operation on given arrays, as a variant) and runs them together with the other parties."""
+
+    def __init__(self, rank: int, ports: list[int], log: Path) -> None:
+        self.rank, self.n, self.log = rank, len(ports), log
+        desc = libspu.link.Desc()
+        desc.id = "bench"
+        desc.recv_timeout_ms = desc.http_timeout_ms = _WAIT_MS
+        desc.http_max_payload_size = 32 * 1024 * 1024
+        desc.connect_retry_times, desc.connect_retry_interval_ms = 300, 100
+        for i, port in enumerate(ports):
+            desc.add_party(f"p{i}", f"127.0.0.1:{port}")
+        self.link = libspu.link.create_brpc(desc, rank)
+        self.io = spu.Io(self.n, self._config(False))
+        self.cases: dict[str, tuple[Any, Any]] = {}
+
+    def prepare(self, case: str, operation: str, arrays: str, variant: str) -> dict[str, Any]:
+        """Compile, share the arrays, run: once cold, once counted, once to warm up what is timed later."""
+        reset_peak_memory()
+        began = time.perf_counter()
+        with np.load(arrays) as stored:
+            inputs = {k: stored[k].astype(np.float32) for k in stored.files}
+        if operation in ("conv", "maxpool"):
+            inputs = {k: np.ascontiguousarray(v.transpose(_LAYOUT[k])) for k, v in inputs.items()}
+        names = sorted(inputs, reverse=True)  # x before w
+
+        def function(*args: Any) -> Any:
+            if variant == "cached":  # keeps the opened, masked weight for the products to come
+                args = args[0], make_cached_var(args[1])
+            return (_pool_in_pairs if variant == "pairs" else OPERATIONS[operation])(*args)
+
+        function.__name__ = re.sub(r"\W", "_", case)
+        executable, _ = frontend.compile(
+            frontend.Kind.JAX, function, [inputs[k] for k in names], {}, names,
+            [libspu.Visibility.VIS_SECRET] * len(names), lambda outputs: [f"out{i}" for i in range(len(outputs))],
+        )  # fmt: skip
+        compiled = time.perf_counter()
+        shares = {name: self._share(inputs[name]) for name in names}
+        shared = time.perf_counter()
+        counted = self._runtime(shares, profile=True)
+        first = self._timed(counted, executable)
+        self._timed(counted, executable)
+        sent = _SENT.findall(self.log.read_text(errors="replace"))
+        del counted
+        runtime = self._runtime(shares, profile=False)
+        self._timed(runtime, executable)
+        self.cases[case] = runtime, executable
+        return {
+            "compile_seconds": compiled - began,
+            "share_seconds": shared - compiled,
+            "first_run_seconds": first,
+            "bytes_sent": int(sent[-1][0]),
+            "rounds": int(sent[-1][1]),
+        }
+
+    def run(self, case: str) -> dict[str, float]:
+        """One timed run: from when all parties are ready until all have their share of the result."""
+        return {"seconds": self._timed(*self.cases[case])}
+
+    def finish(self, case: str, output: str) -> dict[str, int]:
+        """Forget the case; rank 0 writes its last result, revealed, to the file `output`."""
+        runtime, _ = self.cases.pop(case)
+        result = runtime.get_var("out0")
+        own = [result.meta, *result.share_chunks]
+        if self.rank:
+            self._send(0, own)
+        else:
+            value = self.io.reconstruct([self._build(s) for s in [own, *(self._receive(i) for i in range(1, self.n))]])
+            value = np.asarray(value, np.float64)
+            np.save(output, value.transpose(0, 3, 1, 2) if value.ndim == 4 else value)
+        return {"peak_rss_bytes": peak_memory()}
+
+    def _config(self, profile: bool) -> Any:
+        config = libspu.RuntimeConfig(protocol=libspu.ProtocolKind.SEMI2K, field=libspu.FieldType.FM64)
+        config.enable_pphlo_profile = profile  # prints what the link sent
+        return config
+
+    def _runtime(self, shares: dict[str, Any], profile: bool) -> Any:
+        runtime = spu.Runtime(self.link, self._config(profile))
+        for name, share in shares.items():
+            runtime.set_var(name, share)
+        return runtime
+
+    def _timed(self, runtime: Any, executable: Any) -> float:
+        self.link.barrier()
+        began = time.perf_counter()
+        runtime.run(executable)
+        self.link.barrier()
+        return time.perf_counter() - began
+
+    def _share(self, x: Any) -> Any:
+        if self.rank:
+            return self._build(self._receive(0))
+        shares = self.io.make_shares(x, libspu.Visibility.VIS_SECRET)
+        for peer in range(1, self.n):
+            self._send(peer, [shares[peer].meta, *shares[peer].share_chunks])
+        return shares[0]
+
+    def _send(self, peer: int, parts: list[bytes]) -> None:
+        self.link.send(peer, json.dumps(len(parts)).encode())
+        for part in parts:
+            self.link.send(peer, part)
+
+    def _receive(self, peer: int) -> list[bytes]:
+        return [self.link.recv(peer) for _ in range(json.loads(self.link.recv(peer)))]
+
+    @staticmethod
+    def _build(parts: list[bytes]) -> Any:
+        share = libspu.Share()
+        share.meta, share.share_chunks = parts[0], parts[1:]
+        return share
+
+
+if __name__ == "__main__":
+    serve(lambda: Runner(int(sys.argv[1]), [int(port) for port in sys.argv[2].split(",")], Path(sys.argv[3])))
