@@ -1,9 +1,10 @@
-"""The vectors in protos/vectors: the package reproduces them, and so does arithmetic that shares no code with it."""
+"""protos/vectors and docs/protocol.md: the package gets these vectors, and so does arithmetic that shares no code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from fractions import Fraction
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from mpcinfer import errors
 from mpcinfer.config import Cluster
 from mpcinfer.errors import RangeError
 from mpcinfer.ring import prg
@@ -143,6 +145,16 @@ def test_identities() -> None:
     endpoints = [[e.role, e.address, e.key_pin] for e in (*cluster.parties, cluster.dealer)]
     text = json.dumps({"ca": ca, "endpoints": endpoints, "name": "vectors"}, separators=(",", ":"))
     assert vector["digest"] == hashlib.sha256(text.encode()).hexdigest() == cluster.digest().hex()
+
+
+def test_the_page_lists_every_error_and_every_vector() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    listed = {}
+    for status, names in re.findall(r"^\| `([A-Z_]+)` \| ([^|]+) \|", page, re.MULTILINE):
+        listed.update(dict.fromkeys(re.findall(r"`(\w+)`", names), status))
+    classes = [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)]
+    assert listed == {c.__name__: c.grpc_status for c in classes if c is not errors.MpcInferError}
+    assert {path.name for path in VECTORS.glob("*.json")} == set(re.findall(r"`(\w+\.json)`", page))
 
 
 def test_no_key_is_among_them() -> None:
