@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import warnings
@@ -39,6 +40,7 @@ _WEIGHT_AT = {
 _TAKES_PUBLIC = ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.mul.Tensor")
 # what argmax yields is an integer, and may only be moved
 _INTEGERS = ("aten.argmax.default",)
+_ITEM = "_operator.getitem"
 # over the last axis these are mpc.softmax, which `reveal` recognises
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 # checks of sizes and dtypes that export adds; they compute nothing
@@ -92,22 +94,29 @@ def _export(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) 
     if isinstance(inputs, torch.Tensor) or not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise InputError("example_inputs must be a sequence with one tensor per argument of the model")
     with torch.no_grad():
+        # export takes two uses of one tensor for one input, hence the copies
         sizes = {x.shape[0] if x.dim() else 0 for x in inputs}
         if len(sizes) == 1 and sizes != {0}:
-            # export takes a size of 1 for a constant
-            several = tuple(x.repeat(2, *([1] * (x.dim() - 1))) if x.shape[0] == 1 else x for x in inputs)
+            # and a size of 1 for a constant
+            several = tuple(x.repeat(2, *([1] * (x.dim() - 1))) if x.shape[0] == 1 else x.clone() for x in inputs)
             try:
-                return _functional(_quiet_export(model, several, tuple({0: Dim("batch")} for _ in several)))
+                return _functional(_quiet_export(model, several, _free_batch(model, several)))
             except Exception:  # of many types, when a model fixes its batch size: the next attempt says what else it is
                 pass
         try:
-            return _functional(_quiet_export(model, tuple(inputs), None))
+            return _functional(_quiet_export(model, tuple(x.clone() for x in inputs), None))
         except Exception as error:
             cause = next(iter(str(error).splitlines()), "no message")[:300]
             raise UnsupportedError(
-                f"torch.export cannot capture this model ({type(error).__name__}: {cause}). "
-                "Control flow that depends on values is not supported"
+                f"torch.export cannot capture this model; does it branch on values? ({type(error).__name__}: {cause})"
             ) from error
+
+
+def _free_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    """The first size of every input as one free size, by the names of `forward`'s arguments."""
+    free = {0: Dim("batch")}
+    bound = inspect.signature(model.forward).bind(*inputs).arguments
+    return {name: tuple(free for _ in x) if isinstance(x, tuple) else free for name, x in bound.items()}
 
 
 def _quiet_export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
@@ -208,7 +217,7 @@ class _Translator:
         made = [m for m in (meta if isinstance(meta, list | tuple) else [meta]) if isinstance(m, torch.Tensor)]
         from_integers = any(source.name in self.integers for source in node.all_input_nodes)
         if made and not any(m.dtype.is_floating_point for m in made):
-            if op not in _INTEGERS and not (from_integers and moves(op)):
+            if op not in (*_INTEGERS, _ITEM) and not (from_integers and moves(op)):
                 raise UnsupportedError(f"{op} at {path}: yields {made[0].dtype}; secrets are floating point")
             self.integers.add(node.name)
         elif made and from_integers:
@@ -323,7 +332,7 @@ class _Translator:
 def _with_output_shapes(draft: Program) -> Program:
     """Trace the program for two batch sizes: refuses here what would fail at run time, and declares the outputs."""
     shapes = []
-    for batch in (2, 3):
+    for batch in (2, 7):
         inputs = [tuple(batch if s == -1 else s for s in v.shape) for v in draft.inputs]
         shapes.append(plan_inference(draft, inputs, parties=2)[2])
     outputs = tuple(

@@ -1,0 +1,10 @@
+"""Fixtures for the operators' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(params=[2, 3], ids="n={}".format)
+def parties(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
