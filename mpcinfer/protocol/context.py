@@ -15,13 +15,13 @@ import torch
 
 from mpcinfer.errors import ProtocolError
 from mpcinfer.protocol.correlation import Correlation, Kind, Tensors
-from mpcinfer.protocol.types import Mask, Masked, Shared, SharedBits, Weight
+from mpcinfer.protocol.types import Mask, Masked, Sealed, Shared, SharedBits, Weight
 from mpcinfer.ring.domain import Z64, Ring
 
 T = TypeVar("T")
 
 
-class Opening:
+class Opening(Sealed):
     """One masked tensor to be opened: this party's share of it, and the ring it is opened over."""
 
     __slots__ = ("label", "masked", "ring")
@@ -70,6 +70,8 @@ class Context:
 
     def scope(self, name: str) -> Context:
         """A context whose correlations are named under `name`; a name is used once per context."""
+        if "/" in name or "#" in name:
+            raise ProtocolError(f"{name!r} cannot name a scope: / and # separate names")
         if name in self._scopes:
             raise ProtocolError(f"scope {name!r} is used twice in {self.path!r}")
         self._scopes.add(name)

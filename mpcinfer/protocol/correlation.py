@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from mpcinfer.errors import InputError, ProtocolError
-from mpcinfer.protocol.types import Mask
+from mpcinfer.protocol.types import Mask, Sealed
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.kernels import Bilinear
@@ -74,6 +74,7 @@ class Kind(ABC):
 
 
 _KINDS: dict[str, type[Kind]] = {}
+_MAX_ELEMENTS = 1 << 34  # of one field in a plan that somebody sent: 128 GiB is no honest request
 KindClass = TypeVar("KindClass", bound=type[Kind])
 
 
@@ -91,7 +92,7 @@ def to_json(item: Kind) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Kind:
-    """The inverse of `to_json`; InputError for anything that isn't a known kind with its own parameters."""
+    """The inverse of `to_json`; InputError for anything that isn't a known kind with parameters it can have."""
     arguments = dict(data)
     cls = _KINDS.get(str(arguments.pop("kind", "")))
     if cls is None:
@@ -99,7 +100,16 @@ def from_json(data: Mapping[str, Any]) -> Kind:
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if set(arguments) != names:
         raise InputError(f"wrong parameters for correlation {cls.__name__}")
-    return cls(**{k: _plain(k, v) for k, v in arguments.items()})
+    try:
+        item = cls(**{k: _plain(k, v) for k, v in arguments.items()})
+        fields_ = [*item.free().values(), *item.derived().values()]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise InputError(f"impossible parameters for correlation {cls.__name__}") from error
+    if any(type(size) is not int or size < 0 for f in fields_ for size in f.shape) or any(
+        f.count > _MAX_ELEMENTS for f in fields_
+    ):
+        raise InputError(f"impossible shapes for correlation {cls.__name__}")
+    return item
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -113,7 +123,7 @@ def canonical(data: Any) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 
-class Correlation:
+class Correlation(Sealed):
     """One party's shares of one correlation; masks are spent by openings, derived fields are read."""
 
     __slots__ = ("_derived", "_masks")

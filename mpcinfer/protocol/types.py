@@ -15,7 +15,7 @@ from mpcinfer.errors import ProtocolError
 from mpcinfer.ring.domain import Z64, Ring
 
 
-class _Sealed:
+class Sealed:
     """No content in repr, no pickle, no copy to arrays, no truth value."""
 
     __slots__ = ()
@@ -27,7 +27,7 @@ class _Sealed:
         raise TypeError(f"{type(self).__name__} has no truth value: secrets never steer control flow")
 
 
-class Shared(_Sealed):
+class Shared(Sealed):
     """This party's additive share over Z_2^64 of a tensor at scale 2^frac_bits."""
 
     __slots__ = ("frac_bits", "share")
@@ -78,7 +78,7 @@ class Shared(_Sealed):
         return self.rescaled(frac), other.rescaled(frac)
 
 
-class SharedBits(_Sealed):
+class SharedBits(Sealed):
     """This party's XOR share of k-bit words."""
 
     __slots__ = ("ring", "share")
@@ -98,7 +98,7 @@ class SharedBits(_Sealed):
         return f"SharedBits(shape={self.shape}, bits={self.ring.bits})"
 
 
-class Mask(_Sealed):
+class Mask(Sealed):
     """This party's share of a uniform mask: masks exactly one opening, over exactly `ring`."""
 
     __slots__ = ("label", "ring", "share", "used")
@@ -125,7 +125,7 @@ class Mask(_Sealed):
         self.used = True
 
 
-class Masked(_Sealed):
+class Masked(Sealed):
     """x + r (or x xor r), opened: public, uniform, and meaningless without the mask."""
 
     __slots__ = ("ring", "value")
@@ -153,7 +153,7 @@ class Public:
         return tuple(self.value.shape)
 
 
-class Weight(_Sealed):
+class Weight(Sealed):
     """A model weight: this party's share and the public F = W + B, opened once per deployment under the dealt B."""
 
     __slots__ = ("frac_bits", "masked", "name", "share")

@@ -60,8 +60,8 @@ class Ring:
         """Elements in row-major order, `bits` bits each, least significant first, without gaps."""
         x = x.contiguous()
         if self.bits == self.width:
-            return memoryview(x.numpy().reshape(-1).view("uint8"))
-        return memoryview(packed.pack(x.numpy().reshape(-1), self.bits))
+            return x.numpy().reshape(-1).view("uint8").data
+        return packed.pack(x.numpy().reshape(-1), self.bits).data
 
     def unpack(self, data: memoryview | bytes, shape: tuple[int, ...]) -> torch.Tensor:
         """The inverse of `pack`; `data` must be exactly `packed_bytes` long (ValueError)."""

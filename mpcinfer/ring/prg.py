@@ -53,5 +53,5 @@ def fill(seed: bytes, out: memoryview) -> None:
 def expand(seed: bytes, shape: tuple[int, ...], ring: Ring) -> torch.Tensor:
     """A tensor of `shape`, uniform on `ring`, determined by `seed`."""
     out = torch.empty(shape, dtype=ring.dtype)
-    fill(seed, memoryview(out.numpy().reshape(-1).view("uint8")))
+    fill(seed, out.numpy().reshape(-1).view("uint8").data)
     return out if ring.bits == ring.width else out.bitwise_and_((1 << ring.bits) - 1)

@@ -98,12 +98,12 @@ def test_a_scope_is_entered_once() -> None:
         trace(twice, parties=2)
 
 
-def test_one_name_is_drawn_once() -> None:
+@pytest.mark.parametrize("name", ["a/b", "a#0"])
+def test_a_scope_cannot_spell_the_name_of_another(name: str) -> None:
     async def colliding(ctx: Context) -> None:
-        await truncate(ctx.scope("a").scope("b"), X, 4)
-        await truncate(ctx.scope("a/b"), X, 4)
+        await truncate(ctx.scope(name), X, 4)
 
-    with pytest.raises(ProtocolError, match="drawn twice"):
+    with pytest.raises(ProtocolError, match="separate names"):
         trace(colliding, parties=2)
 
 
