@@ -138,13 +138,14 @@ class Connection:
             raise min(failures, key=_distance)
         return [finished_call.result() for finished_call in calls]
 
-    def models(self, name: str | None = None) -> list[Model]:
+    def models(self, name: str | None = None, *, timeout: float = LIST_TIMEOUT) -> list[Model]:
         """The deployed models (only those called `name`, if given), by name and version.
 
+        Waits up to `timeout` seconds for parties that are still connecting to each other.
         AgreementError if parties hold different ones.
         """
         for last in (False, True):
-            answers = self.call("ListModels", [party_pb2.ListModelsRequest()] * self.cluster.n, timeout=LIST_TIMEOUT)
+            answers = self.call("ListModels", [party_pb2.ListModelsRequest()] * self.cluster.n, timeout=timeout)
             try:
                 return agreed([[Model.parse(info) for info in answer.models] for answer in answers], name)
             except AgreementError:

@@ -15,6 +15,7 @@ import torch
 
 from mpcinfer.client.cluster import (
     CONNECT_TIMEOUT,
+    LIST_TIMEOUT,
     Connection,
     PartyStatus,
     cluster_status,
@@ -88,13 +89,13 @@ class Client:
         the middle, the request is shared afresh and sent once more as soon as the parties are ready.
         """
         deadline = time.monotonic() + timeout
-        model = self._model(name, version)
+        model = self._model(name, version, deadline)
         try:
             return self._infer(model, inputs, deadline)
         except NotFoundError:
             # The version has been removed, or deployed anew, since it was looked up.
             self._models.pop(model.key, None)
-            found = self._model(name, version)
+            found = self._model(name, version, deadline)
             if found == model:
                 raise
             return self._infer(found, inputs, deadline)
@@ -117,10 +118,10 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _model(self, name: str, version: int) -> Model:
+    def _model(self, name: str, version: int, deadline: float) -> Model:
         """The model with this version. A version never changes, but which one is the newest has to be asked."""
         if (name, version) not in self._models:
-            found = self._connection.models(name)
+            found = self._connection.models(name, timeout=min(deadline - time.monotonic(), LIST_TIMEOUT))
             if not found:
                 raise NotFoundError(f"no model {name!r} is deployed here; `mpcinfer models` lists those that are")
             if version and version not in [m.version for m in found]:
@@ -151,15 +152,14 @@ class Client:
         connection = self._connection
         try:
             return self._request(model, inputs, deadline)
-        except AbortedError:
+        except AbortedError as error:
             left = deadline - time.monotonic()
+            if left <= 0:
+                raise
             try:
                 wait_until_ready(connection.cluster, connection.identity, timeout=min(left, _READY_TIMEOUT))
-                again = deadline - time.monotonic() > 0
-            except MpcInferError:
-                again = False
-            if not again:
-                raise
+            except MpcInferError as obstacle:
+                raise AbortedError(f"{error} ({obstacle})") from error
         return self._request(model, inputs, deadline)
 
     def _request(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> tuple[list[torch.Tensor], Cost]:

@@ -71,8 +71,8 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
 
     def _begin(self, method: str, context: Any) -> None:
         identity.peer_of(context, self.world.cluster)
-        if method not in ("Status", "ListModels"):
-            context.add_callback(self.cancelled.set)
+        if method not in ("Status", "ListModels") and not context.add_callback(self.cancelled.set):
+            self.cancelled.set()  # it had ended before
         try:
             self.before(method)
         except Exception as error:

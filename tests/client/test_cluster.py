@@ -112,7 +112,7 @@ def failing(world: FakeCluster, errors: dict[int, tuple[float, MpcInferError]]) 
 
 
 def test_the_first_error_ends_the_call_everywhere(worlds: FakeCluster) -> None:
-    failing(worlds, {1: (0.0, BusyError("full"))})
+    failing(worlds, {1: (0.3, BusyError("full"))})  # later, so that the others have begun
     started = time.monotonic()
     with connect(worlds) as connection:
         with pytest.raises(BusyError, match="party/1 at .*full"):

@@ -311,7 +311,7 @@ def test_it_is_not_sent_again_when_no_time_is_left(world: FakeCluster) -> None:
     failing(world, 1, AbortedError("lost party 0"))
     world.parties[1].status["state"] = "connecting"
     started = time.monotonic()
-    with client_of(world) as client, pytest.raises(AbortedError, match="lost party"):
+    with client_of(world) as client, pytest.raises(AbortedError, match="lost party.*party/1 is connecting"):
         client.infer("same", X, timeout=1.0)
     assert time.monotonic() - started < 3 and len(world.parties[0].inferences) == 1
 
@@ -353,6 +353,14 @@ def test_a_wrong_answer_is_noticed(world: FakeCluster, change: Callable[[list[An
     world.tamper = lambda index, outputs: change(outputs) if index == 1 else outputs
     with client_of(world) as client, pytest.raises(ProtocolError, match="party/1"):
         client.infer("same", X)
+
+
+def test_parties_that_are_not_ready_take_no_longer_than_allowed(world: FakeCluster) -> None:
+    world.parties[1].before = lambda method: time.sleep(3) if method == "ListModels" else None
+    started = time.monotonic()
+    with client_of(world) as client, pytest.raises(DeadlineError, match="ListModels took longer than"):
+        client.infer("same", X, timeout=0.5)
+    assert time.monotonic() - started < 2
 
 
 def test_a_closed_client_says_so(world: FakeCluster) -> None:
