@@ -440,6 +440,7 @@ def main() -> int:
     if options.parties < 2 or options.repeat < 1 or not set(options.peers) <= set(PEERS):
         parser.error(f"at least 2 parties and 1 run; peers are {', '.join(PEERS)} or none")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are stopped on the way out
+    torch.set_num_threads(1)  # this process is the client: its idle threads would spin on the parties' cores
     say = Console(width=None if sys.stdout.isatty() else 160)
     report = run_ops(options, say)
     for title, (header, lines) in tables(report):

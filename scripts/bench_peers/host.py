@@ -140,12 +140,10 @@ class Parties:
             request = json.dumps({"do": do, **arguments}).encode() + b"\n"
             for process in self._processes:
                 assert process.stdin is not None
-                process.stdin.write(request)
-                process.stdin.flush()
+                with contextlib.suppress(BrokenPipeError):  # it has ended: reading its answer tells how
+                    process.stdin.write(request)
+                    process.stdin.flush()
             return [self._answer(rank, do, deadline, timeout) for rank in range(self.n)]
-        except (PeerFailed, OSError) as error:
-            self.stop()
-            raise error if isinstance(error, PeerFailed) else PeerFailed(f"a party is gone ({error})") from error
         except BaseException:
             self.stop()
             raise
