@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError, NotFoundError
 from mpcinfer.protocol.correlation import deal, free_values
-from mpcinfer.protocol.session import session_key, tape_key
+from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.protocol.tracing import Plan
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class _Tape:
     digest: bytes
     named: set[int] = field(default_factory=set)
     burnt: bool = False
+    keys: list[bytes] = field(default_factory=list, repr=False)  # of all parties, once all have named the plan
 
 
 @dataclass
@@ -42,14 +43,15 @@ class _Session:
 
     nonce: bytes
     nonces: dict[int, bytes] = field(default_factory=dict)
-    public: dict[int, bytes] = field(default_factory=dict)
-    private: dict[int, X25519PrivateKey] = field(default_factory=dict)
-    keys: list[bytes] = field(default_factory=list)
+    # by party: what both ends sent of the key exchange, and what it yielded
+    public: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    secrets: dict[int, bytes] = field(default_factory=dict, repr=False)
+    keys: list[KeyChain] = field(default_factory=list, repr=False)
     plans: dict[bytes, Plan] = field(default_factory=dict)
     tapes: dict[bytes, _Tape] = field(default_factory=dict)
     spent: set[bytes] = field(default_factory=set)  # dealt or burnt: never again
     # masks B of weights by (deployment, weight): kept for the products that refer to them
-    fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
     ended: bool = False
 
 
@@ -82,8 +84,9 @@ class Dealer:
         """
         if len(session_id) != 16 or len(nonce) != 32 or not 0 <= index < self.parties:
             raise InputError("a party joins with a session id of 16 bytes and a nonce of 32")
+        private = X25519PrivateKey.generate()
         try:
-            X25519PublicKey.from_public_bytes(public_key)
+            secret = private.exchange(X25519PublicKey.from_public_bytes(public_key))
         except ValueError as error:
             raise InputError("this is not an X25519 public key") from error
         with self._changed:
@@ -100,25 +103,25 @@ class Dealer:
             if index in session.nonces:
                 raise ConflictError(f"party {index} joined this session already")
             session.nonces[index] = nonce
-            session.public[index] = public_key
-            session.private[index] = X25519PrivateKey.generate()
+            session.public[index] = public_key, private.public_key().public_bytes_raw()
+            session.secrets[index] = secret
             if len(session.nonces) == self.parties:
                 self._agree(session_id, session)
             self._changed.notify_all()
             self._wait(lambda: bool(session.keys) or session.ended, timeout, "the other parties did not join in time")
             if session.ended:
                 raise AbortedError("this session has ended; the parties are forming a new one")
-            own = session.private[index].public_key().public_bytes_raw()
-            return session.nonce, own, [session.nonces[i] for i in range(self.parties)]
+            return session.nonce, session.public[index][1], [session.nonces[i] for i in range(self.parties)]
 
     def _agree(self, session_id: bytes, session: _Session) -> None:
         nonces = [session.nonces[i] for i in range(self.parties)]
         session.keys = [
-            session_key(
-                session.private[i].exchange(X25519PublicKey.from_public_bytes(session.public[i])),
+            session_keys(
+                session.secrets.pop(i),
                 index=i,
                 session=session_id,
                 cluster=self.cluster_digest,
+                public_keys=session.public[i],
                 party_nonces=nonces,
                 dealer_nonce=session.nonce,
             )
@@ -162,7 +165,8 @@ class Dealer:
                 session.spent.add(tape)
                 del session.tapes[tape]
                 self.tapes_dealt += 1
-                self._keep_masks(session, tape, digest, agreed)
+                state.keys = [chain.next(tape, digest) for chain in session.keys]
+                self._keep_masks(session, state.keys, agreed)
                 self._changed.notify_all()
             try:
                 self._wait(
@@ -177,7 +181,7 @@ class Dealer:
                 self._burn(session, tape)
                 raise AbortedError("this tape is burnt; send the request again")
         if index == self.parties - 1:
-            yield from self._corrections(session, tape, digest, agreed)
+            yield from self._corrections(session, state.keys, agreed)
 
     def wake(self) -> None:
         """Look again whether those who wait are still there."""
@@ -203,18 +207,13 @@ class Dealer:
             session.plans.pop(next(iter(session.plans)))
         return plan
 
-    def _keys(self, session: _Session, tape: bytes, digest: bytes) -> list[bytes]:
-        return [tape_key(key, tape, digest) for key in session.keys]
-
-    def _keep_masks(self, session: _Session, tape: bytes, digest: bytes, plan: Plan) -> None:
+    def _keep_masks(self, session: _Session, keys: list[bytes], plan: Plan) -> None:
         for name, item in plan.entries:
             if item.lasting:
-                (value,) = free_values(item, name, self._keys(session, tape, digest)).values()
+                (value,) = free_values(item, name, keys).values()
                 session.fixed[plan.deployment, item.weight] = value  # type: ignore[attr-defined]
 
-    def _corrections(self, session: _Session, tape: bytes, digest: bytes, plan: Plan) -> Iterator[memoryview]:
-        keys = self._keys(session, tape, digest)
-
+    def _corrections(self, session: _Session, keys: list[bytes], plan: Plan) -> Iterator[memoryview]:
         def fixed(weight: str) -> torch.Tensor:
             mask = session.fixed.get((plan.deployment, weight))
             if mask is None:

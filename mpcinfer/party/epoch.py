@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from mpcinfer.config import PROTOCOL_VERSION, Node
 from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
-from mpcinfer.protocol.session import session_key
+from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.wire import channel, mesh
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.mesh import Link, Mesh
@@ -37,7 +37,7 @@ class Epoch:
 
     id: bytes
     mesh: Mesh
-    key: bytes = field(repr=False)
+    key: KeyChain = field(repr=False)
     dealer: Any
     channels: list[grpc.Channel] = field(repr=False)
     plans_told: set[bytes] = field(default_factory=set)
@@ -95,8 +95,8 @@ class Former:
         hello = mesh_pb2.Hello.FromString(link.receive(mesh.HELLO))
         try:
             self._check(hello, peer)
-        except MpcInferError:
-            link.close()
+        except MpcInferError as error:
+            _log.warning("refused to connect: %s", error)
             raise
         with self._changed:
             before = self._arrivals.get(peer)
@@ -191,7 +191,7 @@ class Former:
         channels[0].subscribe(watch)  # a dealer that restarts has forgotten everything, which must not wait to be seen
         return Epoch(session, epoch_mesh, key, stub, channels)
 
-    def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> bytes:
+    def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> KeyChain:
         private = X25519PrivateKey.generate()
         cluster = self._node.cluster
         request = dealer_pb2.JoinRequest(
@@ -210,11 +210,12 @@ class Former:
             raise ProtocolError("the dealer and the parties saw different nonces for this session")
         if len(answer.nonce) != 32:
             raise ProtocolError("the dealer contributed no nonce")
-        return session_key(
+        return session_keys(
             private.exchange(X25519PublicKey.from_public_bytes(answer.public_key)),
             index=self._index,
             session=session,
             cluster=cluster.digest(),
+            public_keys=(request.public_key, answer.public_key),
             party_nonces=nonces,
             dealer_nonce=answer.nonce,
         )

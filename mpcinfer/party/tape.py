@@ -9,7 +9,6 @@ import grpc
 from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
-from mpcinfer.protocol.session import tape_key
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
 from mpcinfer.wire import channel
@@ -37,14 +36,15 @@ class Tape:
 def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping[str, Weight], timeout: float) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
 
-    Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then.
+    Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must end:
+    the two ends' key chains need not be at the same place any more.
     """
     parties, index = epoch.mesh.parties, epoch.mesh.index
     last = index == parties - 1
     correction = _corrections(epoch, tape, plan, digest, timeout)
     if len(correction) != (plan.correction_bytes() if last else 0):
         raise ProtocolError("the dealer sent another amount than the plan asks for")
-    key = tape_key(epoch.key, tape, digest)
+    key = epoch.key.next(tape, digest)
     shares: dict[str, tuple[Kind, Tensors]] = {}
     rest = memoryview(correction)
     for name, item in plan.entries:

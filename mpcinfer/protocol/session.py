@@ -2,27 +2,51 @@
 
 K_i is a secret of party i and the dealer alone (ephemeral Diffie-Hellman inside an authenticated channel). The salt
 holds fresh nonces of all parties and the dealer, so any restart of any of them changes every stream; nonces alone are
-no key. Below a session a tape (one request) has its own key, bound to the plan it is dealt for.
+no key. Below a session a tape (one request) has its own key, bound to the plan it is dealt for, and the session's key
+moves on with every tape: whoever seizes the dealer later finds nothing that opens a recorded request.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from mpcinfer.ring import prg
 
 
-def session_key(
-    secret: bytes, *, index: int, session: bytes, cluster: bytes, party_nonces: Sequence[bytes], dealer_nonce: bytes
-) -> bytes:
-    """The key of party `index` for one session, from the secret K_i it shares with the dealer."""
+@dataclass
+class KeyChain:
+    """The key of one party and the dealer for one session, at the place of the next tape."""
+
+    _key: bytes = field(repr=False)
+
+    def next(self, tape: bytes, plan_digest: bytes) -> bytes:
+        """The key under which this tape's streams are named; both ends take tapes in the same order.
+
+        Another plan for the same tape would have another key. The chain forgets what it was: keys of earlier tapes
+        cannot be derived from it.
+        """
+        key = prg.derive(self._key, "tape", tape, plan_digest)
+        self._key = prg.derive(self._key, "next")
+        return key
+
+
+def session_keys(
+    secret: bytes,
+    *,
+    index: int,
+    session: bytes,
+    cluster: bytes,
+    public_keys: Sequence[bytes],
+    party_nonces: Sequence[bytes],
+    dealer_nonce: bytes,
+) -> KeyChain:
+    """The keys of party `index` for one session, from the secret K_i it shares with the dealer.
+
+    public_keys: the party's and the dealer's, of the exchange that made K_i.
+    """
     salt = hashlib.sha256()
-    for part in (session, cluster, dealer_nonce, *party_nonces):
+    for part in (session, cluster, *public_keys, dealer_nonce, *party_nonces):
         salt.update(len(part).to_bytes(4, "little") + part)
-    return prg.extract(secret, salt.digest(), b"session/" + str(index).encode())
-
-
-def tape_key(session: bytes, tape: bytes, plan_digest: bytes) -> bytes:
-    """The key under which one tape's streams are named; another plan for the same tape would have another key."""
-    return prg.derive(session, "tape", tape, plan_digest)
+    return KeyChain(prg.extract(secret, salt.digest(), b"session/" + str(index).encode()))

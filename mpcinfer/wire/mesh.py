@@ -14,7 +14,8 @@ from typing import Any
 
 import grpc
 
-from mpcinfer.errors import AbortedError, ProtocolError
+from mpcinfer.errors import AbortedError, ConfigError, IdentityError, MpcInferError, ProtocolError
+from mpcinfer.wire import channel
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
 
 HELLO = mesh_pb2.FRAME_KIND_HELLO
@@ -62,7 +63,10 @@ class Link:
             self._outgoing.put(message)
 
     def receive(self, kind: int) -> bytes:
-        """The next message, which must be of this kind; AbortedError when the stream has ended."""
+        """The next message, which must be of this kind; AbortedError when the stream has ended.
+
+        ConfigError or IdentityError if the other end refused the stream for that.
+        """
         parts: list[bytes] = []
         while True:
             try:
@@ -70,7 +74,7 @@ class Link:
             except StopIteration:
                 raise self._lost() from None
             except Exception as error:  # grpc raises RpcError at the dialler and bare exceptions at the acceptor
-                raise self._lost() from error
+                raise self._lost(error) from error
             if frame.sequence != self._received or frame.kind != kind:
                 self.close()
                 raise ProtocolError(f"party {self.peer} sent a frame out of order")
@@ -92,18 +96,22 @@ class Link:
         """Send nothing more, but let what is queued arrive; `close` must follow."""
         self._outgoing.put(None)
 
-    def _lost(self) -> AbortedError:
+    def _lost(self, error: Exception | None = None) -> MpcInferError:
         self.close()
+        if isinstance(error, grpc.RpcError):
+            said = channel.from_rpc_error(error, f"party {self.peer}")
+            if isinstance(said, ConfigError | IdentityError):  # it refused the stream, and trying again changes nothing
+                return said
         return AbortedError(
             f"the connection to party {self.peer} broke; what was being computed is void and its randomness is burnt. "
             "Send the request again; if it keeps happening, look at that party's log"
         )
 
 
-def dial(peer: int, channel: grpc.Channel, on_end: Callable[[], None]) -> Link:
+def dial(peer: int, opened: grpc.Channel, on_end: Callable[[], None]) -> Link:
     """Open the stream to a party with a higher index."""
     outgoing: SimpleQueue[Any] = SimpleQueue()
-    call = mesh_pb2_grpc.MeshServiceStub(channel).Connect(iter(outgoing.get, None))
+    call = mesh_pb2_grpc.MeshServiceStub(opened).Connect(iter(outgoing.get, None))
     link = Link(peer, call, outgoing, mesh_pb2.ConnectRequest, call.cancel)
 
     def ended() -> None:

@@ -32,7 +32,7 @@ from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.multiply import SquarePair, Triple
 from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
-from mpcinfer.protocol.session import session_key, tape_key
+from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.ring.kernels import Bilinear
@@ -71,7 +71,9 @@ class Session:
     dealer: Dealer
     id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     nonces: list[bytes] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # as they were at the beginning
+    chains: list[KeyChain] = field(default_factory=list)
+    tape_keys: dict[bytes, list[bytes]] = field(default_factory=dict)
 
     def join(self, timeout: float = 20) -> Session:
         n = self.dealer.parties
@@ -88,17 +90,19 @@ class Session:
             )
         self.dealer_nonces = [a[0] for a in answers]
         self.seen_nonces = [a[2] for a in answers]
-        self.keys = [
-            session_key(
+        self.chains = [
+            session_keys(
                 private[i].exchange(X25519PublicKey.from_public_bytes(answers[i][1])),
                 index=i,
                 session=self.id,
                 cluster=CLUSTER,
+                public_keys=(private[i].public_key().public_bytes_raw(), answers[i][1]),
                 party_nonces=answers[i][2],
                 dealer_nonce=answers[i][0],
             )
             for i in range(n)
         ]
+        self.keys = [chain._key for chain in self.chains]
         return self
 
     def ask(
@@ -126,21 +130,23 @@ class Session:
             except MpcInferError as error:
                 return error
 
+        before = self.dealer.tapes_dealt
         with ThreadPoolExecutor(n) as pool:
-            return list(pool.map(one, range(n)))
+            answers = list(pool.map(one, range(n)))
+        if self.dealer.tapes_dealt > before:
+            self.tape_keys[tape] = [chain.next(tape, each[0].digest()) for chain in self.chains]
+        return answers
 
     def shares(self, tape: bytes, plan: Plan, corrections: bytes) -> list[dict[str, Tensors]]:
         """All parties' shares of all correlations."""
         n = self.dealer.parties
         result = []
-        for i, key in enumerate(self.keys):
+        for i, key in enumerate(self.tape_keys[tape]):
             rest, shares = memoryview(corrections), {}
             for name, item in plan.entries:
                 size = correction_bytes(item)
                 last = i == n - 1
-                shares[name] = expand(
-                    item, name, tape_key(key, tape, plan.digest()), last=last, correction=rest[:size] if last else None
-                )
+                shares[name] = expand(item, name, key, last=last, correction=rest[:size] if last else None)
                 rest = rest[size:]
             result.append(shares)
         return result
@@ -195,7 +201,7 @@ def test_all_parties_and_the_dealer_agree_and_only_then(n: int) -> None:
     assert session.seen_nonces == [session.nonces] * n
     assert len(set(session.dealer_nonces)) == 1 and len(session.dealer_nonces[0]) == 32
     assert len(set(session.keys)) == n
-    assert dealer._session is not None and dealer._session.keys == session.keys
+    assert dealer._session is not None and [chain._key for chain in dealer._session.keys] == session.keys
 
 
 def test_a_key_depends_on_the_secret_and_not_on_nonces_alone(dealer: Dealer) -> None:
@@ -417,6 +423,19 @@ def test_opening_a_deployment_again_uses_another_mask(session: Session) -> None:
     one = tape()
     value = session.values(one, products, session.asks(one, products)[1])["node#0"]
     assert torch.equal(value["c"], value["a"] @ seen[1])
+
+
+def test_what_the_dealer_keeps_opens_no_earlier_tape(session: Session) -> None:
+    """Whoever seizes the dealer now and has recorded everything has no key of a tape that was dealt before."""
+    one = tape()
+    session.asks(one)
+    held = session.dealer._session
+    assert held is not None and not held.secrets and not held.tapes
+    kept = [chain._key for chain in held.keys]
+    assert not set(kept) & set(session.keys)
+    later = {KeyChain(key).next(one, PLAN.digest()) for key in kept}
+    assert not later & set(session.tape_keys[one])
+    assert all(key.hex() not in repr(held) and repr(key) not in repr(held) for key in kept)
 
 
 def test_seeds_stay_out_of_logs(dealer: Dealer, caplog: pytest.LogCaptureFixture) -> None:

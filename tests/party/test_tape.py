@@ -14,7 +14,7 @@ from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError, Protocol
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.protocol.correlation import deal
-from mpcinfer.protocol.session import tape_key
+from mpcinfer.protocol.session import KeyChain
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.ring.sharing import combine
@@ -79,14 +79,14 @@ class FakeDealer:
 
 
 def corrections(tape: bytes) -> bytes:
-    keys = [tape_key(key, tape, DIGEST) for key in KEYS]
+    keys = [KeyChain(key).next(tape, DIGEST) for key in KEYS]
     parts = [part for name, item in PLAN.entries for part in deal(item, name, keys, {}.__getitem__)]
     return b"".join(map(bytes, parts))
 
 
 def epoch(dealer: FakeDealer, broken: bool = False) -> Epoch:
     mesh: Any = SimpleNamespace(index=dealer.index, parties=2, broken=broken)
-    return Epoch(b"s" * 16, mesh, KEYS[dealer.index], dealer, [])
+    return Epoch(b"s" * 16, mesh, KeyChain(KEYS[dealer.index]), dealer, [])
 
 
 def fetched(dealer: FakeDealer, within: Epoch | None = None) -> Tape:
