@@ -24,6 +24,8 @@ _CENTRES = tuple(round(Fraction(2 << (2 * _CUT_BITS), a + b)) for a, b in zip(_C
 _DEGREE = 4
 _ARGUMENT_BITS = 14
 _VALUE_BITS = 63
+# of a range: beyond it too few bits are left for 1/(1 - h), and the error grows (to 1e-3 at 44, 0.2 at 52)
+_MAX_OCTAVES = 37
 
 
 def inverse_polynomial(degree: int, bound: Fraction) -> list[Fraction]:
@@ -120,9 +122,10 @@ async def _normalise(ctx: Context, x: Shared, pieces: _Pieces) -> tuple[Shared, 
 async def reciprocal(ctx: Context, x: Shared, *, low: int = -8, high: int = 20, frac_bits: int = 30) -> Shared:
     """Shares of 1/x for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale.
 
-    Input: any x from -2^62 to 2^62 (in units of its last place); below 2^low, zero and negative numbers included, the
-    result is that of 2^low, above 2^high that of 2^high. ValueError if x's last place is above 2^low, or 64 bits don't
-    hold what lies between: 2^(high + 7) at x's scale below 2^63, 2^-low at the output's up to 2^60, high - low <= 53.
+    Input: any x from -2^(62 - s) to 2^(62 - s) (in units of its last place), s = max(0, 9 - high - x.frac_bits), which
+    is 0 for all but small ranges; below 2^low, zero and negative numbers included, the result is that of 2^low, above
+    2^high that of 2^high. ValueError if x's last place is above 2^low, if high - low > 37, or if 64 bits don't hold
+    what lies between: 2^(high + 7) at x's scale below 2^63, 2^-low at the output's up to 2^60.
     Output: relative error below 4e-5, plus one unit in the last place of the output.
     How: thresholds at half octaves give a shared gain and h with 1/x = gain / (1 - h), abs(h) <= 11/64, h linear in x
     on each piece and so exact; 1/(1 - h) by a polynomial of degree 4, the minimax one; times gain.
@@ -135,7 +138,8 @@ async def reciprocal(ctx: Context, x: Shared, *, low: int = -8, high: int = 20, 
     """
     # gain < 2^(high - low + 7) and 1/(1 - h) < 1.21 keep the product below 2^62, whose scale is then 2^(60 + low)
     bits = 61 - _CUT_BITS - (high - low)
-    if not (-x.frac_bits <= low < high <= 62 - _CUT_BITS - x.frac_bits and bits > 0 and frac_bits <= 60 + low):
+    fits = -x.frac_bits <= low < high <= 62 - _CUT_BITS - x.frac_bits and frac_bits <= 60 + low
+    if not fits or high - low > _MAX_OCTAVES:
         raise ValueError(f"no reciprocals over 2^{low} to 2^{high} from {x.frac_bits} to {frac_bits} fraction bits")
     # the polynomial's argument is h truncated, so h needs more fraction bits, which small ranges alone don't give
     x = x.rescaled(max(x.frac_bits, _ARGUMENT_BITS + 2 - high - _CUT_BITS))

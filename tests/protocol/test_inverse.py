@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from mpcinfer.protocol import inverse
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.inverse import inverse_polynomial, reciprocal
 from mpcinfer.protocol.local import LocalWorld
@@ -73,6 +74,8 @@ def test_default_range(world: Worlds, parties: int) -> None:
         (8, -8, -7, 24),
         (16, -16, -8, 28),
         (16, 0, 30, 60),
+        (16, -16, 21, 30),
+        (8, -8, 29, 30),
     ],
 )
 def test_other_ranges_and_scales(world: Worlds, frac_bits: int, low: int, high: int, out_bits: int) -> None:
@@ -92,7 +95,32 @@ def test_outside_the_range_the_nearer_end_counts(world: Worlds, parties: int) ->
     assert_close(decoded(world(parties, "high"), reciprocal, high, 16), torch.full_like(high, 2**36), 16)
 
 
-@pytest.mark.parametrize("low, high, frac_bits", [(-17, 0, 30), (3, 3, 30), (0, 40, 30), (-16, 38, 30), (-8, 20, 53)])
+@pytest.mark.parametrize(("low", "high"), [(-8, -7), (-8, -3), (0, 1)])
+def test_the_range_of_the_input_shrinks_by_the_shift_that_small_ranges_need(world: Worlds, low: int, high: int) -> None:
+    shift = max(0, 9 - high - 8)
+    edge = 1 << (62 - shift)
+    x = torch.tensor([edge, -edge])
+    ends = torch.tensor([1 << (8 + high), 1 << (8 + low)])
+    assert_close(decoded(world(2), over(low, high, 24), x, 8), ends, 8, 24)
+    if shift > 1:  # a planted fault: the bound without the shift, where x wraps around
+        got = decoded(world(2, "beyond"), over(low, high, 24), torch.tensor([1 << 61, -(1 << 61)]), 8)
+        with pytest.raises(AssertionError):
+            assert_close(got, ends, 8, 24)
+
+
+def test_a_wider_range_would_be_wrong(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = grid(-16, 28, 16, 1000)
+    with pytest.raises(ValueError, match="no reciprocals over"):
+        decoded(world(2), over(-16, 28), x, 16)
+    monkeypatch.setattr(inverse, "_MAX_OCTAVES", 44)
+    with pytest.raises(AssertionError):
+        assert_close(decoded(world(2, "wider"), over(-16, 28), x, 16), x, 16)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "frac_bits"),
+    [(-17, 0, 30), (3, 3, 30), (0, 40, 30), (-16, 38, 30), (-8, 20, 53), (-16, 22, 30), (-8, 30, 30)],
+)
 def test_impossible_ranges(world: Worlds, low: int, high: int, frac_bits: int) -> None:
     with pytest.raises(ValueError, match="no reciprocals over"):
         decoded(world(2), over(low, high, frac_bits), torch.ones(1, dtype=torch.int64), 16)
