@@ -1,0 +1,546 @@
+"""Steps that all parties take together: what they agree on first, and what is spent when one of them breaks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mpcinfer.party.lane as lane_module
+import mpcinfer.protocol.linear as linear_module
+from mpcinfer.config import Limits
+from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, StoreError, UnavailableError
+from mpcinfer.party.lane import Lane
+from mpcinfer.party.tape import Tape
+from mpcinfer.protocol.types import Weight
+from mpcinfer.wire.v1 import party_pb2
+from tests.inprocess import Caller, InProcess, kinds, mlp, plain, random_weights, reveal, wait_for
+
+PROGRAM = mlp()
+WEIGHTS = random_weights(PROGRAM)
+X = torch.linspace(-2, 2, 12).reshape(3, 4)
+
+
+@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="n={}".format)
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[InProcess]:
+    """A cluster of its own for each test: they break it."""
+    with InProcess(tmp_path, request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def caller(cluster: InProcess) -> Caller:
+    """The owner of a model "m" that is deployed."""
+    caller = cluster.caller()
+    assert [a.version for a in caller.deploy(PROGRAM, WEIGHTS)] == [1] * cluster.n
+    return caller
+
+
+def right(answers: list[Any], x: torch.Tensor = X, weights: dict[str, torch.Tensor] = WEIGHTS) -> bool:
+    return bool((reveal(answers) - plain(weights, x)).abs().max() < 1e-3)
+
+
+def dealt(cluster: InProcess) -> int:
+    assert cluster.dealer is not None
+    return cluster.dealer.tapes_dealt
+
+
+def later(work: Callable[[], Any]) -> Future[Any]:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
+
+
+class Gate:
+    """Holds one lane at the beginning of a protocol's execution (or `before` another of its methods) until opened."""
+
+    def __init__(self, lane: Lane, before: str = "_execute", skip: int = 0) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        real, count = getattr(lane, before), [0]
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] > skip:
+                self.reached.set()
+                assert self.open.wait(60)
+            return real(*args, **kwargs)
+
+        setattr(lane, before, held)
+
+
+# --- when all is well ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cluster", [2, 3], indirect=True, ids="n={}".format)
+def test_deploy_and_infer(cluster: InProcess) -> None:
+    caller = cluster.caller()
+    first = caller.deploy(PROGRAM, WEIGHTS)
+    assert [(a.name, a.version) for a in first] == [("m", 1)] * cluster.n
+    assert len({a.deployment_id for a in first}) == 1
+    for batch in (1, 3, 1):
+        x = torch.randn(batch, 4)
+        answers = caller.infer(x)
+        assert right(answers, x)
+        plan, _ = cluster.parties[0].catalogue.find("m", 0).plan([(batch, 4)], cluster.n)
+        assert [a.offline.bytes_from_dealer for a in answers] == [*[0] * (cluster.n - 1), plan.correction_bytes()]
+        assert {a.online.rounds for a in answers} == {8}
+        assert all(0 < a.online.bytes_sent for a in answers)
+    other = random_weights(PROGRAM, 1)
+    assert [a.version for a in caller.deploy(PROGRAM, other)] == [2] * cluster.n
+    assert right(caller.infer(X), X, other)
+    assert right(caller.infer(X, version=1))
+    assert [(m.name, m.version) for m in cluster.parties[0].catalogue.models()] == [("m", 1), ("m", 2)]
+
+
+def test_requests_of_several_clients_are_taken_in_turn(cluster: InProcess, caller: Caller) -> None:
+    clients = [cluster.caller(role) for role in ("client/bob", "owner/eve", "owner/alice")]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda i: clients[i % 3].infer(X), range(6)))
+    assert all(map(right, answers))
+    assert [p.lane.done for p in cluster.parties.values()] == [7] * cluster.n
+
+
+def test_models_survive_the_restart_of_everybody(cluster: InProcess, caller: Caller) -> None:
+    for i in range(cluster.n):
+        cluster.crash(i)
+    cluster.stop_dealer()
+    cluster.start_dealer()
+    for i in range(cluster.n):
+        cluster.start_party(i)
+    cluster.wait_ready()
+    assert right(caller.infer(X))
+
+
+def test_removing(cluster: InProcess, caller: Caller) -> None:
+    caller.deploy(PROGRAM, WEIGHTS)
+
+    def remove(version: int, who: Caller = caller, name: str = "m") -> list[Any]:
+        request = party_pb2.RemoveModelRequest(request_id=(b"%016d" % dealt(cluster)), name=name, version=version)
+        return who.at_all("RemoveModel", [request] * cluster.n)
+
+    assert kinds(remove(0, cluster.caller("owner/eve"))) == ["ForbiddenError"] * cluster.n
+    assert kinds(remove(0, name="x")) == ["NotFoundError"] * cluster.n
+    assert [a.removed for a in remove(1)] == [1] * cluster.n
+    assert kinds(caller.infer(X, version=1)) == ["NotFoundError"] * cluster.n
+    assert right(caller.infer(X))
+    assert [a.removed for a in remove(0)] == [1] * cluster.n
+    assert kinds(remove(0)) == ["NotFoundError"] * cluster.n
+    assert not [f for f in cluster.files() if f.endswith((".mpc", ".new", ".part"))]
+
+
+# --- refusals: the request has its answer, nothing is spent, the epoch goes on ---------------------------------------
+
+
+def test_different_requests_under_one_id_are_refused_before_anything_is_spent(
+    cluster: InProcess, caller: Caller
+) -> None:
+    spent, epoch = dealt(cluster), cluster.parties[0].former.current
+    requests = caller.inferences(X)
+    other = caller.inferences(X[:1])[-1]
+    other.request_id = requests[0].request_id
+    assert kinds(caller.at_all("Infer", [*requests[:-1], other])) == ["AgreementError"] * cluster.n
+    versions = caller.inferences(X)
+    versions[0].version = 1
+    assert kinds(caller.at_all("Infer", versions)) == ["AgreementError"] * cluster.n
+    assert dealt(cluster) == spent and cluster.parties[0].former.current is epoch
+    assert right(caller.infer(X))
+
+
+def test_two_clients_who_use_one_id_get_nothing_of_each_other(cluster: InProcess, caller: Caller) -> None:
+    spent = dealt(cluster)
+    requests = caller.inferences(X)
+    eve = cluster.caller("owner/eve")
+    mine = later(lambda: caller.at_all("Infer", [*requests[:-1], None]))
+    hers = eve.at_all("Infer", [*[None] * (cluster.n - 1), requests[-1]])
+    assert kinds(mine.result(60)[:-1]) == ["AgreementError"] * (cluster.n - 1)
+    assert kinds(hers)[-1] == "AgreementError"
+    assert dealt(cluster) == spent
+
+
+def test_a_request_that_does_not_reach_all_parties_is_refused(cluster: InProcess, caller: Caller) -> None:
+    spent = dealt(cluster)
+    requests = caller.inferences(X)
+    answers = caller.at_all("Infer", [*requests[:-1], None])
+    assert kinds(answers[:-1]) == ["UnavailableError"] * (cluster.n - 1)
+    assert "not all parties" in str(answers[0])
+    assert dealt(cluster) == spent and right(caller.infer(X))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_unforeseen_failure_before_anything_is_spent_is_an_incident(
+    cluster: InProcess, caller: Caller, where: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spent, epoch = dealt(cluster), cluster.parties[0].former.current
+    model = cluster.parties[where].catalogue.find("m", 0)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("canary value")
+
+    monkeypatch.setattr(model, "plan", broken)
+    answers = caller.infer(X)
+    assert kinds(answers) == ["ProtocolError"] * cluster.n
+    assert "incident" in str(answers[0]) and "canary" not in str(answers) + caplog.text
+    monkeypatch.undo()
+    assert dealt(cluster) == spent and cluster.parties[0].former.current is epoch
+    assert right(caller.infer(X))
+
+
+def test_a_store_file_that_breaks_while_running_is_named_and_others_are_served(
+    cluster: InProcess, caller: Caller
+) -> None:
+    caller.deploy(PROGRAM, WEIGHTS, "other")
+    wait = cluster.new_epoch()
+    cluster.crash(1)
+    cluster.start_party(1)
+    wait()
+    broken = cluster.parties[1].catalogue.find("m", 0)
+    (path,) = cluster.keys.path("party/1", "store").rglob(f"{broken.id.hex()}.mpc")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    epoch = cluster.parties[0].former.current
+    answers = caller.infer(X)
+    assert kinds(answers) == ["StoreError"] * cluster.n
+    assert "remove the model and deploy it again" in str(answers[0])
+    assert cluster.parties[0].former.current is epoch
+    assert right(caller.infer(X, "other"))
+
+
+def test_a_damaged_store_file_is_found_at_start(cluster: InProcess, caller: Caller) -> None:
+    caller.deploy(PROGRAM, WEIGHTS, "other")
+    damaged = cluster.parties[1].catalogue.find("m", 0)
+    wait = cluster.new_epoch()
+    cluster.crash(1)
+    (path,) = cluster.keys.path("party/1", "store").rglob(f"{damaged.id.hex()}.mpc")
+    path.write_bytes(path.read_bytes()[:-1])
+    cluster.start_party(1)
+    wait()
+    answers = caller.infer(X)
+    assert kinds(answers) == ["StoreError"] * cluster.n
+    assert "party 1 is damaged; remove it and deploy it again" in str(answers[0])
+    assert right(caller.infer(X, "other"))
+    request = party_pb2.RemoveModelRequest(request_id=b"i" * 16, name="m")
+    assert [a.removed for a in caller.at_all("RemoveModel", [request] * cluster.n)] == [1] * cluster.n
+    assert not path.exists()
+    assert [a.version for a in caller.deploy(PROGRAM, WEIGHTS)] == [1] * cluster.n
+    assert right(caller.infer(X))
+
+
+# --- failures after something was spent: a new epoch, and the next request succeeds ----------------------------------
+
+
+def test_a_party_that_dies_in_the_middle_of_a_request(cluster: InProcess, caller: Caller) -> None:
+    gate = Gate(cluster.parties[1].lane)
+    running = later(lambda: caller.infer(X))
+    assert gate.reached.wait(30)
+    wait = cluster.new_epoch()
+    gate.open.set()
+    cluster.crash(1)
+    answers = running.result(60)
+    assert all(isinstance(a, AbortedError | UnavailableError) for i, a in enumerate(answers) if i != 1), answers
+    cluster.start_party(1)
+    wait()
+    assert right(caller.infer(X))
+
+
+def test_a_dealer_that_dies_while_it_is_needed(cluster: InProcess, caller: Caller) -> None:
+    gate = Gate(cluster.parties[0].lane, "_deal")
+    running = later(lambda: caller.infer(X))
+    assert gate.reached.wait(30)
+    wait = cluster.new_epoch()
+    cluster.stop_dealer()
+    gate.open.set()
+    answers = running.result(60)
+    assert all(isinstance(a, UnavailableError) for a in answers), answers
+    cluster.start_dealer()
+    wait()
+    assert right(caller.infer(X))
+
+
+def test_a_dealer_that_restarts_between_requests_goes_unnoticed(cluster: InProcess, caller: Caller) -> None:
+    wait = cluster.new_epoch()
+    cluster.stop_dealer()
+    cluster.start_dealer()
+    wait()
+    assert right(caller.infer(X))
+
+
+def test_who_waits_when_the_epoch_ends_is_answered_at_once(cluster: InProcess, caller: Caller) -> None:
+    gate = Gate(cluster.parties[1].lane)
+    running = [later(lambda: caller.infer(X)) for _ in range(3)]
+    assert gate.reached.wait(30)
+    wait_for(lambda: all(len(p.inbox) == 3 for p in cluster.parties.values()))
+    wait = cluster.new_epoch()
+    cluster.stop_dealer()
+    gate.open.set()
+    for one in running:
+        assert all(isinstance(a, UnavailableError) for a in one.result(20))
+    cluster.start_dealer()
+    wait()
+    assert right(caller.infer(X))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_failure_in_the_middle_of_a_protocol_ends_the_epoch(
+    cluster: InProcess, caller: Caller, where: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane = cluster.parties[where].lane
+    real = lane._execute
+
+    def broken(*_: Any) -> Any:
+        lane._execute = real  # type: ignore[method-assign]
+        raise RuntimeError("canary value")
+
+    lane._execute = broken  # type: ignore[method-assign]
+    wait = cluster.new_epoch()
+    answers = caller.infer(X)
+    assert isinstance(answers[where], ProtocolError)
+    assert all(isinstance(a, AbortedError) for i, a in enumerate(answers) if i != where)
+    assert "canary" not in str(answers) + caplog.text
+    wait()
+    assert right(caller.infer(X))
+
+
+def test_a_party_that_hangs_is_given_up_on(tmp_path: Path) -> None:
+
+    with InProcess(tmp_path, 2, Limits(step_timeout_s=2, connect_timeout_s=5)) as cluster:
+        caller = cluster.caller()
+        caller.deploy(PROGRAM, WEIGHTS)
+        gate = Gate(cluster.parties[1].lane)
+        wait = cluster.new_epoch()
+        answers = caller.infer(X, timeout=6)
+        assert isinstance(answers[0], AbortedError)
+        gate.open.set()
+        wait()
+        assert right(caller.infer(X))
+
+
+def test_a_client_s_short_deadline_does_not_end_the_epoch(cluster: InProcess, caller: Caller) -> None:
+    gate = Gate(cluster.parties[1].lane)
+    epoch = cluster.parties[0].former.current
+    answers = caller.infer(X, timeout=0.5)
+    assert kinds(answers) == ["DeadlineError"] * cluster.n
+    gate.open.set()
+    assert right(caller.infer(X))
+    assert cluster.parties[0].former.current is epoch
+
+
+def test_stopping_lets_the_running_request_finish(cluster: InProcess, caller: Caller) -> None:
+    gates = [Gate(cluster.parties[i].lane) for i in range(cluster.n)]
+    running = later(lambda: caller.infer(X))
+    assert all(gate.reached.wait(30) for gate in gates)
+    waiting = later(lambda: caller.infer(X))
+    wait_for(lambda: all(len(p.inbox) == 2 for p in cluster.parties.values()))
+    stopping = [later(p.stop) for p in cluster.parties.values()]
+    wait_for(lambda: all(p.lane._stopping.is_set() for p in cluster.parties.values()))
+    for gate in gates:
+        gate.open.set()
+    assert right(running.result(30))
+    assert all(isinstance(a, UnavailableError) for a in waiting.result(30))
+    for one in stopping:
+        one.result(30)
+    cluster.parties.clear()
+
+
+# --- deploys that break off ------------------------------------------------------------------------------------------
+
+
+def masked_weights(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
+    """Every F that any party opens from now on."""
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def noted(name: str, share: torch.Tensor, masked: torch.Tensor, frac_bits: int) -> Weight:
+        if masked.device.type == "cpu":
+            seen.append((name, masked.clone()))
+        return Weight(name, share, masked, frac_bits)
+
+    monkeypatch.setattr(linear_module, "Weight", noted)
+    return seen
+
+
+def test_a_deploy_killed_after_f_was_opened_and_repeated_uses_another_mask(
+    cluster: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F' - F must not be W' - W, which it would be under one B."""
+    caller, seen = cluster.caller(), masked_weights(monkeypatch)
+    other = random_weights(PROGRAM, 1)
+    gate = Gate(cluster.parties[1].lane, "_vote", skip=6)  # the last vote, after F
+    running = later(lambda: caller.deploy(PROGRAM, WEIGHTS))
+    assert gate.reached.wait(30)
+    first = {name: f for name, f in seen}
+    assert set(first) == {"w0", "w1"}
+    wait = cluster.new_epoch()
+    cluster.crash(0)
+    gate.open.set()
+    assert not [a for a in running.result(60) if not isinstance(a, MpcInferError)]
+    cluster.start_party(0)
+    wait()
+    seen.clear()
+    again = caller.deploy(PROGRAM, other)
+    assert len({a.version for a in again}) == 1
+    second = {name: f for name, f in seen}
+    for name in first:
+        difference = (second[name] - first[name]) - (other[name] - WEIGHTS[name])
+        assert (difference != 0).all()
+        assert (second[name] != first[name]).all()
+    assert right(caller.infer(X), X, other)
+
+
+def test_f_is_opened_again_under_another_mask_in_every_epoch(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = masked_weights(monkeypatch)
+    values: list[torch.Tensor] = []
+    for breaks in (lambda: cluster.crash(1), cluster.stop_dealer, lambda: None):
+        caller.infer(X)
+        caller.infer(X)
+        opened = [f for name, f in seen if name == "w0"]
+        seen.clear()
+        if values:
+            assert len(opened) == cluster.n  # once per party, for both requests
+        if opened:
+            assert all(torch.equal(f, opened[0]) for f in opened)
+            values.append(opened[0])
+        wait = cluster.new_epoch()
+        breaks()
+        if cluster.dealer is None:
+            cluster.start_dealer()
+        elif 1 not in cluster.parties:
+            cluster.start_party(1)
+        else:
+            break
+        wait()
+    assert len(values) == 2
+    words = [int(w) for f in values for w in f.reshape(-1)]
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("skip", range(1, 7))
+def test_a_deploy_that_breaks_off_anywhere_is_on_all_parties_or_on_none(
+    cluster: InProcess, dies: int, skip: int
+) -> None:
+    """The party is killed before its vote number `skip` (from 0: the request, the version, nonces, commit, ...)."""
+    caller = cluster.caller()
+    gate = Gate(cluster.parties[dies].lane, "_vote", skip=skip)
+    running = later(lambda: caller.deploy(PROGRAM, WEIGHTS))
+    assert gate.reached.wait(30)
+    wait = cluster.new_epoch()
+    # Its connections end before it can do anything more.
+    epoch = cluster.parties[dies].former.current
+    assert epoch is not None
+    epoch.close()
+    gate.open.set()
+    cluster.crash(dies)
+    assert all(isinstance(a, MpcInferError) for a in running.result(60))
+    cluster.start_party(dies)
+    wait()
+    held = [[m.id for m in cluster.parties[i].catalogue.models()] for i in range(cluster.n)]
+    at_rest = [f.partition("/")[2].partition("/")[2] for f in cluster.files() if "deployments" in f or "staging" in f]
+    assert all(h == held[0] for h in held)
+    assert sorted(at_rest) == sorted([f"deployments/{i.hex()}.mpc" for i in held[0]] * cluster.n) or sorted(
+        at_rest
+    ) == sorted([f"{i.hex()}.mpc" for i in held[0]] * cluster.n)
+    assert [a.version for a in caller.deploy(PROGRAM, WEIGHTS)] == [len(held[0]) + 1] * cluster.n
+    assert right(caller.infer(X))
+
+
+@pytest.mark.parametrize("unsure", [0, 1])
+def test_a_party_that_could_not_confirm_a_deploy_does_so_in_the_next_epoch(cluster: InProcess, unsure: int) -> None:
+    caller = cluster.caller()
+    catalogue = cluster.parties[unsure].catalogue
+    real = catalogue.confirm
+
+    def failing(_: Any) -> None:
+        catalogue.confirm = real  # type: ignore[method-assign]
+        raise StoreError("the disk is full")
+
+    catalogue.confirm = failing  # type: ignore[method-assign]
+    wait = cluster.new_epoch()
+    answers = caller.deploy(PROGRAM, WEIGHTS)
+    assert isinstance(answers[unsure], StoreError)
+    wait()
+    assert right(caller.infer(X))
+    assert not [f for f in cluster.files() if f.endswith(".new")]
+
+
+# --- nothing is used twice -------------------------------------------------------------------------------------------
+
+
+def test_no_mask_and_no_opening_ever_repeats(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same model, same input, through restarts in the middle of requests: 64-bit words drawn and opened are all new."""
+    drawn: dict[int, list[int]] = {}
+    opened: list[int] = []
+    real_draw, real_exchange = Tape.draw, lane_module._exchange
+    owner: dict[int, int] = {}
+
+    def words(tensor: torch.Tensor) -> list[int]:
+        return [int(w) for w in tensor.reshape(-1)] if tensor.dtype == torch.int64 else []
+
+    def draw(tape: Tape, name: str, item: Any) -> Any:
+        shares = real_draw(tape, name, item)
+        index = owner[threading.get_ident()]
+        for field, declared in item.free().items():
+            if declared.ring.bits == 64:
+                drawn.setdefault(index, []).extend(words(shares[field]))
+        return shares
+
+    def exchange(epoch: Any, batch: Any) -> Any:
+        values = real_exchange(epoch, batch)
+        if epoch.mesh.index == 0:
+            for opening, value in zip(batch, values, strict=True):
+                if opening.ring.bits == 64:
+                    opened.extend(words(value))
+        return values
+
+    real_execute = Lane._execute
+
+    def execute(lane: Lane, *args: Any) -> Any:
+        owner[threading.get_ident()] = lane.index
+        return real_execute(lane, *args)
+
+    monkeypatch.setattr(Tape, "draw", draw)
+    monkeypatch.setattr(lane_module, "_exchange", exchange)
+    monkeypatch.setattr(Lane, "_execute", execute)
+    epochs = set()
+    for breaks in ("party", "dealer", "nothing"):
+        assert right(caller.infer(X))
+        epoch = cluster.parties[0].former.current
+        assert epoch is not None
+        epochs.add(epoch.id)
+        wait = cluster.new_epoch()
+        if breaks == "nothing":
+            break
+        gate = Gate(cluster.parties[cluster.n - 1].lane)
+        running = later(lambda: caller.infer(X))
+        assert gate.reached.wait(30)
+        gate.open.set()
+        if breaks == "party":
+            cluster.crash(cluster.n - 1)
+            cluster.start_party(cluster.n - 1)
+        else:
+            cluster.stop_dealer()
+            cluster.start_dealer()
+        running.result(60)
+        wait()
+    assert len(epochs) == 3 and len(drawn) == cluster.n
+    everything = [w for index in drawn for w in drawn[index]] + opened
+    assert len(everything) > 500
+    assert len(set(everything)) == len(everything)
+
+
+def test_what_is_spent_is_what_was_dealt(cluster: InProcess, caller: Caller) -> None:
+    before = dealt(cluster)
+    for _ in range(3):
+        caller.infer(X)
+    assert dealt(cluster) == before + 3
+    assert cluster.dealer is not None and cluster.dealer._session is not None
+    assert not cluster.dealer._session.tapes
