@@ -44,8 +44,9 @@ CONV = Bilinear("conv", ((1, 1), (1, 1), (1, 1), 1))
 MASK = WeightMask("w", (4, 3))
 KINDS: list[Kind] = [
     Comparison((5,)),
-    Comparison((2, 3), width=32, thresholds=3, products=True),
-    Comparison((3,), width=48, products=True),
+    Comparison((2, 3), thresholds=3, products=True),
+    Comparison((3,), width=48),
+    Comparison((2,), width=32, thresholds=2),
     Exponential((4,), 16),
     FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
     SquarePair((3, 2)),
