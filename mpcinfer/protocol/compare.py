@@ -28,6 +28,12 @@ class Comparison(Kind):
     products: bool = False
     others: int = 0
 
+    def __post_init__(self) -> None:
+        if (self.products or self.others) and self.width < 64:
+            raise ValueError("products with the outcome need r over Z_2^64: a narrower mask doesn't hide the operand")
+        if self.others and self.thresholds != 1:
+            raise ValueError("further values are multiplied by the outcome of one threshold")
+
     def free(self) -> dict[str, Field]:
         """r; the block masks of both levels; beta; s."""
         blocks, leaves = digits.LAYOUTS[self.width]
@@ -82,7 +88,9 @@ class Comparison(Kind):
         return values
 
 
-async def below(ctx: Context, c: Masked, thresholds: tuple[int, ...], correlation: Correlation, width: int) -> SharedBits:
+async def below(
+    ctx: Context, c: Masked, thresholds: tuple[int, ...], correlation: Correlation, width: int
+) -> SharedBits:
     """XOR shares of [x < t] for every public t, [T, *shape], given x opened as c under the correlation's r.
 
     Valid where -2^(width-1) <= x - t < 2^(width-1). Exact. Opened: 7 bits (5 for width 36) per block of 4 (3) digits
@@ -103,7 +111,16 @@ async def below(ctx: Context, c: Masked, thresholds: tuple[int, ...], correlatio
     )
     opened = (await ctx.open_masked(words, top)).value
     bits = digits.finish(
-        opened, top.share, correlation["top_products"], high, ctx.first, outer, c.value, thresholds, width, correlation["msb"]
+        opened,
+        top.share,
+        correlation["top_products"],
+        high,
+        ctx.first,
+        outer,
+        c.value,
+        thresholds,
+        width,
+        correlation["msb"],
     )
     return SharedBits(bits, BIT)
 

@@ -105,6 +105,21 @@ def test_the_check_catches_a_wrong_sign(run: Run, monkeypatch: pytest.MonkeyPatc
     assert compared(run, x, (0,), 64).value.tolist() != [[int(v < 0) for v in x.tolist()]]
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"width": 48, "products": True},
+        {"width": 32, "others": 1},
+        {"width": 36, "products": True, "others": 2},
+        {"thresholds": 2, "products": True, "others": 1},
+        {"thresholds": 0, "others": 1},
+    ],
+)
+def test_products_are_with_whole_words_and_further_values_with_one_outcome(parameters: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Z_2\\^64|one threshold"):
+        Comparison((3,), **parameters)
+
+
 def test_comparing_shares_that_came_from_arithmetic(run: Run) -> None:
     x, y = torch.randint(-(2**40), 2**40, (2, 500), generator=RNG)
 
