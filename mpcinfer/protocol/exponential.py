@@ -15,6 +15,7 @@ from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, 
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Masked, Shared, SharedBits
 from mpcinfer.ring import digits
+from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS
 from mpcinfer.ring.domain import BIT, Z64, Ring
 
 # x is taken modulo 16; up to 2^-4 above zero is let through, so that a maximum taken coarsely does no harm
@@ -128,7 +129,8 @@ async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bi
 async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None) -> Shared:
     """Shares of e^x for x <= 0, with `frac_bits` fraction bits (default: x's).
 
-    Input: x at a scale of 8 to 24 fraction bits with -2^59 <= x < 2^59 (in units of its last place). Numbers up to
+    Input: x at a scale of 8 to 24 fraction bits (ValueError otherwise: the tables and the digits of the low bits are
+    made for these) with -2^59 <= x < 2^59 (in units of its last place). Numbers up to
     2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). Output: error below 1.3e-6 plus one
     unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7 there).
     How: c = x + r. Modulo 16, x is c - r or c - r - 16, as w = [c < r mod 16] says, so e^x is the dealt e^-r times
@@ -141,6 +143,8 @@ async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None)
     with the borrow computed instead of a failure probability.
     """
     out_bits = x.frac_bits if frac_bits is None else frac_bits
+    if not MIN_FRAC_BITS <= x.frac_bits <= MAX_FRAC_BITS:
+        raise ValueError(f"no exponentials of numbers with {x.frac_bits} fraction bits")
     x = x.rescaled(-(-x.frac_bits // digits.DIGIT_BITS) * digits.DIGIT_BITS)
     f, window = x.frac_bits, x.frac_bits + _WINDOW_BITS
     slack = 1 << (f - _SLACK_BITS)

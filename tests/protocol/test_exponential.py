@@ -60,6 +60,12 @@ def test_every_scale(world: Worlds, frac_bits: int) -> None:
     assert worst_error(world(2), x, frac_bits) <= 2.0**-frac_bits + 1.3e-6
 
 
+@pytest.mark.parametrize("frac_bits", [0, 4, 7, 25, 28, 32])
+def test_no_other_scale(world: Worlds, frac_bits: int) -> None:
+    with pytest.raises(ValueError, match=f"with {frac_bits} fraction bits"):
+        worst_error(world(2), torch.zeros(1, dtype=torch.int64), frac_bits)
+
+
 def test_whole_range(world: Worlds, parties: int) -> None:
     """Down to the ends of the domain, powers of two and their neighbours, the clip, and the slack above zero."""
     f = 16
