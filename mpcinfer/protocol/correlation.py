@@ -102,7 +102,7 @@ def from_json(data: Mapping[str, Any]) -> Kind:
         raise InputError(f"wrong parameters for correlation {cls.__name__}")
     try:
         item = cls(**{k: _plain(k, v) for k, v in arguments.items()})
-        fields_ = [*item.free().values(), *item.derived().values()]
+        fields_ = [f for fields in _fields(item) for f in fields.values()]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise InputError(f"impossible parameters for correlation {cls.__name__}") from error
     if any(type(size) is not int or size < 0 for f in fields_ for size in f.shape) or any(
@@ -110,6 +110,14 @@ def from_json(data: Mapping[str, Any]) -> Kind:
     ):
         raise InputError(f"impossible shapes for correlation {cls.__name__}")
     return item
+
+
+def _fields(item: Kind) -> tuple[dict[str, Field], dict[str, Field]]:
+    """The free and the derived fields. No name is both: shares of one would stand in for shares of the other."""
+    free, derived = item.free(), item.derived()
+    if not free.keys().isdisjoint(derived):
+        raise ProtocolError(f"correlation {type(item).__name__} has a field that is both free and derived")
+    return free, derived
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -129,8 +137,9 @@ class Correlation(Sealed):
     __slots__ = ("_derived", "_masks")
 
     def __init__(self, item: Kind, shares: Tensors, label: str) -> None:
-        self._masks = {name: Mask(shares[name], f.ring, f"{label}.{name}") for name, f in item.free().items()}
-        self._derived = {name: shares[name] for name in item.derived()}
+        free, derived = _fields(item)
+        self._masks = {name: Mask(shares[name], f.ring, f"{label}.{name}") for name, f in free.items()}
+        self._derived = {name: shares[name] for name in derived}
 
     def mask(self, name: str) -> Mask:
         """A free field, to open something under."""

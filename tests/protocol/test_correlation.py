@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ class Wrong(Kind):
 def test_derived_shapes_are_checked() -> None:
     with pytest.raises(ProtocolError, match=r"Wrong.x has shape \(1,\)"):
         deal(Wrong(), "a#0", [bytes(32), seed(1)], lambda _: WEIGHT_MASK)
+
+
+def test_no_field_is_both_free_and_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    for item in KINDS:
+        assert item.free().keys().isdisjoint(item.derived())
+
+    @dataclass(frozen=True)
+    class Clash(Kind):
+        def free(self) -> dict[str, Field]:
+            return {"r": Field((2,), Z64)}
+
+        derived = free
+
+    monkeypatch.setitem(correlation._KINDS, "Clash", Clash)
+    with pytest.raises(ProtocolError, match="Clash has a field that is both free and derived"):
+        from_json({"kind": "Clash"})
+    with pytest.raises(ProtocolError, match="both free and derived"):
+        Correlation(Clash(), {"r": torch.zeros(2, dtype=torch.int64)}, "a#0")
 
 
 @pytest.mark.parametrize(("ring", "size"), [(Z64, 24), (BIT, 1), (Ring(7, xor=True), 3), (Ring(36), 14)])
