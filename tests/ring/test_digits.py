@@ -103,6 +103,53 @@ def test_comparisons_are_exact(case: tuple[int, list[tuple[int, int, int]]], see
         assert compare([c], [r], (t,), width, seed).tolist() == [[int(delta < 0)]]
 
 
+def assert_opened_words_hold_the_whole_mask(width: int, first: bool) -> None:
+    """A mask word enters by exclusive or, all of it, and what the words hide stays within its bits."""
+    blocks, leaves = digits.LAYOUTS[width]
+    inner, outer = digits.block(leaves, True), digits.block(blocks, False)
+    t, n = 2, 1 << inner.width
+    low = (1 << (width - 1)) - 1
+    c, r = (prg.expand(prg.derive(bytes(32), name), (n,), Ring(width)) for name in ("c", "r"))
+    lt = digits.tables(r & low, width)
+    leaf = torch.arange(n, dtype=torch.uint8).reshape(1, n, 1).expand(t, n, blocks).contiguous()  # every mask word
+    masked, tops = digits.leaves(c, (0, 5), width, lt, first, leaf)
+    plain, same_tops = digits.leaves(c, (0, 5), width, lt, first, torch.zeros_like(leaf))
+    assert torch.equal(masked ^ plain, leaf) and torch.equal(tops, same_tops)
+    assert int(masked.max()) < 1 << inner.width and int(tops.max()) <= 1
+
+    top = (torch.arange(n, dtype=torch.uint8) % (1 << outer.width)).expand(t, n).contiguous()
+    arguments = masked, leaf, digits.products(leaf, inner), tops, first, inner
+    masked, high = digits.fold_blocks(*arguments, top)
+    plain, same_high = digits.fold_blocks(*arguments, torch.zeros_like(top))
+    assert torch.equal(masked ^ plain, top) and torch.equal(high, same_high)
+    assert int(masked.max()) < 1 << outer.width and int(high.max()) <= 1
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("first", [True, False])
+def test_opened_words_hold_the_whole_mask_and_no_bit_beyond_it(width: int, first: bool) -> None:
+    assert_opened_words_hold_the_whole_mask(width, first)
+
+
+@pytest.mark.parametrize(("kernel", "at"), [("_leaves", 5), ("_fold_blocks", 8)])
+@pytest.mark.parametrize("fault", ["short", "wide"])
+def test_the_check_catches_a_mask_bit_left_out_and_a_bit_left_bare(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, at: int, fault: str
+) -> None:
+    honest = getattr(digits, kernel)
+
+    def faulty(*args: object) -> None:
+        changed = list(args)
+        masks = changed[at]
+        assert isinstance(masks, np.ndarray)
+        changed[at] = masks & 0xFE if fault == "short" else masks | 0x80
+        honest(*changed)
+
+    monkeypatch.setattr(digits, kernel, faulty)
+    with pytest.raises(AssertionError):
+        assert_opened_words_hold_the_whole_mask(64, True)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_many_elements_and_thresholds(width: int) -> None:
     half = 1 << (width - 1)
