@@ -179,6 +179,8 @@ class Client:
         if left <= 0:
             raise DeadlineError("no time left to send the request; allow it more time")
         answers = self._connection.call("Infer", requests, timeout=left)
+        if any(answer.version != model.version for answer in answers):
+            raise ProtocolError(f"a party answered with another version of model {model.name!r} than was asked for")
         batch = _batch(model, inputs)
         return [_sum(answers, i, spec, batch) for i, spec in enumerate(model.outputs)], _cost(answers)
 

@@ -11,8 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, UnavailableError
+from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, ProtocolError, UnavailableError
 from mpcinfer.protocol.correlation import canonical
+
+_LATE_SECONDS = 3.0  # how much later than at party 0 a request may arrive at another
 
 
 @dataclass
@@ -25,6 +27,8 @@ class Job:
     facts: dict[str, Any]
     content: Any = field(repr=False)
     deadline: float = 0.0  # on time.monotonic
+    taken: bool = False  # all parties have agreed to do it: never again
+    first_announced: float = 0.0  # at party 0, on time.monotonic
     result: Future[Any] = field(default_factory=Future, repr=False)
 
     def digest(self) -> str:
@@ -50,6 +54,7 @@ class Inbox:
         self._limit = limit
         self._jobs: dict[bytes, Job] = {}
         self._order: deque[bytes] = deque()
+        self._later: list[tuple[float, bytes]] = []  # announced too early for some party, and when to try again
         self._changed = threading.Condition()
         self._closed: Exception | None = None
 
@@ -76,32 +81,55 @@ class Inbox:
         with self._changed:
             if self._jobs.get(job.id) is job:
                 del self._jobs[job.id]
+                if job.id in self._order:  # nobody takes from the queue but at party 0
+                    self._order.remove(job.id)
 
     def next(self, timeout: float) -> Job | None:
         """The oldest request that nobody took yet and whose caller still waits (party 0)."""
         end = time.monotonic() + timeout
         with self._changed:
             while True:
+                now = time.monotonic()
+                self._order.extend(id_ for due, id_ in self._later if due <= now)
+                self._later = [(due, id_) for due, id_ in self._later if due > now]
                 while self._order:
                     job = self._jobs.get(self._order.popleft())
-                    if job is not None and not job.result.done() and job.deadline > time.monotonic():
+                    if job is not None and not job.result.done() and job.deadline > now:
                         return job
-                left = end - time.monotonic()
-                if left <= 0 or self._closed is not None:
+                if end <= now or self._closed is not None:
                     return None
-                self._changed.wait(left)
+                self._changed.wait(min([end, *(due for due, _ in self._later)]) - now)
+
+    def postpone(self, job: Job) -> None:
+        """Let `next` return this request again in a moment: it has not reached all parties yet.
+
+        A request that is late for long is answered: UnavailableError. It holds nobody else up meanwhile.
+        """
+        now = time.monotonic()
+        job.first_announced = job.first_announced or now
+        waited = now - job.first_announced
+        if waited > _LATE_SECONDS:
+            job.fail(UnavailableError("the request reached party 0 but not all parties; send it again"))
+            return
+        with self._changed:
+            self._later.append((now + max(0.01, waited / 4), job.id))
 
     def wake(self) -> None:
         """Let `next` return early by looking again."""
         with self._changed:
             self._changed.notify_all()
 
-    def match(self, request_id: bytes, digest: str, timeout: float) -> Job:
-        """The request that party 0 has announced; it must be what the client sent here. Waits for it to arrive."""
+    def match(self, request_id: bytes, digest: str, timeout: float) -> Job | None:
+        """The request that party 0 has announced; it must be what the client sent here, and be asked for once.
+
+        None if it has not arrived after `timeout` seconds.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: request_id in self._jobs, timeout):
-                raise UnavailableError("the request reached party 0 but not all parties; send it again")
+                return None
             job = self._jobs[request_id]
+        if job.taken:
+            raise ProtocolError("a request was announced twice")
         if job.digest() != digest:
             error = AgreementError("the parties were sent different requests under one id")
             job.fail(error)

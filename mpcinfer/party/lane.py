@@ -14,7 +14,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 
 from mpcinfer import errors
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
+from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
 from mpcinfer.graph.interpret import interpret
 from mpcinfer.graph.plan import mask_weights
 from mpcinfer.party.catalogue import Catalogue, Model
@@ -37,7 +36,7 @@ from mpcinfer.wire.mesh import CONTROL
 
 _log = logging.getLogger(__name__)
 
-_MATCH_SECONDS = 3.0  # how long a request may be late at one party
+_MATCH_SECONDS = 0.05  # how long the lane waits for a request that another party has already
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
 _FLUSH_SECONDS = 0.5
@@ -54,6 +53,14 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """What a request to infer brings: this party's shares of inputs that were checked against this model."""
+
+    model: Model
+    inputs: list[Shared]
+
+
+@dataclass(frozen=True)
 class Inferred:
     """This party's output shares and what they cost."""
 
@@ -65,6 +72,10 @@ class Inferred:
 
 class _Refused(Exception):
     """Some party voted no: the request has its answer, the epoch goes on."""
+
+
+class _Late(Exception):
+    """Some party does not have the request yet: party 0 will announce it again."""
 
 
 class Lane:
@@ -179,8 +190,7 @@ class Lane:
             "tape": secrets.token_hex(16),
         }
         if job.action == "infer":
-            with suppress(MpcInferError):  # a model that has gone is refused by the vote
-                step["deployment"] = self._catalogue.find(job.facts["model"], job.facts["version"]).id.hex()
+            step["deployment"] = job.content.model.id.hex()
         return step
 
     def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
@@ -188,18 +198,22 @@ class Lane:
         job: Job | None = None
         self._busy = True
         try:
+            refusal = None
             try:
                 job = self._inbox.match(
                     bytes.fromhex(step["id"]), step["digest"], 0 if self.index == 0 else _MATCH_SECONDS
                 )
-                refusal = None
             except MpcInferError as error:
                 refusal = error
-            self._vote(epoch, refusal)
+            self._vote(epoch, refusal, late=job is None)
             assert job is not None
+            job.taken = True
             action = {"infer": self._infer, "deploy": self._deploy, "remove": self._remove}[step["action"]]
             job.succeed(action(epoch, job, step))
             self.done += 1
+        except _Late:
+            if job is not None and self.index == 0:
+                self._inbox.postpone(job)
         except _Refused as refused:
             self._answer(job, refused.__cause__)
         except Exception as error:
@@ -214,9 +228,18 @@ class Lane:
         if job is not None:
             job.fail(error if isinstance(error, MpcInferError) else _incident(error))
 
-    def _vote(self, epoch: Epoch, refusal: MpcInferError | None, note: str = "") -> dict[int, str]:
-        """All parties say yes (with a note each) or no; _Refused, caused by the error, if anybody says no."""
-        own = {"error": type(refusal).__name__ if refusal else "", "text": str(refusal) if refusal else note}
+    def _vote(
+        self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: bool = False
+    ) -> dict[int, str]:
+        """All parties say yes (with a note each), no, or "not here yet".
+
+        _Refused, caused by the error, if anybody says no; else _Late if anybody has to wait.
+        """
+        own = {
+            "error": type(refusal).__name__ if refusal else "",
+            "text": str(refusal) if refusal else note,
+            "late": late,
+        }
         answers = {self.index: own} | {
             peer: json.loads(raw) for peer, raw in epoch.mesh.exchange(json.dumps(own).encode(), CONTROL).items()
         }
@@ -228,6 +251,8 @@ class Lane:
                 if not (isinstance(kind, type) and issubclass(kind, MpcInferError)):
                     kind = AbortedError
                 raise _Refused from kind(f"party {peer}: {answer['text']}")
+        if any(answer["late"] for answer in answers.values()):
+            raise _Late
         return {peer: answer["text"] for peer, answer in answers.items()}
 
     def _agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:
@@ -279,13 +304,14 @@ class Lane:
         model.masked_in = epoch.id
 
     def _infer(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> Inferred:
-        inputs: list[Shared] = job.content
+        admitted, inputs = job.content.model, job.content.inputs
         own_tape, mask_tape = _tapes(step, 2)
 
         def prepare() -> tuple[Model, Plan, bytes]:
-            model = self._catalogue.find(job.facts["model"], job.facts["version"])
-            if model.id.hex() != step.get("deployment"):
-                raise AgreementError("the parties hold different versions of this model; deploy it again")
+            # exactly the deployment for which this party has checked the inputs, and party 0 too
+            model = self._catalogue.find(admitted.name, admitted.version)
+            if not model.id == admitted.id == bytes.fromhex(step["deployment"]):
+                raise AbortedError("the model was deployed anew while the request waited; send it again")
             return model, *model.plan([x.shape for x in inputs], epoch.mesh.parties)
 
         model, plan, digest = self._agreed(epoch, prepare)

@@ -20,7 +20,7 @@ from mpcinfer.graph.program import Program, Value
 from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox, Job
-from mpcinfer.party.lane import Inferred, Lane, Phase
+from mpcinfer.party.lane import Inference, Inferred, Lane, Phase
 from mpcinfer.party.record import Staged, WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.protocol.types import Shared
@@ -87,9 +87,10 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             declared = zip(request.inputs, model.program.inputs, strict=True)
             inputs = [_share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
             facts = {"model": request.model, "version": request.version, "shapes": [list(x.shape) for x in inputs]}
-            done: Inferred = self._run(context, Job(request.request_id, "infer", peer.role, facts, inputs))
+            content = Inference(model, inputs)
+            done: Inferred = self._run(context, Job(request.request_id, "infer", peer.role, facts, content))
             return party_pb2.InferResponse(
-                outputs=[_tensor(x) for x in done.outputs],
+                outputs=[reveal(x) for x in done.outputs],
                 version=done.model.version,
                 online=_cost(done.online),
                 offline=_cost(done.offline),
@@ -177,7 +178,11 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         entries = [WeightEntry(w.name, tuple(w.shape), w.frac_bits, w.seed or None) for w in header.weights]
         program = Program.from_bytes(header.program)
         check_manifest(program, entries)
-        if max(header.size, sum(entry.size for entry in entries)) > self._limits.max_upload_mb << 20:
+        if any(entry.seed is not None and len(entry.seed) != prg.SEED_BYTES for entry in entries):
+            raise InputError(f"a weight's seed has {prg.SEED_BYTES} bytes")
+        # what seeds stand for counts like what is sent
+        expanded = sum(8 * math.prod(entry.shape) for entry in entries)
+        if max(header.size, expanded) > self._limits.max_upload_mb << 20:
             raise UploadError(f"the upload is larger than this party allows ({self._limits.max_upload_mb} MiB)")
         return header, program, entries
 
@@ -245,7 +250,8 @@ def _share(tensor: tensor_pb2.Tensor, declared: Value, max_bytes: int) -> Shared
     return Shared(Z64.unpack(tensor.data, shape), tensor.frac_bits)
 
 
-def _tensor(x: Shared) -> tensor_pb2.Tensor:
+def reveal(x: Shared) -> tensor_pb2.Tensor:
+    """The one way out for a share: in the answer to the client who asked, after re-randomisation."""
     return tensor_pb2.Tensor(shape=x.shape, frac_bits=x.frac_bits, ring_bits=64, data=bytes(Z64.pack(x.share)))
 
 

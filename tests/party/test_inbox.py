@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, MpcInferError, UnavailableError
+from mpcinfer.errors import (
+    AgreementError,
+    BusyError,
+    ConflictError,
+    InputError,
+    MpcInferError,
+    ProtocolError,
+    UnavailableError,
+)
 from mpcinfer.party.inbox import Inbox, Job
 
 
@@ -67,14 +75,36 @@ def test_a_stranger_with_the_same_id_cannot_discard() -> None:
 
 def test_match_finds_waits_and_compares() -> None:
     inbox, one = Inbox(8), job(model="m", version=0)
-    with pytest.raises(UnavailableError, match="not all parties"):
-        inbox.match(one.id, one.digest(), 0.01)
+    assert inbox.match(one.id, one.digest(), 0.01) is None
     threading.Timer(0.1, inbox.put, [one]).start()
     assert inbox.match(one.id, one.digest(), 20) is one
     with pytest.raises(AgreementError):
         inbox.match(one.id, "other", 0)
     with pytest.raises(AgreementError):  # whoever sent it here is told too
         one.result.result(0)
+
+
+def test_what_all_have_agreed_to_is_not_announced_again() -> None:
+    inbox, one = Inbox(8), job()
+    inbox.put(one)
+    assert inbox.match(one.id, one.digest(), 0) is one
+    one.taken = True
+    with pytest.raises(ProtocolError, match="twice"):
+        inbox.match(one.id, one.digest(), 0)
+
+
+def test_a_request_that_is_late_elsewhere_lets_others_pass_and_is_given_up_in_the_end() -> None:
+    inbox, late, other = Inbox(8), job(), job()
+    inbox.put(late)
+    assert inbox.next(0) is late
+    inbox.postpone(late)
+    inbox.put(other)
+    assert inbox.next(0) is other
+    assert inbox.next(5) is late
+    late.first_announced -= 60
+    inbox.postpone(late)
+    with pytest.raises(UnavailableError, match="not all parties"):
+        late.result.result(0)
 
 
 @pytest.mark.parametrize(
