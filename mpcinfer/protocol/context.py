@@ -75,7 +75,9 @@ class Context:
         if name in self._scopes:
             raise ProtocolError(f"scope {name!r} is used twice in {self.path!r}")
         self._scopes.add(name)
-        return Context(self.index, self.parties, self._source, self.weights, f"{self.path}/{name}" if self.path else name)
+        return Context(
+            self.index, self.parties, self._source, self.weights, f"{self.path}/{name}" if self.path else name
+        )
 
     def correlation(self, item: Kind) -> Correlation:
         """Fresh correlated randomness."""

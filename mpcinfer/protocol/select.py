@@ -10,7 +10,9 @@ from mpcinfer.protocol.types import Masked, Shared
 from mpcinfer.ring.domain import Z64
 
 
-def _product(first: bool, e: torch.Tensor, bit: torch.Tensor, c: torch.Tensor, r: torch.Tensor, bit_r: torch.Tensor) -> torch.Tensor:
+def _product(
+    first: bool, e: torch.Tensor, bit: torch.Tensor, c: torch.Tensor, r: torch.Tensor, bit_r: torch.Tensor
+) -> torch.Tensor:
     """This party's share of b * x, where b = e xor beta and x = c - r; `bit`, `bit_r` are shares of beta, beta r."""
     beta_x = bit * c - bit_r
     return torch.where(e != 0, (c if first else 0) - r - beta_x, beta_x)
@@ -42,7 +44,9 @@ async def piecewise_linear(
     for j in range(len(thresholds)):  # below t_j, go back from piece j + 1 to piece j
         slope, offset = slopes[j] - slopes[j + 1], offsets[j] - offsets[j + 1]
         if slope:
-            y = y + slope * _product(ctx.first, e[j], correlation["bit"][j], c.value, correlation["r"], correlation["bit_r"][j])
+            y = y + slope * _product(
+                ctx.first, e[j], correlation["bit"][j], c.value, correlation["r"], correlation["bit_r"][j]
+            )
         if offset:
             y = y + offset * _number(ctx.first, e[j], correlation["bit"][j])
     return Shared(y, x.frac_bits)
@@ -53,7 +57,9 @@ async def relu(ctx: Context, x: Shared) -> Shared:
     return await piecewise_linear(ctx, x, (0,), (0, 1), (0, 0))
 
 
-async def maximum(ctx: Context, left: Shared, right: Shared, carried: tuple[tuple[Shared, Shared], ...] = ()) -> list[Shared]:
+async def maximum(
+    ctx: Context, left: Shared, right: Shared, carried: tuple[tuple[Shared, Shared], ...] = ()
+) -> list[Shared]:
     """max(left, right) and, for each pair carried along, the member on the winner's side. Left wins ties. Exact.
 
     Valid where -2^63 <= left - right < 2^63. Every pair has left's shape.
@@ -65,9 +71,7 @@ async def maximum(ctx: Context, left: Shared, right: Shared, carried: tuple[tupl
     correlation = ctx.correlation(kind)
     if carried:
         differences = torch.stack([(a - b).share for a, b in carried])
-        c, u = await together(
-            ctx.open(d, correlation.mask("r")), ctx.open(Shared(differences), correlation.mask("s"))
-        )
+        c, u = await together(ctx.open(d, correlation.mask("r")), ctx.open(Shared(differences), correlation.mask("s")))
     else:
         c, u = await ctx.open(d, correlation.mask("r")), Masked(torch.empty(0), Z64)
     bits = await below(ctx, c, (0,), correlation, 64)

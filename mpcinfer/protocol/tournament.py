@@ -85,7 +85,10 @@ async def top_along(ctx: Context, x: Shared, k: int) -> tuple[Shared, Shared]:
         a, b = x.map(lambda t, at=upper: t[..., at]), x.map(lambda t, at=lower: t[..., at])  # type: ignore[misc]
         ia, ib = index.map(lambda t, at=upper: t[..., at]), index.map(lambda t, at=lower: t[..., at])  # type: ignore[misc]
         winner, winning = await maximum(ctx, a, b, ((ia, ib),))
-        x, index = _placed(x, upper, lower, winner, a + b - winner), _placed(index, upper, lower, winning, ia + ib - winning)
+        x, index = (
+            _placed(x, upper, lower, winner, a + b - winner),
+            _placed(index, upper, lower, winning, ia + ib - winning),
+        )
     return x.map(lambda t: t[..., :k]), index.map(lambda t: t[..., :k])
 
 

@@ -1,7 +1,7 @@
 """Kinds of value that cannot be confused: shares, masks, what was opened under a mask, and public values.
 
-None of the first three converts to an array, prints its content, or pickles. A protocol reaches the tensor inside by the
-attribute that names what it is (`.share`, `.value`); nothing outside `protocol/` and `nn/` has a reason to.
+None of the first three converts to an array, prints its content, or pickles. A protocol reaches the tensor inside by
+the attribute that names what it is (`.share`, `.value`); nothing outside `protocol/` and `nn/` has a reason to.
 """
 
 from __future__ import annotations
@@ -118,10 +118,13 @@ class Mask(Sealed):
             raise ProtocolError(f"mask {self.label} was used already: a mask hides one opening only")
         if ring != self.ring:
             raise ProtocolError(
-                f"mask {self.label} is uniform on {_words(self.ring)} but the opening is over {_words(ring)}: it would leak"
+                f"mask {self.label} is uniform on {_words(self.ring)}, not on {_words(ring)}, the opening's ring: "
+                "it would leak"
             )
         if tuple(self.share.shape) != tuple(shape):
-            raise ProtocolError(f"mask {self.label} has shape {tuple(self.share.shape)}, the opening has {tuple(shape)}")
+            raise ProtocolError(
+                f"mask {self.label} has shape {tuple(self.share.shape)}, the opening has {tuple(shape)}"
+            )
         self.used = True
 
 

@@ -15,9 +15,7 @@ if sys.byteorder != "little":  # the wire format and every view below assume it
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-@njit(
-    [f"void({t}[::1], int64, uint32[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True
-)
+@njit([f"void({t}[::1], int64, uint32[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True)
 def _pack(values: Any, k: int, out: Any) -> None:
     low, high = np.uint64(min(k, 32)), np.uint64(max(k - 32, 0))
     low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)
@@ -45,9 +43,7 @@ def _pack(values: Any, k: int, out: Any) -> None:
         out[at] = np.uint32(acc)
 
 
-@njit(
-    [f"void(uint32[::1], int64, {t}[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True
-)
+@njit([f"void(uint32[::1], int64, {t}[::1])" for t in ("uint8", "uint16", "uint32", "uint64")], nogil=True, cache=True)
 def _unpack(data: Any, k: int, out: Any) -> None:
     low, high = np.uint64(min(k, 32)), np.uint64(max(k - 32, 0))
     low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)

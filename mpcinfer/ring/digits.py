@@ -107,7 +107,8 @@ def _parity(x: Any) -> Any:
 
 
 @njit(
-    "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, uint8[:, :, ::1], uint8[:, :, ::1], uint8[:, :, ::1])",
+    "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, "
+    "uint8[:, :, ::1], uint8[:, :, ::1], uint8[:, :, ::1])",
     nogil=True,
     cache=True,
 )
@@ -137,13 +138,23 @@ def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, 
 
 
 @njit(
-    "void(uint8[:, :, ::1], uint8[:, :, ::1], uint32[:, :, ::1], uint8[:, :, ::1], boolean, int64, uint32[::1], uint32[::1], "
-    "uint8[:, ::1], uint8[:, ::1], uint8[:, ::1])",
+    "void(uint8[:, :, ::1], uint8[:, :, ::1], uint32[:, :, ::1], uint8[:, :, ::1], boolean, int64, "
+    "uint32[::1], uint32[::1], uint8[:, ::1], uint8[:, ::1], uint8[:, ::1])",
     nogil=True,
     cache=True,
 )
 def _fold_blocks(
-    opened: Any, masks: Any, dealt: Any, tops: Any, first: Any, width: Any, lt: Any, eq: Any, next_masks: Any, words: Any, top: Any
+    opened: Any,
+    masks: Any,
+    dealt: Any,
+    tops: Any,
+    first: Any,
+    width: Any,
+    lt: Any,
+    eq: Any,
+    next_masks: Any,
+    words: Any,
+    top: Any,
 ) -> None:
     shift = np.uint32(width)
     for t in range(opened.shape[0]):
@@ -165,13 +176,24 @@ def _fold_blocks(
 
 
 @njit(
-    "void(uint8[:, ::1], uint8[:, ::1], uint32[:, ::1], uint8[:, ::1], boolean, int64, uint32[::1], uint64[::1], uint64[::1], "
-    "int64, uint8[::1], uint8[:, ::1])",
+    "void(uint8[:, ::1], uint8[:, ::1], uint32[:, ::1], uint8[:, ::1], boolean, int64, "
+    "uint32[::1], uint64[::1], uint64[::1], int64, uint8[::1], uint8[:, ::1])",
     nogil=True,
     cache=True,
 )
 def _finish(
-    opened: Any, masks: Any, dealt: Any, top: Any, first: Any, width: Any, lt: Any, c: Any, thresholds: Any, sign: Any, msb: Any, out: Any
+    opened: Any,
+    masks: Any,
+    dealt: Any,
+    top: Any,
+    first: Any,
+    width: Any,
+    lt: Any,
+    c: Any,
+    thresholds: Any,
+    sign: Any,
+    msb: Any,
+    out: Any,
 ) -> None:
     shift = np.uint32(width)
     for t in range(opened.shape[0]):
@@ -215,7 +237,13 @@ def leaves(
 
 
 def fold_blocks(
-    opened: torch.Tensor, masks: torch.Tensor, dealt: torch.Tensor, tops: torch.Tensor, first: bool, spec: Block, next_masks: torch.Tensor
+    opened: torch.Tensor,
+    masks: torch.Tensor,
+    dealt: torch.Tensor,
+    tops: torch.Tensor,
+    first: bool,
+    spec: Block,
+    next_masks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First-level blocks to the second level's masked words and top bits, uint8 [T, *S]."""
     words, top = torch.empty_like(next_masks), torch.empty_like(next_masks)

@@ -49,12 +49,16 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 
-def pool_windows(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> torch.Tensor:
+def pool_windows(
+    x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> torch.Tensor:
     """A strided view [..., *out, *kernel] of the windows of x [..., *spatial] (no padding, no copy)."""
     d = len(kernel)
     lead, spatial = x.shape[:-d], x.shape[-d:]
     strides = x.stride()
-    out = tuple((s - dl * (k - 1) - 1) // st + 1 for s, k, st, dl in zip(spatial, kernel, stride, dilation, strict=True))
+    out = tuple(
+        (s - dl * (k - 1) - 1) // st + 1 for s, k, st, dl in zip(spatial, kernel, stride, dilation, strict=True)
+    )
     if min(out, default=1) < 1:
         raise ValueError(f"a window of {kernel} does not fit into {tuple(spatial)}")
     return x.as_strided(

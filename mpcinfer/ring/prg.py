@@ -26,7 +26,7 @@ def extract(secret: bytes, salt: bytes, purpose: bytes) -> bytes:
 
 
 def derive(key: bytes, *name: str | int | bytes) -> bytes:
-    """The 32-byte seed of the stream `name` under `key` (HKDF-Expand; parts are length-prefixed, so names can't collide)."""
+    """The 32-byte seed of the stream `name` under `key` (HKDF-Expand; its parts are length-prefixed: no collisions)."""
     info = b"mpcinfer/v1/stream"
     for part in name:
         tag, raw = (

@@ -23,7 +23,7 @@ CONTROL = mesh_pb2.FRAME_KIND_CONTROL
 OPENING = mesh_pb2.FRAME_KIND_OPENING
 
 _CHUNK = 1 << 20
-_GRPC_HEADER = 5  # length prefix of a gRPC message
+GRPC_HEADER = 5  # length prefix of a gRPC message
 
 
 class Link:
@@ -59,7 +59,7 @@ class Link:
             )
             self._sent += 1
             message = self._wrap(frame=frame)
-            self.bytes_sent += message.ByteSize() + _GRPC_HEADER
+            self.bytes_sent += message.ByteSize() + GRPC_HEADER
             self._outgoing.put(message)
 
     def receive(self, kind: int) -> bytes:
