@@ -185,6 +185,7 @@ class InProcess:
         """A new dealer at the dealer's address."""
         self.dealer, self._dealer_server = build(self.keys.node("dealer"))
         self._dealer_server.start()
+        self._dealer_server.set_serving(True)
         return self.dealer
 
     def stop_dealer(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mpcinfer.config import PROTOCOL_VERSION, Node
 from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
@@ -40,8 +41,14 @@ class Epoch:
     key: KeyChain = field(repr=False)
     dealer: Any
     channels: list[grpc.Channel] = field(repr=False)
+    dealer_lost: threading.Event
     plans_told: set[bytes] = field(default_factory=set)
     _dealing: Any = field(default=None, repr=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether a party has left, or (as far as this party watches it) the dealer."""
+        return self.mesh.broken or self.dealer_lost.is_set()
 
     @contextmanager
     def cancelling(self, call: grpc.Call) -> Iterator[None]:
@@ -183,13 +190,25 @@ class Former:
         key = self._join(stub, session, ordered, deadline)
         digest = hashlib.sha256(b"".join([session, *ordered])).hexdigest()[:8]
         _log.info("epoch %s: all %d parties and the dealer are connected", digest, cluster.n)
+        epoch = Epoch(session, epoch_mesh, key, stub, channels, threading.Event())
+        if self._index == 0:
+            threading.Thread(target=self._watch_dealer, args=[epoch], name="dealer-watch", daemon=True).start()
+        return epoch
 
-        def watch(state: grpc.ChannelConnectivity) -> None:
-            if state is not grpc.ChannelConnectivity.READY:
-                epoch_mesh.close()
+    def _watch_dealer(self, epoch: Epoch) -> None:
+        """Party 0 sees when the dealer stops or restarts (and has forgotten everything), even if nobody needs it then.
 
-        channels[0].subscribe(watch)  # a dealer that restarts has forgotten everything, which must not wait to be seen
-        return Epoch(session, epoch_mesh, key, stub, channels)
+        What is being computed goes on: it may have all it needs.
+        """
+        try:
+            stub = health_pb2_grpc.HealthStub(epoch.channels[0])
+            for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+                if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                    break
+        except (grpc.RpcError, ValueError):  # it has gone, or this epoch is over and its channels closed
+            pass
+        epoch.dealer_lost.set()
+        self._wake()
 
     def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> KeyChain:
         private = X25519PrivateKey.generate()

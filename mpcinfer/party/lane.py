@@ -170,7 +170,7 @@ class Lane:
 
     def _lead(self, epoch: Epoch) -> None:
         job = self._inbox.next(_IDLE_SECONDS)
-        if epoch.mesh.broken:
+        if epoch.over:
             raise AbortedError("a party or the dealer has left; connecting again")
         if job is None or self._stopping.is_set():
             return

@@ -114,7 +114,6 @@ def _channel_options(endpoint: Endpoint, max_message_mb: int) -> Options:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.enable_http_proxy", 0),  # the handshake below uses none either
-        ("grpc.client_idle_timeout_ms", 2**31 - 1),  # never: a party watches whether the dealer is still there
         ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, whatever an older one waits for
     ]
 
