@@ -251,16 +251,14 @@ def _existing(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield start + first * _PAGE, start + last * _PAGE
 
 
-def scan_memory(pid: int, needles: Needles, *, everything: bool = True) -> Counter[str]:
-    """How often each needle occurs in a process's memory.
+def read_memory(pid: int, *, everything: bool = True) -> Iterator[Bytes]:
+    """What a process has in memory, in new arrays that overlap by less than a run.
 
     everything: all readable mappings; else only those that are no unchangeable views of files.
     """
-    found: Counter[str] = Counter()
-    buffer = np.empty(_BLOCK, np.uint8)
+    read = 0
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
-    read = 0
     try:
         for start, end, permissions, name in mappings(pid):
             if not everything and "w" not in permissions and name.startswith("/"):
@@ -268,19 +266,27 @@ def scan_memory(pid: int, needles: Needles, *, everything: bool = True) -> Count
             for first, last in _existing(pagemap, start, end):
                 at = first
                 while at < last:
+                    block = np.empty(min(_BLOCK, last - at), np.uint8)
                     try:
-                        size = os.preadv(memory, [memoryview(buffer)[: min(_BLOCK, last - at)]], at)
+                        size = os.preadv(memory, [memoryview(block)], at)
                     except OSError:  # unmapped in the meantime
                         break
                     if size == 0:
                         break
-                    found += needles.in_bytes(buffer[:size])
+                    yield block[:size]
                     read += size
                     at += size if at + size >= last else size - RUN + 1
     finally:
         os.close(memory)
         os.close(pagemap)
     assert read > 1 << 20, f"only {read} bytes of process {pid} could be read"
+
+
+def scan_memory(pid: int, needles: Needles, *, everything: bool = True) -> Counter[str]:
+    """How often each needle occurs in a process's memory."""
+    found: Counter[str] = Counter()
+    for block in read_memory(pid, everything=everything):
+        found += needles.in_bytes(block)
     return found
 
 
@@ -317,20 +323,17 @@ def open_files(pid: int) -> list[Path]:
 
 
 @contextmanager
-def frozen(pids: Sequence[int]) -> Iterator[None]:
-    """Stop processes in whatever they are doing, all at once as far as possible, and let them go on afterwards."""
+def frozen(pid: int) -> Iterator[None]:
+    """Stop a process in whatever it is doing, and let it go on afterwards."""
+    os.kill(pid, signal.SIGSTOP)
     try:
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
         end = time.monotonic() + 5
-        for pid in pids:
-            while _state(pid) != "T" and time.monotonic() < end:
-                time.sleep(0.001)
-            assert _state(pid) == "T", f"process {pid} did not stop"
+        while _state(pid) != "T":
+            assert time.monotonic() < end, f"process {pid} did not stop"
+            time.sleep(0.001)
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def _state(pid: int) -> str:

@@ -100,7 +100,7 @@ def test_plaintext_in_a_process_is_found(needles: Needles, spelling: str, data: 
 
 def test_a_run_of_16_bytes_is_enough(needles: Needles) -> None:
     pair = spelled(SCALED[3, 4:6])
-    with process(HOLDS, str(len(pair)), data=pair) as pid, frozen([pid]):
+    with process(HOLDS, str(len(pair)), data=pair) as pid, frozen(pid):
         assert "weight as int64 at scale 16" in scan_memory(pid, needles, everything=False)
 
 

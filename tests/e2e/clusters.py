@@ -35,7 +35,7 @@ def local_cluster(
     cluster = LocalCluster(directory, parties=parties, log_level="debug")
     try:
         with mock.patch.dict(os.environ, extra):
-            cluster.start(timeout=60)
+            cluster.start(timeout=120)
         yield cluster
     finally:
         cluster.stop()

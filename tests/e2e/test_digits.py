@@ -23,7 +23,7 @@ IMAGES = 200
 NEAR_TIE = 0.01
 FRAME = 32  # bytes of headers around a message, and around each further MiB of it
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """No process but the owners' own ever holds a weight, an input, an intermediate value or an output in the clear.
 
 Looked for in the memory of every party and of the dealer, in all their files and logs: while a model is uploaded,
-while requests run (all processes frozen at some moment), and afterwards. Every scan also looks for what must be
+while requests run (each process frozen at some moment), and afterwards. Every scan also looks for what must be
 there, a party's own shares first of all, so that a scan that sees nothing fails.
 """
 
@@ -31,7 +31,7 @@ from mpcinfer.graph.capture import Captured, capture
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine
 from mpcinfer.wire.v1 import party_pb2
-from tests.e2e.clusters import Call, Recording, local_cluster, shared, weight_shares
+from tests.e2e.clusters import HOOKS, Call, Recording, local_cluster, shared, weight_shares
 from tests.scanner import (
     Needles,
     canaries,
@@ -41,14 +41,15 @@ from tests.scanner import (
     frozen,
     open_files,
     parent,
+    read_memory,
     scan_files,
     scan_memory,
 )
 
-SNAPSHOTS = 4
+SNAPSHOTS = 3
 MARKER = os.urandom(64)  # in this process's memory before any other is started
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 def network() -> nn.Module:
@@ -117,13 +118,17 @@ class Scene:
         return {role: self.cluster.pid(role) for role in self.roles}
 
     def snapshot(self, needles: Callable[[], Needles], *, everything: bool = False) -> dict[str, Counter[str]]:
-        """What is found of `needles()` in each process's memory and open files, all of them frozen meanwhile."""
-        pids = self.pids()
-        with frozen(list(pids.values())):
-            wanted = needles()
-            found = {role: scan_memory(pid, wanted, everything=everything) for role, pid in pids.items()}
-            for role, pid in pids.items():
-                found[role] += scan_files(open_files(pid), wanted)
+        """What is found of `needles()` in each process's memory and open files, each frozen while it is read.
+
+        One after the other and not for long: they would take each other for dead. While one is, all wait for it.
+        """
+        found: dict[str, Counter[str]] = {}
+        for role, pid in self.pids().items():
+            with frozen(pid):
+                wanted, blocks = needles(), list(read_memory(pid, everything=everything))
+                found[role] = scan_files(open_files(pid), wanted)
+            for block in blocks:
+                found[role] += wanted.in_bytes(block)
         return found
 
     def infer(self) -> torch.Tensor:
@@ -430,3 +435,15 @@ def test_nothing_on_disk_or_in_a_log_at_the_end(scene: Scene) -> None:
             assert scan_files([path], needles)
         finally:
             path.unlink()
+
+
+@pytest.mark.slow
+def test_a_party_that_holds_plaintext_is_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = scene.directory / "plant"
+    plant.write_bytes(scene.x.numpy().tobytes())
+    monkeypatch.setenv("MPCINFER_TEST_PLANT", str(plant))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HOOKS), os.environ.get("PYTHONPATH")])))
+    scene.cluster.restart("party/1", ready_timeout=60)
+    scene.infer()
+    with pytest.raises(AssertionError, match="party/1 holds .*input as float32"):
+        assert_clean(scene.snapshot(lambda: scene.secrets))

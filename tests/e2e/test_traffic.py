@@ -18,7 +18,7 @@ from tests.e2e.traffic import FEATURES, ROWS
 ROOT = Path(__file__).parents[2]
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["2-parties", "3-parties"])
@@ -33,7 +33,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=220,
     )
     assert ran.returncode == 0, ran.stderr
     result: dict[str, Any] = json.loads(ran.stdout)

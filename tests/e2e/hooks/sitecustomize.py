@@ -1,6 +1,7 @@
 """Runs first in the parties' interpreters, from the environment of some tests: writes down every F a party opens.
 
 F = W + B is what all parties know and the dealer must not. The package has no way to ask for it, and gets none.
+And makes a party hold what it is told to, as one would that had got hold of plaintext.
 """
 
 import os
@@ -23,3 +24,8 @@ if _directory and "party" in sys.orig_argv:
         return _weight(name, share, masked, frac_bits)
 
     linear.Weight = _noted  # type: ignore[misc,assignment]
+
+_plant = os.environ.get("MPCINFER_TEST_PLANT")
+if _plant and "party" in sys.orig_argv:
+    with open(_plant, "rb") as file:
+        held = file.read()
