@@ -234,6 +234,8 @@ class _Translator:
                 raise UnsupportedError(f"the model changes {spec.target!r} while it runs: a deployed model is constant")
             if not isinstance(value, fx.Node) or value.name in self.known:
                 raise UnsupportedError(f"output {len(results)} of the model does not depend on its inputs")
+            if not isinstance(value.meta.get("val"), torch.Tensor):
+                raise UnsupportedError(f"output {len(results)} of the model is a size, not a tensor")
             results.append(Ref(value.name))
         if not results:
             raise UnsupportedError("the model has no output")
