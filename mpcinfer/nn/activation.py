@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import encode, factor_bits
+from mpcinfer.nn.elementwise import encode, scale
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
 
 
@@ -45,13 +44,9 @@ async def relu6(ctx: Context, x: Shared) -> Shared:
 
 @operator("aten.leaky_relu.default")
 async def leaky_relu(ctx: Context, x: Shared, negative_slope: float = 0.01) -> Shared:
-    """x where x >= 0, else negative_slope * x: ReLU, then one truncation."""
-    bits = factor_bits(x.frac_bits)
-    slope = encode(negative_slope, bits)
+    """x where x >= 0, exactly, else negative_slope * x: ReLU, and `scale` of what it took away."""
     positive = await select.relu(ctx, x)
-    # slope x + (1 - slope) relu(x)
-    mixed = x.share * slope + positive.share * ((1 << bits) - slope)
-    return await truncate(ctx, Shared(mixed, x.frac_bits + bits), bits)
+    return positive + await scale(ctx, x - positive, negative_slope)
 
 
 @operator("aten.abs.default")

@@ -18,6 +18,9 @@ from mpcinfer.ring.kernels import MUL
 
 Number = bool | int | float
 
+# of a public factor that is no integer
+FACTOR_BITS = 24
+
 
 def encode(value: Number, frac_bits: int) -> int:
     """The integer nearest to value * 2^frac_bits; refuses what is not finite or does not fit."""
@@ -35,18 +38,55 @@ def add_public(ctx: Context, x: Shared, constant: int | torch.Tensor) -> Shared:
     return Shared(share, x.frac_bits)
 
 
-def factor_bits(frac_bits: int) -> int:
-    """Fraction bits of a public factor: more than the secret has, so that small factors keep their precision, but
-    products below 2^14 must stay below 2^62 with the secret's and the factor's fraction bits."""
-    return min(frac_bits + 8, 48 - frac_bits)
+def fraction(factor: Number) -> tuple[int, int]:
+    """n and d, the smallest with n / 2^d = factor, rounded to 24 significant bits as float32 does; integers are exact.
+
+    Below 2^-37, where d would exceed 61, fewer bits are significant.
+    """
+    if not math.isfinite(factor):
+        raise UnsupportedError("a constant is not a finite number")
+    if float(factor).is_integer():
+        return int(factor), 0
+    d = max(0, min(FACTOR_BITS - math.frexp(factor)[1], 61))
+    n = round(math.ldexp(factor, d))
+    spare = min(d, (n & -n).bit_length() - 1) if n else d
+    return n >> spare, d - spare
 
 
 async def scale(ctx: Context, x: Shared, factor: Number) -> Shared:
-    """x times a public number; integers cost nothing, others one truncation."""
-    if float(factor).is_integer() and abs(factor) < 1 << 20:
-        return x.times(int(factor))
-    bits = factor_bits(x.frac_bits)
-    return await truncate(ctx, Shared(x.share * encode(factor, bits), x.frac_bits + bits), bits)
+    """x times a public number: an integer exactly and at no cost, another with one truncation.
+
+    Input: abs(x n) < 2^(62 - frac_bits) for the n of `fraction`, at most 2^24 where the factor is no integer, so that
+    abs(x) < 2^(38 - frac_bits) will do. Output: error below 1 ULP plus a relative 2^-24.
+    """
+    n, d = fraction(factor)
+    if abs(n) >= 1 << (62 - x.frac_bits):
+        raise UnsupportedError("a constant is too large for the fixed-point range")
+    return await truncate(ctx, Shared(x.share * n, x.frac_bits + d), d)
+
+
+def coarse_bits(frac_bits: int, largest: int) -> int:
+    """The bits that `divide` drops from sums of so many numbers before it multiplies."""
+    return max(0, (largest - 1).bit_length() - (24 - frac_bits))
+
+
+async def divide(ctx: Context, x: Shared, counts: int | torch.Tensor) -> Shared:
+    """x / counts, the means of sums x, for public counts (a number or a tensor that broadcasts).
+
+    Input: abs(x) < 2^(62 - frac_bits), and abs(x / counts) < 2^14 unless counts is a power of two. Output: error below
+    1 ULP for powers of two; for others below 1 ULP plus a relative 2^-25, plus, where the largest count c is above
+    2^(24 - frac_bits), 2^(frac_bits - 23) c / counts ULP.
+    One truncation; none for 1; a second one, of the sum, before a multiplication that would leave no room for it.
+    """
+    if isinstance(counts, int) and counts & (counts - 1) == 0:
+        y = await truncate(ctx, x, counts.bit_length() - 1)
+        return Shared(y.share, x.frac_bits)
+    exact = torch.as_tensor(counts, dtype=torch.int64)
+    coarse, bits = coarse_bits(x.frac_bits, int(exact.max())), 48 - x.frac_bits
+    reciprocal = ((1 << (coarse + bits)) + exact // 2) // exact  # integers only: the same at every party
+    sums = await truncate(ctx, x, coarse)
+    y = await truncate(ctx, Shared(sums.share * reciprocal.to(x.share.device), x.frac_bits + bits), bits)
+    return Shared(y.share, x.frac_bits)
 
 
 async def product(ctx: Context, x: Any, y: Any) -> Any:
@@ -149,7 +189,7 @@ async def sum_along(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = Fa
 
 @operator("aten.mean.dim", "aten.mean.default")
 async def mean(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Shared:
-    """The mean over `dim`: one truncation."""
+    """The mean over `dim`; see `divide`."""
     total_ = await sum_along(ctx, x, dim, keepdim)
     count = math.prod(x.shape) // max(1, math.prod(total_.shape))
-    return await scale(ctx, total_, 1 / count)
+    return await divide(ctx, total_, count)

@@ -1,4 +1,4 @@
-"""Pooling: maxima by tournaments, averages by local sums and one truncation."""
+"""Pooling: maxima by tournaments, averages by local sums and one truncation, or two (`divide`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch.nn import functional
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import factor_bits
+from mpcinfer.nn.elementwise import divide
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.tournament import maximum_along
-from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.kernels import pool_windows
 
@@ -84,22 +83,6 @@ async def max_pool1d(
 ) -> Shared:
     """Maximum over windows of the last axis."""
     return await _max_pool(ctx, x, kernel, stride, padding, dilation, ceil_mode, 1)
-
-
-async def divide(ctx: Context, x: Shared, counts: int | torch.Tensor) -> Shared:
-    """x / counts for public counts (a number or a tensor that broadcasts): one truncation, or none for 1.
-
-    Averages below 2^14 are right to 1 ULP or a relative 2^-(frac_bits + 8), 2^-(48 - frac_bits) if that is more.
-    """
-    if isinstance(counts, int) and counts & (counts - 1) == 0:
-        shift = counts.bit_length() - 1
-        y = await truncate(ctx, x, shift)
-        return Shared(y.share, x.frac_bits)
-    bits = factor_bits(x.frac_bits)
-    exact = torch.as_tensor(counts, dtype=torch.int64)
-    reciprocal = ((1 << bits) + exact // 2) // exact  # integers only: the same at every party
-    y = await truncate(ctx, Shared(x.share * reciprocal.to(x.share.device), x.frac_bits + bits), bits)
-    return Shared(y.share, x.frac_bits)
 
 
 async def _avg_pool(
