@@ -103,16 +103,17 @@ class Inbox:
     def postpone(self, job: Job) -> None:
         """Let `next` return this request again in a moment: it has not reached all parties yet.
 
-        A request that is late for long is answered: UnavailableError. It holds nobody else up meanwhile.
+        A request that is late for long is answered: UnavailableError. It holds nobody else up meanwhile. An upload may
+        take another party as long as its caller waits, since only one party is sent more than seeds.
         """
         now = time.monotonic()
         job.first_announced = job.first_announced or now
         waited = now - job.first_announced
-        if waited > _LATE_SECONDS:
+        if waited > _LATE_SECONDS and job.action != "deploy":
             job.fail(UnavailableError("the request reached party 0 but not all parties; send it again"))
             return
         with self._changed:
-            self._later.append((now + max(0.01, waited / 4), job.id))
+            self._later.append((now + min(1.0, max(0.01, waited / 4)), job.id))
 
     def wake(self) -> None:
         """Let `next` return early by looking again."""
