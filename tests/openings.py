@@ -64,9 +64,7 @@ class View:
     def peeled(self) -> list[Seen]:
         """Every opening without party 0's share of its mask: what the other parties' shares must still hide."""
         shares = {s.label: s.value for s in self.own}
-        return [
-            Seen(o.label, o.ring, o.ring.sub(o.value, shares[o.label])) for o in self.opened if o.label in shares
-        ]
+        return [Seen(o.label, o.ring, o.ring.sub(o.value, shares[o.label])) for o in self.opened if o.label in shares]
 
 
 def seed(*name: object) -> bytes:
@@ -162,9 +160,7 @@ def _streams(view: View) -> list[tuple[str, Seen]]:
         flat = o.value.reshape(-1)
         if flat.numel() > 1:
             streams.append(("neighbours", Seen(o.label, o.ring, o.ring.sub(flat[1:], flat[:-1]))))
-    pairs = [
-        (a, b) for a, b in combinations(view.opened, 2) if a.ring == b.ring and a.value.numel() == b.value.numel()
-    ]
+    pairs = [(a, b) for a, b in combinations(view.opened, 2) if a.ring == b.ring and a.value.numel() == b.value.numel()]
     for a, b in pairs[:MAX_PAIRS]:
         value = a.ring.sub(a.value.reshape(-1), b.value.reshape(-1))
         streams.append(("difference", Seen(f"{a.label} and {b.label}", a.ring, value)))

@@ -64,9 +64,7 @@ def test_online_bytes_do_not_grow_with_the_weights(run_in: Any, world: Worlds, p
     for width in (1, 10, 1000):
         w = world(parties, width)
         weights = deployed(w, w=large(8, width))
-        ran = run_in(
-            w, lambda ctx, s: fixed_product(ctx, s, ctx.weights["w"], MATMUL), large(2, 8), weights=weights
-        )
+        ran = run_in(w, lambda ctx, s: fixed_product(ctx, s, ctx.weights["w"], MATMUL), large(2, 8), weights=weights)
         ran.costs(rounds=1, sent=8 * 16, dealt=8 * 2 * width)
 
 

@@ -56,9 +56,7 @@ def naive_conv(x: np.ndarray, w: np.ndarray, stride: Ints, padding: Ints, dilati
     x = np.pad(x.view(np.uint64), [(0, 0), (0, 0), *((p, p) for p in padding)])
     w = w.view(np.uint64)
     o, per = w.shape[:2]
-    spatial = [
-        (x.shape[2 + i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(d)
-    ]
+    spatial = [(x.shape[2 + i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(d)]
     out = np.zeros((x.shape[0], o, *spatial), np.uint64)
     for channel in range(o):
         first = channel // (o // groups) * per
