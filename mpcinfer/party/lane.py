@@ -84,7 +84,7 @@ class Lane:
     def __init__(self, index: int, former: Former, inbox: Inbox, catalogue: Catalogue, limits: Limits) -> None:
         self.index = index
         self.state = "connecting"
-        self.detail = "starting"
+        self.detail = "starting" if index == 0 else "party 0 connects once it reaches all parties and the dealer"
         self.done = 0
         self.failed = 0
         self._former = former
