@@ -115,7 +115,8 @@ def assert_cost(client: Client, plan: Plan, cost: Cost, parties: int) -> None:
     headers = FRAME * (parties - 1) * (cost.rounds + (cost.bytes_sent >> 20))
     assert online["rounds"] == cost.rounds
     assert cost.bytes_sent <= online["bytes_sent_per_party"] <= cost.bytes_sent + headers
-    assert offline["bytes_sent_by_dealer"] == plan.correction_bytes()
+    dealt = plan.correction_bytes()
+    assert dealt <= offline["bytes_sent_by_dealer"] <= dealt + FRAME * (1 + (dealt >> 20))
     assert offline["rounds"] == 0
     assert online["seconds"] > 0 and offline["seconds"] > 0
 
