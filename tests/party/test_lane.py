@@ -88,7 +88,8 @@ def test_deploy_and_infer(cluster: InProcess) -> None:
         answers = caller.infer(x)
         assert right(answers, x)
         plan, _ = cluster.parties[0].catalogue.find("m", 0).plan([(batch, 4)], cluster.n)
-        assert [a.offline.bytes_from_dealer for a in answers] == [*[0] * (cluster.n - 1), plan.correction_bytes()]
+        *others, last = [a.offline.bytes_from_dealer for a in answers]
+        assert not any(others) and 0 < last - plan.correction_bytes() <= 16  # one frame's headers
         assert {a.online.rounds for a in answers} == {8}
         assert all(0 < a.online.bytes_sent for a in answers)
     other = random_weights(PROGRAM, 1)
