@@ -78,7 +78,7 @@ def mlp(sizes: Sequence[int] = (4, 3, 2)) -> Program:
             {
                 "format": 1,
                 "frac_bits": 16,
-                "inputs": [{"name": "x", "shape": [-1, sizes[0]], "frac_bits": 16}],
+                "inputs": [{"name": "x", "shape": [-1, sizes[0]], "frac_bits": 16, "limit": 0.0, "proven": False}],
                 "parameters": declared,
                 "constants": [],
                 "nodes": nodes,

@@ -14,11 +14,13 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.utils._pytree import tree_leaves
 
 from mpcinfer.errors import InputError, UnsupportedError
+from mpcinfer.graph.bounds import with_limits
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.plan import plan_inference
-from mpcinfer.graph.program import REVEALS, Constant, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.program import REVEALS, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
 from mpcinfer.nn import lookup, supported
 from mpcinfer.nn.shape import moves
@@ -69,19 +71,28 @@ def capture(
 ) -> Captured:
     """Export `model` (in eval mode) and translate it.
 
-    example_inputs: one tensor per argument; if all share their first size it becomes a free batch size where the
-    model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or "argmax". Parameters and persistent
-    buffers are secret; non-persistent buffers and those named in `public` (as in `state_dict`) are public. What
-    depends on no input is computed here; outputs that are None are left out.
+    example_inputs: one tensor per argument, real ones if possible: from their range the inputs' limits are made
+    (`graph.bounds`). If all share their first size it becomes a free batch size where the model allows it. An
+    ExportedProgram has its own, unless others are given. reveal: "logits", "probabilities", "top-k" (with `k`) or
+    "argmax". Parameters and persistent buffers are secret; non-persistent buffers and those named in `public` (as in
+    `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
-    its module path, RangeError for parameters that can't be encoded.
+    its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
     if reveal not in REVEALS:
         raise InputError(f"reveal must be one of {', '.join(REVEALS)}, not {reveal!r}")
     codec = FixedPoint(frac_bits)
     translated = _Translator(_export(model, example_inputs), codec, public)
     program = translated.program(reveal, k)
-    return Captured(program, translated.encoded(program))
+    weights = translated.encoded(program)
+    return Captured(with_limits(program, weights, _examples(model, example_inputs)), weights)
+
+
+def _examples(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each of the program's inputs."""
+    if isinstance(model, ExportedProgram) and not inputs:
+        return [x for x in tree_leaves(model.example_inputs) if isinstance(x, torch.Tensor)]
+    return list(inputs)
 
 
 def _export(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) -> ExportedProgram:
@@ -141,7 +152,7 @@ class _Translator:
 
     def __init__(self, exported: ExportedProgram, codec: FixedPoint, public: Collection[str]) -> None:
         self.codec = codec
-        self.inputs: list[Value] = []
+        self.inputs: list[Input] = []
         self.known: dict[str, Any] = {}  # parameters and what depends on them alone, in float64, by node name
         self.public: set[str] = set()  # those of them that need not be hidden
         self.integers: set[str] = set()
@@ -188,7 +199,7 @@ class _Translator:
         if any(isinstance(s, torch.SymInt) for s in meta.shape[1:]):
             raise UnsupportedError(f"input {name!r} has a free size: only the first, the batch size, may be free")
         shape = tuple(-1 if isinstance(s, torch.SymInt) else int(s) for s in meta.shape)
-        self.inputs.append(Value(name, shape, self.codec.frac_bits))
+        self.inputs.append(Input(name, shape, self.codec.frac_bits))
 
     def _visit(self, node: fx.Node) -> None:
         op, path = _name(node.target), _path(node)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpcinfer.errors import InputError
-from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS
+from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS, FixedPoint
 
 REVEALS = ("logits", "probabilities", "top-k", "argmax")
 FORMAT = 1
@@ -44,6 +44,17 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Input(Value):
+    """What the model takes: numbers of absolute value below `limit`, a power of two (0: what the encoding can hold).
+
+    `proven`: whatever stays below it is computed right; otherwise the limit was calibrated on examples.
+    """
+
+    limit: float = 0.0
+    proven: bool = False
+
+
+@dataclass(frozen=True)
 class Parameter(Value):
     """A secret of the model. `weight`: it is an operand of fixed products, so its mask is opened at deploy."""
 
@@ -62,7 +73,7 @@ class Program:
     """Inputs, parameters, nodes in order of evaluation, outputs. `reveal` says what the outputs were reduced to."""
 
     frac_bits: int
-    inputs: tuple[Value, ...]
+    inputs: tuple[Input, ...]
     parameters: tuple[Parameter, ...]
     constants: tuple[Constant, ...]
     nodes: tuple[Node, ...]
@@ -93,10 +104,15 @@ class Program:
                 raise InputError("the program has another format; deploy with the version the parties run")
             program = Program(
                 frac_bits=_integer(raw.pop("frac_bits")),
-                inputs=tuple(Value(**_declared(v)) for v in raw.pop("inputs")),
-                parameters=tuple(Parameter(**_declared(v), weight=_flag(v["weight"])) for v in raw.pop("parameters")),
+                inputs=tuple(
+                    Input(**_declared(v, "limit", "proven"), limit=_float(v["limit"]), proven=_flag(v["proven"]))
+                    for v in raw.pop("inputs")
+                ),
+                parameters=tuple(
+                    Parameter(**_declared(v, "weight"), weight=_flag(v["weight"])) for v in raw.pop("parameters")
+                ),
                 constants=tuple(
-                    Constant(**_declared(v), data=tuple(map(_integer, v["data"]))) for v in raw.pop("constants")
+                    Constant(**_declared(v, "data"), data=tuple(map(_integer, v["data"]))) for v in raw.pop("constants")
                 ),
                 nodes=tuple(_node(*parts) for parts in raw.pop("nodes")),
                 results=tuple(Ref(_text(r)) for r in raw.pop("results")),
@@ -133,6 +149,11 @@ class Program:
         values = (*self.inputs, *self.parameters, *self.constants, *self.outputs)
         if any(v.frac_bits not in (0, self.frac_bits) for v in values):
             raise InputError("the program mixes fixed-point scales")
+        if any(
+            v.limit and (math.frexp(v.limit)[0] != 0.5 or v.limit > FixedPoint(self.frac_bits).limit)
+            for v in self.inputs
+        ):
+            raise InputError("the limit of an input is a power of two that the encoding can hold")
         if any(s < 0 for v in (*self.parameters, *self.constants) for s in v.shape):
             raise InputError("a parameter of the program has no definite size")
         if any(s < -1 for v in values for s in v.shape):
@@ -178,7 +199,15 @@ def _flag(x: Any) -> bool:
     return x
 
 
-def _declared(raw: Any) -> dict[str, Any]:
+def _float(x: Any) -> float:
+    if not isinstance(x, float):
+        raise TypeError("not a floating-point number")
+    return x
+
+
+def _declared(raw: Any, *more: str) -> dict[str, Any]:
+    if set(raw) != {"name", "shape", "frac_bits", *more}:
+        raise ValueError("not a declaration")
     shape = tuple(map(_integer, raw["shape"]))
     return {"name": _text(raw["name"]), "shape": shape, "frac_bits": _integer(raw["frac_bits"])}
 

@@ -16,7 +16,7 @@ from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.errors import AbortedError, BusyError, DeadlineError, ForbiddenError, InputError, ShapeError, UploadError
 from mpcinfer.graph.interpret import check_inputs
-from mpcinfer.graph.program import Program, Value
+from mpcinfer.graph.program import Input, Program, Value
 from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox, Job
@@ -265,7 +265,8 @@ def _cost(phase: Phase) -> tensor_pb2.PhaseCost:
 
 
 def _spec(value: Value) -> tensor_pb2.TensorSpec:
-    limit = FixedPoint(value.frac_bits).limit if value.frac_bits else 0.0
+    declared = value.limit if isinstance(value, Input) else 0.0
+    limit = declared or (FixedPoint(value.frac_bits).limit if value.frac_bits else 0.0)
     return tensor_pb2.TensorSpec(
         name=value.name, shape=value.shape, frac_bits=value.frac_bits, ring_bits=64, limit=limit
     )

@@ -9,7 +9,7 @@ from mpcinfer.errors import InputError, ShapeError, UnsupportedError
 from mpcinfer.graph.capture import capture
 from mpcinfer.graph.interpret import check_inputs, interpret
 from mpcinfer.graph.plan import plan_inference
-from mpcinfer.graph.program import Node, Program, Ref, Value
+from mpcinfer.graph.program import Input, Node, Program, Ref, Value
 from mpcinfer.protocol.local import LocalWorld
 from tests.graph.conftest import Case, Digits
 from tests.models_local import deploy_local, plaintext, run_local
@@ -69,7 +69,7 @@ def test_output_shares_are_fresh_and_sum_to_the_output(residual: Case) -> None:
 
 PROGRAM = Program(
     frac_bits=16,
-    inputs=(Value("x", (-1, 3), 16), Value("y", (-1, 2, 2), 16), Value("z", (4,), 16)),
+    inputs=(Input("x", (-1, 3), 16), Input("y", (-1, 2, 2), 16), Input("z", (4,), 16)),
     parameters=(),
     constants=(),
     nodes=(Node("s", "aten.relu.default", (Ref("x"),), {}, "layer"),),

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from mpcinfer.errors import InputError, MpcInferError
 from mpcinfer.graph.plan import constants, plan_inference, plan_masks
-from mpcinfer.graph.program import Constant, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.program import Constant, Input, Node, Parameter, Program, Ref, Value, references
 from tests.graph.conftest import Case
 
 SMALL = Program(
     frac_bits=16,
-    inputs=(Value("x", (-1, 3), 16),),
+    inputs=(Input("x", (-1, 3), 16, 2.0**20, True),),
     parameters=(Parameter("w.weight", (3, 2), 16, True), Parameter("b", (2,), 16)),
     constants=(Constant("c", (2,), 16, (65536, -32768)),),
     nodes=(
@@ -77,6 +77,10 @@ CHANGES: list[tuple[list[Any], Any]] = [
     (["unknown"], 1), (["reveal"], "weights"), (["reveal"], ["argmax"]), (["results"], ["nowhere", "y"]),
     (["results"], []), (["results"], [["y"], "y"]), (["outputs"], []), (["outputs", 0, "frac_bits"], 8),
     (["inputs", 0, "name"], ["x"]), (["inputs", 0, "name"], "b"), (["inputs", 0, "shape"], [-2, 3]),
+    (["inputs", 0, "limit"], 3.0), (["inputs", 0, "limit"], 1 << 20), (["inputs", 0, "limit"], 2.0**31),
+    (["inputs", 0, "limit"], -8.0), (["inputs", 0, "limit"], float("inf")), (["inputs", 0, "limit"], float("nan")),
+    (["inputs", 0, "proven"], 1), (["inputs", 0, "more"], 1), (["outputs", 0, "limit"], 8.0),
+    (["parameters", 0, "limit"], 8.0), (["constants", 0, "more"], 1),
     (["inputs", 0, "shape"], "ab"), (["inputs", 0, "shape"], [1.5, 3]), (["inputs", 0, "frac_bits"], float("inf")),
     (["parameters", 0, "shape"], [-1, 2]), (["parameters", 0, "weight"], 1), (["parameters", 1, "name"], "x"),
     (["constants", 0, "data"], [1]), (["constants", 0, "data"], [1, 2, 3]), (["constants", 0, "data"], [1, 1 << 62]),

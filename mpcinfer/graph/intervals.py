@@ -1,0 +1,141 @@
+"""What the values of a program can be: one evaluation in float64, over intervals, on the model owner's machine.
+
+Started from all that the inputs may be, it encloses every value of every request, up to float64's own rounding; from
+points, it is the plain forward pass. Either way each value is held against the domain of the protocol it goes through,
+in units in the last place: 2^62 for what is truncated, 2^59 for differences within a softmax, 2^61 for all else, so
+that any two values can be compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpcinfer.errors import UnsupportedError
+from mpcinfer.graph.program import Node, Program, Ref, references
+from mpcinfer.ring.codec import FixedPoint
+
+TRUNCATED, SOFTMAX, OTHERS = 62, 59, 61
+
+Tensors = Mapping[str, torch.Tensor]
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """Element by element all numbers from `low` to `high`; if both are one tensor, a point: just these numbers."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    known: bool = False  # a parameter or a constant of the model
+
+    @staticmethod
+    def of(x: torch.Tensor, known: bool = False) -> Interval:
+        """A point."""
+        return Interval(x, x, known)
+
+    @property
+    def point(self) -> bool:
+        """Whether it holds one number per element."""
+        return self.low is self.high
+
+    def map(self, function: Function) -> Any:
+        """A non-decreasing function's values; a list of them where the function has several."""
+        low = function(self.low)
+        high = low if self.point else function(self.high)
+        if isinstance(low, list | tuple):
+            return [Interval(*ends) for ends in zip(low, high, strict=True)]
+        return Interval(low, high)
+
+    def times(self, factor: float) -> Interval:
+        """All of it times a number."""
+        if factor < 0 and not self.point:
+            return Interval(self.high * factor, self.low * factor)
+        y: Interval = self.map(lambda t: t * factor)
+        return y
+
+    def __add__(self, other: Interval) -> Interval:
+        low = self.low + other.low
+        return Interval(low, low if self.point and other.point else self.high + other.high)
+
+    def magnitude(self) -> float:
+        """The largest absolute value."""
+        return max((float(t.abs().max()) for t in (self.low, self.high) if t.numel()), default=0.0)
+
+
+class Exceeded(Exception):
+    """A value may leave its domain."""
+
+
+# what operators make of intervals: see graph.transfer
+RULES: dict[str, Function] = {}
+
+
+class Evaluation:
+    """One pass over a program at a time. `rounding`: with what truncation adds; `headroom`: demanded of every domain.
+
+    `node` is the one it has come to, where it stopped if it stopped.
+    """
+
+    def __init__(self, program: Program, weights: Tensors, *, rounding: bool, headroom: float = 1.0) -> None:
+        self.frac_bits = program.frac_bits
+        self._program = program
+        self._weights = weights
+        self._unit = 2.0**-program.frac_bits if rounding else 0.0
+        self._headroom = headroom
+        self.node: Node
+
+    def run(self, inputs: Sequence[Interval]) -> list[Any]:
+        """What the results can be; `Exceeded` if anything on the way may leave its domain."""
+        values: dict[str, Any] = {v.name: x for v, x in zip(self._program.inputs, inputs, strict=True)}
+        results = [r.name for r in self._program.results]
+        uses = Counter([name for node in self._program.nodes for name in references(node)] + results)
+        for node in self._program.nodes:
+            self.node = node
+            args = [self._resolved(x, values) for x in node.args]
+            kwargs = {k: self._resolved(x, values) for k, x in node.kwargs.items()}
+            if node.op not in RULES:
+                raise UnsupportedError(f"{node.op} has no bounds, so no limit of the inputs can be declared")
+            values[node.name] = RULES[node.op](self, *args, **kwargs)
+            for x in values[node.name] if isinstance(values[node.name], list) else [values[node.name]]:
+                if isinstance(x, Interval):
+                    self.need(x, self.frac_bits, OTHERS)
+            for name in references(node):
+                uses[name] -= 1
+                if not uses[name]:
+                    values.pop(name, None)
+        return [values[name] for name in results]
+
+    def need(self, x: Interval, scale: float, domain: int, secrets: int = 1) -> None:
+        """x 2^scale must be below 2^domain."""
+        if not x.magnitude() * self._headroom**secrets < 2.0 ** (domain - scale):
+            raise Exceeded
+
+    def truncated(self, x: Interval, bits: int, secrets: int = 1) -> Interval:
+        """x after it was computed with so many fraction bits more than it keeps."""
+        if not bits:
+            return x
+        self.need(x, self.frac_bits + bits, TRUNCATED, secrets)
+        return self.rounded(x)
+
+    def rounded(self, x: Interval, units: float = 1.0) -> Interval:
+        """x and what is that close to it."""
+        error = units * self._unit
+        return Interval(x.low - error, x.high + error) if error else x
+
+    def _resolved(self, x: Any, values: Mapping[str, Any]) -> Any:
+        if isinstance(x, Ref):
+            return values[x.name] if x.name in values else Interval.of(self._parameter(x.name), known=True)
+        return [self._resolved(item, values) for item in x] if isinstance(x, list | tuple) else x
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        """A parameter or constant as the parties have it. Decoded for each use, so that one is in memory at a time."""
+        codec = FixedPoint(self.frac_bits)
+        if name in self._weights:
+            return codec.decode(self._weights[name])
+        found = next(c for c in self._program.constants if c.name == name)
+        return codec.decode(torch.tensor(found.data, dtype=torch.int64).reshape(found.shape))
