@@ -234,7 +234,7 @@ class InProcess:
 
     def caller(self, role: str = "owner/alice") -> Caller:
         """Somebody who calls all parties."""
-        self._callers.append(Caller(self.keys, self.keys.identity(role)))
+        self._callers.append(Caller(self.keys.cluster, self.keys.identity(role)))
         return self._callers[-1]
 
     def files(self) -> list[str]:
@@ -260,9 +260,9 @@ class InProcess:
 class Caller:
     """An owner or client at the level of messages, so that each party can be sent something else."""
 
-    def __init__(self, keys: Keys, identity: Identity) -> None:
-        self.n = keys.cluster.n
-        self._channels = [channel.connect(e, keys.cluster, identity, timeout=20) for e in keys.cluster.parties]
+    def __init__(self, cluster: Cluster, identity: Identity) -> None:
+        self.n = cluster.n
+        self._channels = [channel.connect(e, cluster, identity, timeout=20) for e in cluster.parties]
         self.stubs: list[Any] = [party_pb2_grpc.PartyServiceStub(c) for c in self._channels]
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from mpcinfer.errors import (
     ProtocolError,
     RangeError,
     ShapeError,
+    StoreError,
 )
 from mpcinfer.ring import prg
 from mpcinfer.ring.codec import FixedPoint
@@ -122,6 +123,8 @@ class Client:
         """The model with this version. A version never changes, but which one is the newest has to be asked."""
         if (name, version) not in self._models:
             found = self._connection.models(name, timeout=min(deadline - time.monotonic(), LIST_TIMEOUT))
+            if version not in (0, *(m.version for m in found)) or not found:
+                self._raise_if_damaged(name, version, deadline)
             if not found:
                 raise NotFoundError(f"no model {name!r} is deployed here; `mpcinfer models` lists those that are")
             if version and version not in [m.version for m in found]:
@@ -131,6 +134,17 @@ class Client:
             self._models[chosen.key] = chosen
             return chosen
         return self._models[name, version]
+
+    def _raise_if_damaged(self, name: str, version: int, deadline: float) -> None:
+        """StoreError if a model is missing because a party's copy is damaged: asked for it, the parties say so."""
+        nothing = party_pb2.InferRequest(request_id=secrets.token_bytes(16), model=name, version=version)
+        left = min(deadline - time.monotonic(), LIST_TIMEOUT)
+        try:
+            self._connection.call("Infer", [nothing] * self._connection.cluster.n, timeout=left)
+        except StoreError:
+            raise
+        except MpcInferError:
+            pass
 
     def _infer(self, model: Model, inputs: Sequence[Array], deadline: float) -> Any:
         encoded = encode_inputs(model, inputs)
