@@ -278,10 +278,15 @@ def _indices(like: torch.Tensor, size: int) -> Interval:
     return Interval(torch.zeros_like(like, dtype=torch.float64), torch.full_like(like, size - 1, dtype=torch.float64))
 
 
-@_bounds("aten.argmax.default", "mpc.argmax")
-def _argmax(run: Evaluation, x: Interval, dim: int | None = -1, keepdim: bool = False) -> Interval:
+@_bounds("aten.argmax.default")
+def _argmax(run: Evaluation, x: Interval, dim: int | None = None, keepdim: bool = False) -> Interval:
     size = x.low.numel() if dim is None else x.low.shape[dim]
     return _indices(torch.argmax(x.low, dim, keepdim), size)
+
+
+@_bounds("mpc.argmax")
+def _argmax_of_last(run: Evaluation, x: Interval) -> Interval:
+    return _indices(torch.argmax(x.low, -1), x.low.shape[-1])
 
 
 @_bounds("mpc.top_k")
