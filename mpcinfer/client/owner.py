@@ -79,7 +79,8 @@ class ModelOwner:
     ) -> Deployed:
         """Share the weights of `model` among the parties; a name that exists gets a new version.
 
-        example_inputs: a tensor per argument of the model (none for an ExportedProgram, which has its own).
+        example_inputs: a tensor per argument of the model (none for an ExportedProgram, which has its own), as large as
+        real ones: from them, and the weights, comes the limit that clients' inputs must stay below.
         reveal: what clients learn: "logits", "probabilities", "top-k" (the indices of the `k` largest) or "argmax".
         frac_bits: precision, 8 to 24. public: names of constants that are no secret. progress: called with (bytes
         sent, bytes to send), from another thread. timeout in seconds, for the upload and the parties' preparations.

@@ -3,7 +3,7 @@
 An operator is `async def f(ctx, *args)` with the arguments of the aten operator, tensors replaced by `Shared`,
 `Weight` or `Public` values. It keeps the invariant that every value between operators has the model's frac_bits
 (integers such as indices have 0). What it can't do it refuses with UnsupportedError: deploy traces every node, so
-that happens before anything is shared.
+that happens before anything is shared. What it makes of its operands' bounds stands in `graph.transfer`.
 """
 
 from __future__ import annotations

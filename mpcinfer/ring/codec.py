@@ -1,7 +1,8 @@
 """Fixed point: a real number v is the integer round(v * 2^f) in Z_2^64, negative numbers in two's complement.
 
 A product has scale 2^2f and truncation handles absolute values below 2^62, so the codec refuses |v| >= 2^(62 - 2f):
-what it lets through survives a multiplication by 1. Sums and products inside a model must stay below that too.
+what it lets through survives a multiplication by 1. Sums and products inside a model must stay below that too:
+`graph.bounds` finds out which inputs see to that.
 """
 
 from __future__ import annotations

@@ -186,6 +186,15 @@ def test_bad_input_never_leaves(world: FakeCluster, bad: Any, error: type[MpcInf
     assert not any(party.inferences for party in world.parties)
 
 
+def test_the_error_names_the_models_limit(world: FakeCluster) -> None:
+    world.deploy(info("strict", [spec("x", -1, 3, limit=64.0)], [spec("y", -1, 3)]))
+    with client_of(world) as client:
+        for x in (64.0, -64.0, 64 - 2.0**-18, 2.0**29):  # the third is rounded to the limit
+            with pytest.raises(RangeError, match="input 'x' contains numbers of absolute value 64 or more"):
+                client.infer("strict", torch.full((1, 3), x, dtype=torch.float64))
+    assert not any(party.inferences for party in world.parties)
+
+
 def test_an_error_does_not_show_the_input(world: FakeCluster) -> None:
     world.deploy(SAME)
     with client_of(world) as client, pytest.raises(RangeError) as caught:
