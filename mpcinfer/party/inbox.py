@@ -6,8 +6,9 @@ import hashlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,7 @@ class Inbox:
         self._limit = limit
         self._jobs: dict[bytes, Job] = {}
         self._order: deque[bytes] = deque()
+        self._arriving: set[bytes] = set()
         self._later: list[tuple[float, bytes]] = []  # announced too early for some party, and when to try again
         self._changed = threading.Condition()
         self._closed: Exception | None = None
@@ -100,16 +102,16 @@ class Inbox:
                     return None
                 self._changed.wait(min([end, *(due for due, _ in self._later)]) - now)
 
-    def postpone(self, job: Job) -> None:
+    def postpone(self, job: Job, *, coming: bool = False) -> None:
         """Let `next` return this request again in a moment: it has not reached all parties yet.
 
-        A request that is late for long is answered: UnavailableError. It holds nobody else up meanwhile. An upload may
-        take another party as long as its caller waits, since only one party is sent more than seeds.
+        A request that is late for long is answered: UnavailableError. It holds nobody else up meanwhile. `coming`: all
+        parties have at least begun to receive it; an upload may then take as long as its caller waits.
         """
         now = time.monotonic()
         job.first_announced = job.first_announced or now
         waited = now - job.first_announced
-        if waited > _LATE_SECONDS and job.action != "deploy":
+        if waited > _LATE_SECONDS and not coming:
             job.fail(UnavailableError("the request reached party 0 but not all parties; send it again"))
             return
         with self._changed:
@@ -119,6 +121,22 @@ class Inbox:
         """Let `next` return early by looking again."""
         with self._changed:
             self._changed.notify_all()
+
+    @contextmanager
+    def arriving(self, request_id: bytes) -> Iterator[None]:
+        """While inside, the request is known to be on its way."""
+        with self._changed:
+            self._arriving.add(request_id)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arriving.discard(request_id)
+
+    def expects(self, request_id: bytes) -> bool:
+        """Whether the request is on its way."""
+        with self._changed:
+            return request_id in self._arriving
 
     def match(self, request_id: bytes, digest: str, timeout: float) -> Job | None:
         """The request that party 0 has announced; it must be what the client sent here, and be asked for once.

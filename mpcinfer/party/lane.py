@@ -77,6 +77,10 @@ class _Refused(Exception):
 class _Late(Exception):
     """Some party does not have the request yet: party 0 will announce it again."""
 
+    def __init__(self, coming: bool) -> None:
+        super().__init__()
+        self.coming = coming  # it has begun to arrive wherever it is missing
+
 
 class Lane:
     """Forms epochs and works through requests until stopped."""
@@ -205,15 +209,16 @@ class Lane:
                 )
             except MpcInferError as error:
                 refusal = error
-            self._vote(epoch, refusal, late=job is None)
+            late = "" if job is not None else "coming" if self._inbox.expects(bytes.fromhex(step["id"])) else "absent"
+            self._vote(epoch, refusal, late=late)
             assert job is not None
             job.taken = True
             action = {"infer": self._infer, "deploy": self._deploy, "remove": self._remove}[step["action"]]
             job.succeed(action(epoch, job, step))
             self.done += 1
-        except _Late:
+        except _Late as late_somewhere:
             if job is not None and self.index == 0:
-                self._inbox.postpone(job)
+                self._inbox.postpone(job, coming=late_somewhere.coming)
         except _Refused as refused:
             self._answer(job, refused.__cause__)
         except Exception as error:
@@ -228,9 +233,7 @@ class Lane:
         if job is not None:
             job.fail(error if isinstance(error, MpcInferError) else _incident(error))
 
-    def _vote(
-        self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: bool = False
-    ) -> dict[int, str]:
+    def _vote(self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: str = "") -> dict[int, str]:
         """All parties say yes (with a note each), no, or "not here yet".
 
         _Refused, caused by the error, if anybody says no; else _Late if anybody has to wait.
@@ -252,7 +255,7 @@ class Lane:
                     kind = AbortedError
                 raise _Refused from kind(f"party {peer}: {answer['text']}")
         if any(answer["late"] for answer in answers.values()):
-            raise _Late
+            raise _Late(all(answer["late"] != "absent" for answer in answers.values()))
         return {peer: answer["text"] for peer, answer in answers.items()}
 
     def _agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:

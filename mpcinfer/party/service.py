@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
@@ -21,7 +21,7 @@ from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Inference, Inferred, Lane, Phase
-from mpcinfer.party.record import Staged, WeightEntry
+from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring import prg
@@ -139,8 +139,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, context: grpc.ServicerContext, parts: Iterator[party_pb2.DeployRequest], peer: Peer
     ) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """Stage an upload: its request id and public facts. What is not committed at the end is discarded."""
-        staged: Staged | None = None
-        try:
+        with ExitStack() as stack:
             if not self._uploads.acquire(timeout=self._patience(context)):
                 raise BusyError("too many uploads at a time; send it again later")
             try:
@@ -151,7 +150,9 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                     "program": program.to_bytes().decode(),
                     "created": time.time(),
                 }
+                stack.enter_context(self._inbox.arriving(header.request_id))
                 staged = self._store.stage(header.request_id, metadata, entries)
+                stack.callback(staged.discard)
                 for part in parts:
                     staged.write(part.chunk)
                 staged.finish(header.size, header.digest)
@@ -160,9 +161,6 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             finally:
                 self._uploads.release()
             yield header.request_id, {"name": header.name, "program": program.digest().hex()}
-        finally:
-            if staged is not None:
-                staged.discard()
 
     def _header(
         self, first: party_pb2.DeployRequest | None

@@ -118,7 +118,7 @@ class Mask(Sealed):
             raise ProtocolError(f"mask {self.label} was used already: a mask hides one opening only")
         if ring != self.ring:
             raise ProtocolError(
-                f"mask {self.label} is uniform on {_words(self.ring)}, not on {_words(ring)}, the opening's ring: "
+                f"mask {self.label} is uniform on {_words(self.ring)} but the opening is over {_words(ring)}: "
                 "it would leak"
             )
         if tuple(self.share.shape) != tuple(shape):

@@ -107,11 +107,18 @@ def test_a_request_that_is_late_elsewhere_lets_others_pass_and_is_given_up_in_th
         late.result.result(0)
 
 
+def test_what_has_begun_to_arrive_is_expected() -> None:
+    inbox = Inbox(8)
+    with inbox.arriving(b"i" * 16):
+        assert inbox.expects(b"i" * 16) and not inbox.expects(b"j" * 16)
+    assert not inbox.expects(b"i" * 16)
+
+
 def test_an_upload_may_be_late_as_long_as_its_caller_waits() -> None:
     inbox, upload = Inbox(8), job(action="deploy")
     inbox.put(upload)
     upload.first_announced = time.monotonic() - 10
-    inbox.postpone(upload)
+    inbox.postpone(upload, coming=True)
     assert not upload.result.done() and inbox.next(5) is upload
 
 
