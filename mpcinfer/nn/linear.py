@@ -7,6 +7,7 @@ from typing import Any
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import per_axis
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.linear import fixed_product
 from mpcinfer.protocol.multiply import multiply
@@ -43,17 +44,10 @@ async def matmul(ctx: Context, x: Any, y: Any) -> Shared:
     return await _bilinear(ctx, x, y, None, MATMUL)
 
 
-def _sizes(value: Any, dims: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * dims
-    sizes = tuple(int(v) for v in value)
-    return sizes * dims if len(sizes) == 1 else sizes
-
-
 async def _conv(
     ctx: Context, x: Shared, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, dims: int
 ) -> Shared:
-    stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
+    stride, dilation = per_axis(stride, dims), per_axis(dilation, dims)
     batched = len(x.shape) == dims + 2
     if not batched:
         x = x.map(lambda t: t.unsqueeze(0))
@@ -67,7 +61,7 @@ async def _conv(
             padding = [span // 2 for span in spans]
     if bias is not None:
         bias = bias.map(lambda t: t.reshape(-1, *([1] * dims)))
-    op = Bilinear("conv", (stride, _sizes(padding, dims), dilation, int(groups)))
+    op = Bilinear("conv", (stride, per_axis(padding, dims), dilation, int(groups)))
     y = await _bilinear(ctx, x, w, bias, op)
     return y if batched else y.map(lambda t: t.squeeze(0))
 

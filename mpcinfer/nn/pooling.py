@@ -11,6 +11,7 @@ from torch.nn import functional
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import divide
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import per_axis
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.types import Shared
@@ -18,13 +19,6 @@ from mpcinfer.ring.kernels import pool_windows
 
 # below every encodable number, and its difference to any of them is far from the ring's edge
 _LOWEST = -(1 << 61)
-
-
-def _sizes(value: Any, dims: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * dims
-    sizes = tuple(int(v) for v in value)
-    return sizes * dims if len(sizes) == 1 else sizes
 
 
 def _pad(ctx: Context, x: Shared, padding: tuple[int, ...], value: int) -> Shared:
@@ -39,10 +33,10 @@ async def _max_pool(
 ) -> Shared:
     if ceil_mode:
         raise UnsupportedError("pooling with ceil_mode=True")
-    sizes = _sizes(kernel, dims)
-    strides = _sizes(stride, dims) if stride else sizes
-    dilations = _sizes(dilation, dims)
-    x = _pad(ctx, x, _sizes(padding, dims), _LOWEST)
+    sizes = per_axis(kernel, dims)
+    strides = per_axis(stride, dims) if stride else sizes
+    dilations = per_axis(dilation, dims)
+    x = _pad(ctx, x, per_axis(padding, dims), _LOWEST)
     # a maximum is separable: one axis after the other compares less than whole windows
     for axis in range(dims):
         at = axis - dims
@@ -98,9 +92,9 @@ async def _avg_pool(
 ) -> Shared:
     if ceil_mode:
         raise UnsupportedError("pooling with ceil_mode=True")
-    sizes = _sizes(kernel, dims)
-    strides = _sizes(stride, dims) if stride else sizes
-    pads = _sizes(padding, dims)
+    sizes = per_axis(kernel, dims)
+    strides = per_axis(stride, dims) if stride else sizes
+    pads = per_axis(padding, dims)
     spatial = x.shape[-dims:]
     axes = tuple(range(-dims, 0))
     ones = (1,) * dims

@@ -23,6 +23,14 @@ _MANY = "split.Tensor split_with_sizes.default unbind.int"
 _SAME = "clone.default _to_copy.default"
 
 
+def per_axis(value: Any, dims: int) -> tuple[int, ...]:
+    """A size that torch takes as one number for all axes or as one for each."""
+    if isinstance(value, int):
+        return (value,) * dims
+    sizes = tuple(int(v) for v in value)
+    return sizes * dims if len(sizes) == 1 else sizes
+
+
 def _aten(name: str) -> Any:
     packet, _, overload = name.partition(".")
     found = getattr(torch.ops.aten, packet, None)
