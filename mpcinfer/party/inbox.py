@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, ProtocolError, UnavailableError
+from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, ProtocolError
 from mpcinfer.protocol.correlation import canonical
 
 _LATE_SECONDS = 3.0  # how much later than at party 0 a request may arrive at another
@@ -102,20 +102,17 @@ class Inbox:
                     return None
                 self._changed.wait(min([end, *(due for due, _ in self._later)]) - now)
 
-    def postpone(self, job: Job, *, coming: bool = False) -> None:
-        """Let `next` return this request again in a moment: it has not reached all parties yet.
-
-        A request that is late for long is answered: UnavailableError. It holds nobody else up meanwhile. `coming`: all
-        parties have at least begun to receive it; an upload may then take as long as its caller waits.
-        """
+    def postpone(self, job: Job) -> None:
+        """Let `next` return this request again in a moment: it has not reached all parties yet, but holds nobody up."""
         now = time.monotonic()
         job.first_announced = job.first_announced or now
         waited = now - job.first_announced
-        if waited > _LATE_SECONDS and not coming:
-            job.fail(UnavailableError("the request reached party 0 but not all parties; send it again"))
-            return
         with self._changed:
             self._later.append((now + min(1.0, max(0.01, waited / 4)), job.id))
+
+    def overdue(self, job: Job) -> bool:
+        """Whether a request has been postponed for so long that it should be refused unless it is on its way."""
+        return 0 < job.first_announced < time.monotonic() - _LATE_SECONDS
 
     def wake(self) -> None:
         """Let `next` return early by looking again."""

@@ -77,10 +77,6 @@ class _Refused(Exception):
 class _Late(Exception):
     """Some party does not have the request yet: party 0 will announce it again."""
 
-    def __init__(self, coming: bool) -> None:
-        super().__init__()
-        self.coming = coming  # it has begun to arrive wherever it is missing
-
 
 class Lane:
     """Forms epochs and works through requests until stopped."""
@@ -192,6 +188,7 @@ class Lane:
             "id": job.id.hex(),
             "digest": job.digest(),
             "tape": secrets.token_hex(16),
+            "last": self._inbox.overdue(job),
         }
         if job.action == "infer":
             step["deployment"] = job.content.model.id.hex()
@@ -209,16 +206,18 @@ class Lane:
                 )
             except MpcInferError as error:
                 refusal = error
-            late = "" if job is not None else "coming" if self._inbox.expects(bytes.fromhex(step["id"])) else "absent"
-            self._vote(epoch, refusal, late=late)
+            # an upload that has begun to arrive may take as long as its caller waits
+            if job is None and step["last"] and not self._inbox.expects(bytes.fromhex(step["id"])):
+                refusal = refusal or UnavailableError("the request has not reached all parties; send it again")
+            self._vote(epoch, refusal, late=job is None)
             assert job is not None
             job.taken = True
             action = {"infer": self._infer, "deploy": self._deploy, "remove": self._remove}[step["action"]]
             job.succeed(action(epoch, job, step))
             self.done += 1
-        except _Late as late_somewhere:
+        except _Late:
             if job is not None and self.index == 0:
-                self._inbox.postpone(job, coming=late_somewhere.coming)
+                self._inbox.postpone(job)
         except _Refused as refused:
             self._answer(job, refused.__cause__)
         except Exception as error:
@@ -233,7 +232,9 @@ class Lane:
         if job is not None:
             job.fail(error if isinstance(error, MpcInferError) else _incident(error))
 
-    def _vote(self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: str = "") -> dict[int, str]:
+    def _vote(
+        self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: bool = False
+    ) -> dict[int, str]:
         """All parties say yes (with a note each), no, or "not here yet".
 
         _Refused, caused by the error, if anybody says no; else _Late if anybody has to wait.
@@ -255,7 +256,7 @@ class Lane:
                     kind = AbortedError
                 raise _Refused from kind(f"party {peer}: {answer['text']}")
         if any(answer["late"] for answer in answers.values()):
-            raise _Late(all(answer["late"] != "absent" for answer in answers.values()))
+            raise _Late
         return {peer: answer["text"] for peer, answer in answers.items()}
 
     def _agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:
