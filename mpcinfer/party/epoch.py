@@ -52,19 +52,19 @@ class Epoch:
 
     @contextmanager
     def cancelling(self, call: grpc.Call) -> Iterator[None]:
-        """While this runs, `call` is cancelled as soon as the mesh is broken."""
+        """While this runs, `call` to the dealer is cancelled as soon as the mesh is broken or the dealer lost."""
         self._dealing = call
         try:
-            if self.mesh.broken:
+            if self.over:
                 call.cancel()
             yield
         finally:
             self._dealing = None
 
     def check(self) -> None:
-        """Cancel what is pointless once the mesh is broken; called when any link has ended."""
+        """Cancel what is pointless by now; called when any link has ended or the dealer is lost."""
         call = self._dealing
-        if call is not None and self.mesh.broken:
+        if call is not None and self.over:
             call.cancel()
 
     def close(self, flush_seconds: float = 0.0) -> None:
@@ -208,6 +208,7 @@ class Former:
         except (grpc.RpcError, ValueError):  # it has gone, or this epoch is over and its channels closed
             pass
         epoch.dealer_lost.set()
+        epoch.check()
         self._wake()
 
     def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> KeyChain:
