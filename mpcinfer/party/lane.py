@@ -142,7 +142,8 @@ class Lane:
                 self._set("connecting", f"{_incident(error)}; beginning a new epoch")
             finally:
                 if self._epoch is not None:
-                    self._epoch.close(_FLUSH_SECONDS if self._stopping.is_set() else 0.0)
+                    # if only the dealer is lost, a peer may still need what was sent for the step that is done
+                    self._epoch.close(0.0 if self._epoch.mesh.broken else _FLUSH_SECONDS)
                     self._epoch = self._former.current = None
             if not self._stopping.is_set():
                 self._inbox.abort(AbortedError(f"party {self.index} lost its connections; send the request again"))
