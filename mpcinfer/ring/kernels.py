@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numba import njit
 from torch.nn import functional
@@ -148,8 +147,3 @@ def _meta(shape: tuple[int, ...]) -> torch.Tensor:
 
 MUL = Bilinear("mul")
 MATMUL = Bilinear("matmul")
-
-
-def as_array(x: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A contiguous numpy view (or copy) of a tensor, for numba kernels."""
-    return x.contiguous().numpy()

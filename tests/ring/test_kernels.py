@@ -166,8 +166,3 @@ def test_pool_windows() -> None:
     assert torch.equal(windows, expected)
     view = kernels.pool_windows(x[:, 1:, 2:], (2, 2), (1, 1), (1, 1))
     assert torch.equal(view, x[:, 1:, 2:].unfold(1, 2, 1).unfold(2, 2, 1))
-
-
-def test_as_array() -> None:
-    x = large((3, 4)).T
-    assert kernels.as_array(x).flags.c_contiguous and (kernels.as_array(x) == x.numpy()).all()
