@@ -1,15 +1,18 @@
-"""Activations that are piecewise linear."""
+"""Activations: piecewise linear ones, exactly, and smooth ones as splines."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import encode, scale
+from mpcinfer.nn.elementwise import add_public, encode, product, scale
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.piecewise import piecewise, splines
 from mpcinfer.protocol.types import Shared
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 @operator("aten.relu.default")
@@ -36,6 +39,18 @@ async def clamp(ctx: Context, x: Shared, low: Any = None, high: Any = None) -> S
     return await select.piecewise_linear(ctx, x, tuple(thresholds), tuple(slopes), tuple(offsets))
 
 
+@operator("aten.clamp_min.default")
+async def clamp_min(ctx: Context, x: Shared, low: float) -> Shared:
+    """max(x, low)."""
+    return await clamp(ctx, x, low)
+
+
+@operator("aten.clamp_max.default")
+async def clamp_max(ctx: Context, x: Shared, high: float) -> Shared:
+    """min(x, high)."""
+    return await clamp(ctx, x, None, high)
+
+
 @operator("aten.relu6.default")
 async def relu6(ctx: Context, x: Shared) -> Shared:
     """x limited to [0, 6]."""
@@ -60,3 +75,80 @@ async def threshold(ctx: Context, x: Shared, limit: float, value: float) -> Shar
     """x where x > limit, else value."""
     at = encode(limit, x.frac_bits) + 1
     return await select.piecewise_linear(ctx, x, (at,), (0, 1), (encode(value, x.frac_bits), 0))
+
+
+def _smooth(name: str) -> Any:
+    async def rule(ctx: Context, x: Shared) -> Shared:
+        return await piecewise(ctx, x, splines()[name])
+
+    return rule
+
+
+for _name in "silu sigmoid tanh erf hardswish mish".split():
+    operator(f"aten.{_name}.default")(_smooth(_name))
+
+
+@operator("aten.gelu.default")
+async def gelu(ctx: Context, x: Shared, approximate: str = "none") -> Shared:
+    """x times the normal distribution function of x, or torch's tanh approximation of that."""
+    return await piecewise(ctx, x, splines()["gelu_tanh" if approximate == "tanh" else "gelu"])
+
+
+@operator("aten.hardsigmoid.default")
+async def hardsigmoid(ctx: Context, x: Shared) -> Shared:
+    """x / 6 + 1/2, limited to [0, 1]."""
+    return await clamp(ctx, add_public(ctx, await scale(ctx, x, 1 / 6), 1 << (x.frac_bits - 1)), 0, 1)
+
+
+@operator("aten.softplus.default")
+async def softplus(ctx: Context, x: Shared, beta: float = 1, threshold: float = 20) -> Shared:
+    """log(1 + e^(beta x)) / beta; torch's threshold only says where the asymptote may be taken."""
+    y = await piecewise(ctx, await scale(ctx, x, beta), splines()["softplus"])
+    return await scale(ctx, y, 1 / beta)
+
+
+@operator("aten.log_sigmoid.default")
+async def log_sigmoid(ctx: Context, x: Shared) -> Shared:
+    """-softplus(-x)."""
+    return -await softplus(ctx, -x)
+
+
+@operator("aten.elu.default")
+async def elu(ctx: Context, x: Shared, alpha: float = 1, factor: float = 1, input_scale: float = 1) -> Shared:
+    """factor * x where x >= 0, else factor * alpha * (e^(input_scale x) - 1)."""
+    if alpha == factor == input_scale == 1:
+        return await piecewise(ctx, x, splines()["elu"])
+    positive = await select.relu(ctx, x)
+    # of the other sign's part elu(z) is z for z >= 0, so min(x, 0) in, nothing but the exponential out
+    exponential = await piecewise(ctx, await scale(ctx, x - positive, input_scale), splines()["elu"])
+    return await scale(ctx, positive, factor) + await scale(ctx, exponential, factor * alpha)
+
+
+@operator("aten.selu.default")
+async def selu(ctx: Context, x: Shared) -> Shared:
+    """torch.selu."""
+    return await elu(ctx, x, _SELU_ALPHA, _SELU_SCALE)
+
+
+@operator("aten.celu.default")
+async def celu(ctx: Context, x: Shared, alpha: float = 1) -> Shared:
+    """torch.celu."""
+    return await elu(ctx, x, alpha, 1, 1 / alpha)
+
+
+@operator("aten.glu.default")
+async def glu(ctx: Context, x: Shared, dim: int = -1) -> Shared:
+    """The first half times the sigmoid of the second half."""
+    half = x.shape[dim] // 2
+    gate = await piecewise(ctx, x.map(lambda t: t.narrow(dim, half, half)), splines()["sigmoid"])
+    y: Shared = await product(ctx.scope("product"), x.map(lambda t: t.narrow(dim, 0, half)), gate)
+    return y
+
+
+@operator("aten.prelu.default", "aten._prelu_kernel.default")
+async def prelu(ctx: Context, x: Shared, weight: Shared) -> Shared:
+    """x where x >= 0, else weight * x, one weight a channel."""
+    column = weight.map(lambda t: t.reshape(-1, *([1] * max(0, len(x.shape) - 2))) if t.numel() > 1 else t)
+    positive = await select.relu(ctx, x)
+    y: Shared = await product(ctx, x - positive, column)
+    return positive + y

@@ -34,8 +34,10 @@ def encode(value: Number, frac_bits: int) -> int:
 
 def add_public(ctx: Context, x: Shared, constant: int | torch.Tensor) -> Shared:
     """x + constant, a public integer (tensor) at x's scale: one party adds it."""
-    share = x.share + constant if ctx.first else x.share + torch.zeros_like(torch.as_tensor(constant))
-    return Shared(share, x.frac_bits)
+    if isinstance(constant, torch.Tensor):
+        constant = constant.to(x.share.device)
+        return Shared(x.share + (constant if ctx.first else torch.zeros_like(constant)), x.frac_bits)
+    return Shared(x.share + (constant if ctx.first else 0), x.frac_bits)
 
 
 def fraction(factor: Number) -> tuple[int, int]:
@@ -100,7 +102,7 @@ async def product(ctx: Context, x: Any, y: Any) -> Any:
     elif isinstance(y, Shared):
         z = await (square(ctx, x) if y is x else multiply(ctx, x, y))
     elif isinstance(y, Public):
-        z = Shared(x.share * y.value, x.frac_bits + y.frac_bits)
+        z = Shared(x.share * y.value.to(x.share.device), x.frac_bits + y.frac_bits)
     else:
         return await scale(ctx, x, y)
     return await truncate(ctx, z, z.frac_bits - x.frac_bits)
@@ -155,23 +157,6 @@ async def mul(ctx: Context, x: Any, y: Any) -> Any:
     if isinstance(x, int | float) and isinstance(y, int | float):
         return x * y
     return await product(ctx, x, y)
-
-
-@operator("aten.div.Tensor", "aten.div.Scalar")
-async def div(ctx: Context, x: Any, y: Any) -> Any:
-    """x / y for a public number y."""
-    if isinstance(x, Shared) and isinstance(y, int | float) and y != 0:
-        return await scale(ctx, x, 1 / y)
-    raise UnsupportedError("division is supported by a public non-zero number only")
-
-
-@operator("aten.square.default", "aten.pow.Tensor_Scalar")
-async def squared(ctx: Context, x: Shared, exponent: Number = 2) -> Shared:
-    """x * x."""
-    if exponent != 2:
-        raise UnsupportedError("powers are supported for exponent 2 only")
-    z: Shared = await product(ctx, x, x)
-    return z
 
 
 @operator("_operator.floordiv")

@@ -1,4 +1,4 @@
-"""Softmax."""
+"""Softmax, its logarithm, and log-sum-exp."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ from mpcinfer.nn.registry import operator
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.exponential import exp_nonpositive
 from mpcinfer.protocol.inverse import reciprocal
+from mpcinfer.protocol.logarithm import log
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
 
 # exponentials keep this many fraction bits, so that a long row's sum does not gather their rounding errors
-_EXP_BITS = 24
+EXP_BITS = 24
+
+
+def octaves_of_sum(count: int) -> dict[str, int]:
+    """The range of a sum of exponentials: from 1, the maximum's own, to their count.
+
+    A rounding error beyond either end meets the function of that end.
+    """
+    return {"low": 0, "high": max(1, (count - 1).bit_length())}
+
+
+async def _powers(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
+    """e^(x - the row's largest) with EXP_BITS or more, and x minus the row's largest."""
+    top = await maximum_along(ctx, x)
+    below = x - top.map(lambda t: t.unsqueeze(-1))
+    return await exp_nonpositive(ctx, below, max(EXP_BITS, x.frac_bits)), below
 
 
 @operator("mpc.softmax")
@@ -24,11 +40,8 @@ async def softmax(ctx: Context, x: Shared) -> Shared:
     Rounds 4 ceil(log2 k) + 15; online 50.4 bytes per element and peer, and 48 + 8.75 ceil(log2 k) per row (51.2 per
     element for k = 128); offline 173 bytes per element for k = 128; openings: those of the protocols named.
     """
-    top = await maximum_along(ctx, x)
-    powers = await exp_nonpositive(ctx, x - top.map(lambda t: t.unsqueeze(-1)), max(_EXP_BITS, x.frac_bits))
-    # from 1, the maximum's own, to k; a rounding error beyond either end meets the reciprocal of that end
-    octaves = max(1, (x.shape[-1] - 1).bit_length())
-    inverse = await reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), low=0, high=octaves)
+    powers, _ = await _powers(ctx, x)
+    inverse = await reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), **octaves_of_sum(x.shape[-1]))
     y = await multiply(ctx, powers, inverse)  # below 2^55
     return await truncate(ctx, y, y.frac_bits - x.frac_bits)
 
@@ -38,3 +51,24 @@ async def aten_softmax(ctx: Context, x: Shared, dim: int, dtype: object = None) 
     """torch.softmax over any axis; `dtype` (`half_to_float`) means nothing for shares."""
     y = await softmax(ctx, x.map(lambda t: t.movedim(dim, -1)))
     return y.map(lambda t: t.movedim(-1, dim))
+
+
+@operator("aten.log_softmax.int", "aten._log_softmax.default")
+async def log_softmax(ctx: Context, x: Shared, dim: int, dtype: object = None) -> Shared:
+    """torch.log_softmax over any axis: x minus the row's largest, minus the logarithm of the sum of exponentials."""
+    powers, below = await _powers(ctx, x.map(lambda t: t.movedim(dim, -1)))
+    sums = powers.map(lambda t: t.sum(-1, keepdim=True))
+    y = below - await log(ctx, sums, **octaves_of_sum(powers.shape[-1]), frac_bits=x.frac_bits)
+    return y.map(lambda t: t.movedim(-1, dim))
+
+
+@operator("aten.logsumexp.default")
+async def logsumexp(ctx: Context, x: Shared, dim: list[int], keepdim: bool = False) -> Shared:
+    """torch.logsumexp over one axis."""
+    (axis,) = dim
+    moved = x.map(lambda t: t.movedim(axis, -1))
+    top = await maximum_along(ctx, moved)
+    powers = await exp_nonpositive(ctx, moved - top.map(lambda t: t.unsqueeze(-1)), max(EXP_BITS, x.frac_bits))
+    sums = powers.map(lambda t: t.sum(-1))
+    y = top + await log(ctx, sums, **octaves_of_sum(moved.shape[-1]), frac_bits=x.frac_bits)
+    return y.map(lambda t: t.unsqueeze(axis)) if keepdim else y

@@ -1,4 +1,4 @@
-"""e^x of numbers that are not positive, with one opening of x."""
+"""e^x with one opening of x: of numbers that are not positive, and of all numbers up to a ceiling."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.nn import functional
 from mpcinfer.protocol.compare import Comparison, below
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
+from mpcinfer.protocol.polynomial import polynomial
+from mpcinfer.protocol.select import bit_number
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Masked, Shared, SharedBits
 from mpcinfer.ring import digits
@@ -23,6 +25,9 @@ _WINDOW_BITS = 4
 _SLACK_BITS = 4
 # the scales of the dealt e^-r and of the public e^c: rounding costs 2^-20 at either end of the window, less between
 _DEALT_BITS, _PUBLIC_BITS = 42, 19
+# with a ceiling e^(x/2) is computed, up to e^4, and then squared: relative errors are below 2^-17 from x = 0 on
+CEILING = 8
+_HALF_DEALT_BITS, _HALF_PUBLIC_BITS, _SQUARED_BITS = 39, 17, 25
 
 
 @cache
@@ -41,13 +46,13 @@ def _exact(numerators: range, denominator: int) -> tuple[torch.Tensor, torch.Ten
 def scaled_exp(x: torch.Tensor, frac_bits: int, scale: int) -> torch.Tensor:
     """e^(x / 2^frac_bits) 2^scale to within 1/2 + 2^-29 of its value, in integers only, the same on every host.
 
-    x: int64 with -16 <= x / 2^frac_bits < 17, frac_bits >= 8; the result must be below 2^43.
+    x: int64 with -16 <= x / 2^frac_bits < 21, frac_bits >= 8; the result must be below 2^47.
     """
     if x.device.type == "meta":
         return torch.empty_like(x)
     rest = frac_bits - 6
     fine = rest // 2
-    mantissa, exponent = _exact(range(-16 << 6, 17 << 6), 1 << 6)
+    mantissa, exponent = _exact(range(-16 << 6, 21 << 6), 1 << 6)
     middle, _ = _exact(range(1 << (rest - fine)), 1 << (frac_bits - fine))
     low, _ = _exact(range(1 << fine), 1 << frac_bits)
     top = (x >> rest) + (16 << 6)
@@ -65,45 +70,54 @@ def _low_layout(bits: int) -> tuple[int, int]:
 @kind
 @dataclass(frozen=True)
 class Exponential(Kind):
-    """A `Comparison` with one threshold, block masks to compare the low bits of r, two outcome masks, and e^-r.
+    """A `Comparison` with one threshold, block masks to compare the low bits of r, outcome masks, and e^-r.
 
-    `frac_bits` is a multiple of 4, so that the low `frac_bits` + 4 bits (r modulo 16) are whole digits.
+    `frac_bits` is a multiple of 4, so that the low `frac_bits` + 4 bits (r modulo 16) are whole digits. `ceiling`: one
+    more threshold, for what is too large.
     """
 
     shape: tuple[int, ...]
     frac_bits: int
+    dealt_bits: int
+    ceiling: bool = False
+
+    def _comparison(self) -> Comparison:
+        return Comparison(self.shape, 64, 2 if self.ceiling else 1)
 
     def free(self) -> dict[str, Field]:
-        """r and block masks of the clip; block masks of the low bits; beta for both outcomes."""
+        """r and block masks of the ends; block masks of the low bits; beta for all outcomes: wrap, clip, below."""
         blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
         one = (1, *self.shape)
-        return Comparison(self.shape).free() | {
+        return self._comparison().free() | {
             "low_leaf": Field((*one, blocks), Ring(digits.block(leaves, True).width, xor=True)),
             "low_top": Field(one, Ring(digits.block(blocks, False).width, xor=True)),
-            "beta": Field((2, *self.shape), BIT),
+            "beta": Field((3 if self.ceiling else 2, *self.shape), BIT),
         }
 
     def derived(self) -> dict[str, Field]:
-        """Tables and products of both comparisons; e^-r, beta_0 e^-r, beta_1 e^-r, beta_0 beta_1 e^-r."""
+        """Tables and products of both comparisons; e^-r times 1, clip, below, and these times wrap; below."""
         blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
         one = (1, *self.shape)
-        return Comparison(self.shape).derived() | {
+        fields = self._comparison().derived() | {
             "low_leaf_products": Field((*one, blocks), Ring(digits.block(leaves, True).products, xor=True)),
             "low_top_products": Field(one, Ring(digits.block(blocks, False).products, xor=True)),
-            "powers": Field((4, *self.shape), Z64),
+            "powers": Field((2, 3 if self.ceiling else 2, *self.shape), Z64),
         }
+        return fields | {"below": Field(self.shape, Z64)} if self.ceiling else fields
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
         blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
         low = free["r"] & ((1 << (self.frac_bits + _WINDOW_BITS)) - 1)
-        power = scaled_exp(-low, self.frac_bits, _DEALT_BITS)
-        wraps, clips = free["beta"].to(torch.int64)
-        return Comparison(self.shape).derive(free, fixed) | {
+        power = scaled_exp(-low, self.frac_bits, self.dealt_bits)
+        wraps, *ends = free["beta"].to(torch.int64)
+        powers = torch.stack([power, *(end * power for end in ends)])
+        values = self._comparison().derive(free, fixed) | {
             "low_leaf_products": digits.products(free["low_leaf"], digits.block(leaves, True)),
             "low_top_products": digits.products(free["low_top"], digits.block(blocks, False)),
-            "powers": torch.stack([power, wraps * power, clips * power, wraps * clips * power]),
+            "powers": torch.stack([powers, wraps * powers]),
         }
+        return values | {"below": ends[1]} if self.ceiling else values
 
 
 async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bits: int) -> SharedBits:
@@ -126,6 +140,38 @@ async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bi
     return SharedBits(bit, BIT)
 
 
+def _check(x: Shared) -> None:
+    if not MIN_FRAC_BITS <= x.frac_bits <= MAX_FRAC_BITS:
+        raise ValueError(f"no exponentials of numbers with {x.frac_bits} fraction bits")
+
+
+async def _power(ctx: Context, x: Shared, top: int, dealt_bits: int, public_bits: int, ceiling: bool) -> Shared:
+    """Shares of e^(x + top), untruncated, for x <= 2^-4; with a ceiling e^(top + 2^-4) for larger x."""
+    x = x.rescaled(-(-x.frac_bits // digits.DIGIT_BITS) * digits.DIGIT_BITS)
+    f, window = x.frac_bits, x.frac_bits + _WINDOW_BITS
+    slack = 1 << (f - _SLACK_BITS)
+    correlation = ctx.correlation(Exponential(x.shape, f, dealt_bits, ceiling))
+    c = (await ctx.open(Shared(x.share - slack if ctx.first else x.share), correlation.mask("r"))).value
+    low = c & ((1 << window) - 1)
+    wraps, ends = await together(
+        _wrapped(ctx, low, correlation, window),
+        below(ctx, Masked(c), (-(1 << window), 0)[: 2 if ceiling else 1], correlation, 64),
+    )
+    bits = SharedBits(torch.cat([wraps.share, ends.share]), BIT)
+    wrap, clip, *under = (await ctx.open(bits, correlation.mask("beta"))).value != 0
+    # the multiplier is `at` + beta_0 `step`; of the power, what is not clipped is kept and what is under the ceiling
+    shift = slack + (top << f)
+    down, up = (scaled_exp(low + shift + by, f, public_bits) for by in (-(1 << window), 0))
+    at, step = torch.where(wrap, up, down), torch.where(wrap, down - up, up - down)
+    whole, clipped, *kept = at * correlation["powers"][0] + step * correlation["powers"][1]
+    y = -torch.where(clip, whole - clipped, clipped)
+    if not ceiling:
+        return Shared(whole + y, dealt_bits + public_bits)
+    y = y + torch.where(under[0], whole - kept[0], kept[0])
+    limit = int(scaled_exp(torch.tensor([shift]), f, public_bits)) << dealt_bits
+    return Shared(y + limit * bit_number(ctx.first, ~under[0], correlation["below"]), dealt_bits + public_bits)
+
+
 async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None) -> Shared:
     """Shares of e^x for x <= 0, with `frac_bits` fraction bits (default: x's).
 
@@ -142,25 +188,23 @@ async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None)
     Source: DESIGN, section 3; e^x from dealt powers of the mask as in Kelkar et al. 2022 (secure Poisson regression),
     with the borrow computed instead of a failure probability.
     """
-    out_bits = x.frac_bits if frac_bits is None else frac_bits
-    if not MIN_FRAC_BITS <= x.frac_bits <= MAX_FRAC_BITS:
-        raise ValueError(f"no exponentials of numbers with {x.frac_bits} fraction bits")
-    x = x.rescaled(-(-x.frac_bits // digits.DIGIT_BITS) * digits.DIGIT_BITS)
-    f, window = x.frac_bits, x.frac_bits + _WINDOW_BITS
-    slack = 1 << (f - _SLACK_BITS)
-    correlation = ctx.correlation(Exponential(x.shape, f))
-    c = (await ctx.open(Shared(x.share - slack if ctx.first else x.share), correlation.mask("r"))).value
-    low = c & ((1 << window) - 1)
-    wraps, clips = await together(
-        _wrapped(ctx, low, correlation, window), below(ctx, Masked(c), (-(1 << window),), correlation, 64)
-    )
-    bits = SharedBits(torch.cat([wraps.share, clips.share]), BIT)
-    wrap, clip = (await ctx.open(bits, correlation.mask("beta"))).value != 0
-    # the multiplier is `at` + beta_0 `step`, what is kept of it 1 - clip = beta_1 or 1 - beta_1
-    down, up = (scaled_exp(low + slack + shift, f, _PUBLIC_BITS) for shift in (-(1 << window), 0))
-    at, step = torch.where(wrap, up, down), torch.where(wrap, down - up, up - down)
-    power, wrap_power, clip_power, both_power = correlation["powers"]
-    all_of_it, clipped = at * power + step * wrap_power, at * clip_power + step * both_power
+    _check(x)
     # below 1.07 * 2^61, so it truncates safely
-    y = Shared(torch.where(clip, clipped, all_of_it - clipped), _DEALT_BITS + _PUBLIC_BITS)
-    return await truncate(ctx, y, y.frac_bits - out_bits)
+    y = await _power(ctx, x, 0, _DEALT_BITS, _PUBLIC_BITS, ceiling=False)
+    return await truncate(ctx, y, y.frac_bits - (x.frac_bits if frac_bits is None else frac_bits))
+
+
+async def exp(ctx: Context, x: Shared) -> Shared:
+    """Shares of e^x at x's scale, for x up to 8; above, e^8 (to within 13 %: the ceiling begins at 8.125).
+
+    Input: as `exp_nonpositive`, without its limit above. Output: relative error below 5e-5, plus 1.5 units in the last
+    place.
+    How: e^(x/2), with its own ceiling, squared by the opening that truncates it.
+    Opened: as in `exp_nonpositive`, with one more threshold; the opening of `polynomial`.
+    Rounds 6; online 34.4 bytes per element and peer; correlations `Exponential`, `TruncatedPowers`, `Truncation`.
+    """
+    _check(x)
+    half = Shared(x.share - (CEILING << x.frac_bits) if ctx.first else x.share, x.frac_bits + 1)
+    y = await _power(ctx, half, CEILING // 2, _HALF_DEALT_BITS, _HALF_PUBLIC_BITS, ceiling=True)
+    square = await polynomial(ctx, y, y.frac_bits - _SQUARED_BITS, (0, 0, 1), 2 * _SQUARED_BITS)
+    return await truncate(ctx, square, square.frac_bits - x.frac_bits)

@@ -53,33 +53,47 @@ def _powers(x: torch.Tensor, degree: int) -> torch.Tensor:
     return torch.stack(found)
 
 
-async def polynomial(ctx: Context, x: Shared, d: int, coefficients: tuple[int, ...], frac_bits: int) -> Shared:
-    """Shares of a_0 + a_1 y + a_2 y^2 + ... over Z_2^64, where y is x / 2^d truncated and a_j are public integers.
+async def polynomials(
+    ctx: Context, x: Shared, d: int, coefficients: tuple[tuple[int, ...], ...], frac_bits: tuple[int, ...]
+) -> list[Shared]:
+    """Shares of several polynomials a_0 + a_1 y + a_2 y^2 + ... over Z_2^64, of y = x / 2^d truncated, a_j integers.
 
-    Input: -2^62 <= x < 2^62, 0 < d < 62. y = floor(x / 2^d) or one more, as `truncate` has it; the polynomial of y is
-    exact mod 2^64, so any bound below 2^63 on its value (not on its terms) will do. The result is labelled with
-    `frac_bits`, which the coefficients must have been made for.
+    Input: -2^62 <= x < 2^62, 0 < d < 62. y = floor(x / 2^d) or one more, as `truncate` has it, the same for all; a
+    polynomial of y is exact mod 2^64, so any bound below 2^63 on its value (not on its terms) will do. The results are
+    labelled with `frac_bits`, which the coefficients must have been made for.
     Opened: x + 2^62 + r over Z_2^64, r uniform there.
-    Rounds 1; online 8 bytes per element and peer; offline 8 + d/8 bytes per element and degree; correlation
-    `TruncatedPowers`.
+    Rounds 1; online 8 bytes per element and peer; offline 8 + d/8 bytes per element and degree of the highest;
+    correlation `TruncatedPowers`.
     Source: powers of a masked value by the binomial theorem as in HoneyBadgerMPC (PowerMix); doing so on the
     truncated value, with the wrap taken from the top bits as in EGK+20, is our own.
     """
-    degree = len(coefficients) - 1
-    correlation = ctx.correlation(TruncatedPowers(x.shape, d, degree))
+    correlation = ctx.correlation(TruncatedPowers(x.shape, d, max(map(len, coefficients)) - 1))
     offset = x.share + (1 << _OFFSET_BITS) if ctx.first else x.share
     c = (await ctx.open(Shared(offset), correlation.mask("r"))).value
     public = logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
     powers = correlation["powers"] + torch.where(c >= 0, correlation["wrap"] << (64 - d), 0)
+    return [
+        Shared(_evaluated(ctx.first, public, powers, a), bits) for a, bits in zip(coefficients, frac_bits, strict=True)
+    ]
+
+
+def _evaluated(first: bool, public: torch.Tensor, powers: torch.Tensor, a: tuple[int, ...]) -> torch.Tensor:
+    """This party's share of the polynomial of public - m, from shares of the powers of m."""
+    degree = len(a) - 1
 
     def factor(i: int) -> torch.Tensor:
         """What multiplies (-m)^i: the sum over j >= i of a_j binomial(j, i) public^(j - i), by Horner's rule."""
-        total = torch.full_like(public, coefficients[degree] * comb(degree, i))
+        total = torch.full_like(public, a[degree] * comb(degree, i))
         for j in range(degree - 1, i - 1, -1):
-            total = total * public + coefficients[j] * comb(j, i)
+            total = total * public + a[j] * comb(j, i)
         return total
 
-    y = factor(0) if ctx.first else torch.zeros_like(public)
+    y = factor(0) if first else torch.zeros_like(public)
     for i in range(1, degree + 1):
         y = y + (-1) ** i * factor(i) * powers[i - 1]
-    return Shared(y, frac_bits)
+    return y
+
+
+async def polynomial(ctx: Context, x: Shared, d: int, coefficients: tuple[int, ...], frac_bits: int) -> Shared:
+    """Shares of one polynomial of y = x / 2^d truncated; see `polynomials`."""
+    return (await polynomials(ctx, x, d, (coefficients,), (frac_bits,)))[0]

@@ -10,7 +10,7 @@ from mpcinfer.protocol.types import Masked, Shared
 from mpcinfer.ring.domain import Z64
 
 
-def _product(
+def bit_product(
     first: bool, e: torch.Tensor, bit: torch.Tensor, c: torch.Tensor, r: torch.Tensor, bit_r: torch.Tensor
 ) -> torch.Tensor:
     """This party's share of b * x, where b = e xor beta and x = c - r; `bit`, `bit_r` are shares of beta, beta r."""
@@ -18,7 +18,7 @@ def _product(
     return torch.where(e != 0, (c if first else 0) - r - beta_x, beta_x)
 
 
-def _number(first: bool, e: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
+def bit_number(first: bool, e: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
     """This party's share of b = e xor beta as a number."""
     return torch.where(e != 0, (1 if first else 0) - bit, bit)
 
@@ -44,12 +44,28 @@ async def piecewise_linear(
     for j in range(len(thresholds)):  # below t_j, go back from piece j + 1 to piece j
         slope, offset = slopes[j] - slopes[j + 1], offsets[j] - offsets[j + 1]
         if slope:
-            y = y + slope * _product(
+            y = y + slope * bit_product(
                 ctx.first, e[j], correlation["bit"][j], c.value, correlation["r"], correlation["bit_r"][j]
             )
         if offset:
-            y = y + offset * _number(ctx.first, e[j], correlation["bit"][j])
+            y = y + offset * bit_number(ctx.first, e[j], correlation["bit"][j])
     return Shared(y, x.frac_bits)
+
+
+async def step(ctx: Context, x: Shared, thresholds: tuple[int, ...], values: tuple[int, ...]) -> Shared:
+    """Shares of the integers values[j] on [t_(j-1), t_j), T + 1 of them for T thresholds (see `piecewise_linear`)."""
+    y = await piecewise_linear(ctx, x, thresholds, (0,) * len(values), values)
+    return Shared(y.share, 0)
+
+
+async def sign_and_absolute(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
+    """Shares of [x < 0] (an integer) and of abs(x); exact. Rounds, bytes and openings as `relu`."""
+    correlation = ctx.correlation(Comparison(x.shape, 64, 1, products=True))
+    c = await ctx.open(x, correlation.mask("r"))
+    e = (await ctx.open(await below(ctx, c, (0,), correlation, 64), correlation.mask("beta"))).value[0]
+    bit = correlation["bit"][0]
+    negative = bit_product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
+    return Shared(bit_number(ctx.first, e, bit), 0), Shared(x.share - 2 * negative, x.frac_bits)
 
 
 async def relu(ctx: Context, x: Shared) -> Shared:
@@ -78,10 +94,10 @@ async def maximum(
     e = (await ctx.open(bits, correlation.mask("beta"))).value[0]
     bit = correlation["bit"][0]
     # the left one, minus the difference where it is below the right one
-    lost = _product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
+    lost = bit_product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
     results = [Shared(left.rescaled(d.frac_bits).share - lost, d.frac_bits)]
     for i, (a, b) in enumerate(carried):
-        lost = _product(ctx.first, e, bit, u.value[i], correlation["s"][i], correlation["bit_s"][i])
+        lost = bit_product(ctx.first, e, bit, u.value[i], correlation["s"][i], correlation["bit_s"][i])
         frac_bits = max(a.frac_bits, b.frac_bits)
         results.append(Shared(a.rescaled(frac_bits).share - lost, frac_bits))
     return results

@@ -36,6 +36,32 @@ async def maximum_along(ctx: Context, x: Shared) -> Shared:
     return x.map(lambda t: t[..., 0])
 
 
+async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor) -> Shared:
+    """Shares of the maximum of each group of elements: [P] -> [G], for public groups of any sizes. Exact.
+
+    groups: for each element the number of its group, int64 [P], ascending from 0 without gaps.
+    Rounds 4 ceil(log2 k) for the largest group of k; online 12.4 (P - G) bytes per peer; openings: those of
+    `select.maximum`.
+    """
+    while True:
+        sizes = torch.bincount(groups)
+        if not len(groups) or int(sizes.max()) == 1:
+            return x
+        starts = sizes.cumsum(0) - sizes
+        place = torch.arange(len(groups)) - starts[groups]
+        even = place % 2 == 0
+        paired = even & (place + 1 < sizes[groups])
+        left, alone = paired.nonzero()[:, 0], (even & ~paired).nonzero()[:, 0]
+        (winners,) = await maximum(ctx, _picked(x, left), _picked(x, left + 1))
+        order = torch.cat([left, alone]).argsort()
+        x = _picked(_append(winners, _picked(x, alone)), order)
+        groups = groups[torch.cat([left, alone])[order]]
+
+
+def _picked(x: Shared, at: torch.Tensor) -> Shared:
+    return x.map(lambda t: t[at.to(t.device)])
+
+
 async def argmax_along(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
     """Shares of the maximum over the last axis and of its index (an integer, frac_bits 0); lowest index among equals.
 

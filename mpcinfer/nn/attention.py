@@ -1,0 +1,132 @@
+"""Scaled dot-product attention: of scores that are masked out by a public mask nothing is computed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mpcinfer.errors import UnsupportedError
+from mpcinfer.nn.compare import MASKED
+from mpcinfer.nn.elementwise import add_public, fraction, scale
+from mpcinfer.nn.registry import operator
+from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum
+from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.exponential import exp_nonpositive
+from mpcinfer.protocol.inverse import reciprocal
+from mpcinfer.protocol.multiply import multiply
+from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
+from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.types import Public, Shared
+from mpcinfer.ring.kernels import MATMUL
+
+# more fraction bits for queries that are multiplied by a scale that is no power of two
+_QUERY_BITS = 4
+# of the weighted sums of values, until they are divided by the sums of weights; and of those sums' reciprocals
+_SUM_BITS = 8
+_INVERSE_BITS = 28
+
+
+@operator("aten.scaled_dot_product_attention.default")
+async def attention(
+    ctx: Context,
+    q: Shared,
+    k: Shared,
+    v: Shared,
+    mask: Any = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Shared:
+    """softmax(q k^T scale + mask) v: q [*S, L, D], k [*S, M, D], v [*S, M, E] -> [*S, L, E].
+
+    mask: None; public, boolean (False: skipped) or additive (at most -2^14: skipped), [L, M] or more axes; or secret,
+    added. Skipped pairs cost nothing but a masked zero in the product with v. A row that skips all gives zeros.
+    Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
+    Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
+    Rounds 4 ceil(log2 M) + 19, one more where the scale is no power of two; per pair that is kept 42.4 bytes, and 8 for
+    every pair; offline 155.
+    """
+    if dropout:
+        raise UnsupportedError("dropout: a deployed model draws no random numbers")
+    heads = q.shape
+    if enable_gqa and q.shape[-3] != k.shape[-3]:  # queries that share keys stand one below the other
+        q = q.map(lambda t: t.reshape(*t.shape[:-3], k.shape[-3], -1, t.shape[-1]))
+    scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores = scores.map(lambda t: t.reshape(*heads[:-1], k.shape[-2]))
+    keep, added = _mask(scores.shape, mask, causal)
+    if isinstance(mask, Shared):
+        scores = scores + mask.rescaled(scores.frac_bits)
+    weights, sums = await _weights(ctx, scores, bits, keep, added)
+    weights = weights.map(lambda t: t.reshape(*q.shape[:-1], k.shape[-2]))
+
+    async def values(ctx: Context) -> Shared:
+        y = await multiply(ctx, weights, v, MATMUL)
+        return await truncate(ctx, y, EXP_BITS - _SUM_BITS)
+
+    inverse, y = await together(
+        reciprocal(ctx.scope("inverse"), sums, **octaves_of_sum(k.shape[-2]), frac_bits=_INVERSE_BITS),
+        values(ctx.scope("values")),
+    )
+    y = await multiply(ctx, y.map(lambda t: t.reshape(*heads[:-1], -1)), inverse)
+    return await truncate(ctx, y, y.frac_bits - v.frac_bits)
+
+
+async def _scores(ctx: Context, q: Shared, k: Shared, factor: float) -> tuple[Shared, int]:
+    """q k^T factor, and how many bits it is to be truncated by."""
+    n, d = fraction(factor)
+    bits = k.frac_bits
+    if n & (n - 1):
+        wider = q.rescaled(q.frac_bits + _QUERY_BITS)
+        q = await scale(ctx.scope("scale"), wider, factor)
+        bits, d = bits + _QUERY_BITS, 0
+    else:
+        q = q.times(n)
+    y = await multiply(ctx, q, k.map(lambda t: t.transpose(-1, -2)), MATMUL)
+    return Shared(y.share, y.frac_bits + d), bits + d
+
+
+def _mask(shape: tuple[int, ...], mask: Any, causal: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which pairs are kept (None: all) and what is added to the scores, at the mask's scale, each of `shape`."""
+    if causal:
+        keep = torch.ones(shape[-2:], dtype=torch.bool).tril()
+        return (None if bool(keep.all()) else keep.expand(shape)), None
+    if mask is None or isinstance(mask, Shared):
+        return None, None
+    if not isinstance(mask, Public):
+        raise UnsupportedError("an attention mask that is a fixed weight")
+    if mask.frac_bits == 0:
+        keep, added = mask.value != 0, None
+    else:
+        keep = mask.value > MASKED << mask.frac_bits
+        added = None if bool((mask.value[keep] == 0).all()) else mask.value.expand(shape)
+    return (None if bool(keep.all()) else keep.expand(shape)), added
+
+
+async def _weights(
+    ctx: Context, scores: Shared, bits: int, keep: torch.Tensor | None, added: torch.Tensor | None
+) -> tuple[Shared, Shared]:
+    """e^(score - the row's largest), zero where skipped, [*S, L, M], and their sums over rows, [*S, L, 1]."""
+    if keep is None:
+        x = await truncate(ctx, scores, bits)
+        if added is not None:
+            x = add_public(ctx, x, added)
+        top = (await maximum_along(ctx, x)).map(lambda t: t.unsqueeze(-1))
+        powers = await exp_nonpositive(ctx, x - top, max(EXP_BITS, x.frac_bits))
+        return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
+    at = keep.reshape(-1).nonzero()[:, 0]
+    x = await truncate(ctx, scores.map(lambda t: t.reshape(-1)[at.to(t.device)]), bits)
+    if added is not None:
+        x = add_public(ctx, x, added.reshape(-1)[at])
+    groups = torch.unique_consecutive(at // scores.shape[-1], return_inverse=True)[1]
+    top = await maximum_of_groups(ctx, x, groups)
+    powers = await exp_nonpositive(ctx, x - top.map(lambda t: t[groups.to(t.device)]), max(EXP_BITS, x.frac_bits))
+
+    def placed(t: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(scores.shape, dtype=torch.int64, device=t.device).reshape(-1)
+        return zeros.index_copy(0, at.to(t.device), t).reshape(scores.shape)
+
+    weights = powers.map(placed)
+    return weights, weights.map(lambda t: t.sum(-1, keepdim=True))

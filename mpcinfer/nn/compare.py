@@ -1,0 +1,232 @@
+"""Comparisons of secrets, and what is chosen by them: booleans are integers 0 and 1 (frac_bits 0)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpcinfer.nn.elementwise import add_public, encode
+from mpcinfer.nn.registry import operator
+from mpcinfer.protocol import select
+from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.multiply import multiply
+from mpcinfer.protocol.tournament import argmax_along, maximum_along, top_along
+from mpcinfer.protocol.types import Public, Shared
+
+# what a masked score becomes: far below all others, and far from where differences wrap around
+MASKED = -(1 << 14)
+
+
+def number(ctx: Context, x: Any, like: Shared) -> Shared:
+    """An operand as shares at the scale of `like`: shares as they are, public numbers and tensors held by one party."""
+    if isinstance(x, Shared):
+        return x.rescaled(max(x.frac_bits, like.frac_bits))
+    if isinstance(x, Public):
+        value = x.value.to(like.share.device) << (like.frac_bits - x.frac_bits)
+    else:
+        fits = math.isfinite(x) and abs(x) < 2.0 ** (61 - like.frac_bits)
+        value = torch.full((), encode(x if fits or x > 0 else MASKED, like.frac_bits), device=like.share.device)
+    return Shared(value if ctx.first else torch.zeros_like(value), like.frac_bits)
+
+
+def broadcast(*operands: Shared) -> list[Shared]:
+    """The operands expanded to their common shape."""
+    shape = torch.broadcast_shapes(*(x.shape for x in operands))
+    return [x.map(lambda t: t.expand(shape)) for x in operands]
+
+
+async def _compared(ctx: Context, x: Any, y: Any, thresholds: tuple[int, ...], values: tuple[int, ...]) -> Shared:
+    """A step function of x - y, in units of the last place; of x alone where y is a number, which may lie between two."""
+    if isinstance(y, int | float) and not isinstance(y, bool):
+        at = y * 2.0**x.frac_bits
+        if math.isinf(at) or abs(at) >= 2.0**61:
+            return number(ctx, values[-1] if at < 0 else values[0], Shared(x.share)).map(lambda t: t.expand(x.shape))
+        exact = at.is_integer()
+        floor = math.floor(at)
+        if not exact:  # [x < y] and [x <= y] are both [x < floor + 1]
+            ends = values[0], values[-1]
+            return await select.step(ctx, x, (floor + 1,), ends)
+        return await select.step(ctx, x, tuple(floor + t for t in thresholds), values)
+    if not isinstance(x, Shared):
+        x = number(ctx, x, y)
+    return await select.step(ctx, x - number(ctx, y, x), thresholds, values)
+
+
+_COMPARISONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "lt": ((0,), (1, 0)),
+    "le": ((1,), (1, 0)),
+    "gt": ((1,), (0, 1)),
+    "ge": ((0,), (0, 1)),
+    "eq": ((0, 1), (0, 1, 0)),
+    "ne": ((0, 1), (1, 0, 1)),
+}
+
+
+def _comparison(thresholds: tuple[int, ...], values: tuple[int, ...]) -> Any:
+    async def rule(ctx: Context, x: Any, y: Any) -> Shared:
+        return await _compared(ctx, x, y, thresholds, values)
+
+    return rule
+
+
+for _name, _steps in _COMPARISONS.items():
+    operator(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_comparison(*_steps))
+
+
+@operator("aten.sign.default")
+async def sign(ctx: Context, x: Shared) -> Shared:
+    """-1, 0 or 1."""
+    one = 1 << x.frac_bits
+    return await select.piecewise_linear(ctx, x, (0, 1), (0, 0, 0), (-one, 0, one))
+
+
+@operator("aten.logical_not.default", "aten.bitwise_not.default")
+async def logical_not(ctx: Context, x: Shared) -> Shared:
+    """1 - x."""
+    return add_public(ctx, -x, 1)
+
+
+@operator("aten.logical_and.default", "aten.bitwise_and.Tensor")
+async def logical_and(ctx: Context, x: Any, y: Any) -> Shared:
+    """x y."""
+    x, y = _booleans(ctx, x, y)
+    return await multiply(ctx, x, y)
+
+
+@operator("aten.logical_or.default", "aten.bitwise_or.Tensor")
+async def logical_or(ctx: Context, x: Any, y: Any) -> Shared:
+    """x + y - x y."""
+    x, y = _booleans(ctx, x, y)
+    return x + y - await multiply(ctx, x, y)
+
+
+@operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor")
+async def logical_xor(ctx: Context, x: Any, y: Any) -> Shared:
+    """x + y - 2 x y."""
+    x, y = _booleans(ctx, x, y)
+    return x + y - (await multiply(ctx, x, y)).times(2)
+
+
+def _booleans(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
+    secret = x if isinstance(x, Shared) else y
+    return number(ctx, x, secret), number(ctx, y, secret)
+
+
+@operator("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
+async def where(ctx: Context, condition: Any, x: Any, y: Any, frac_bits: int = 0) -> Shared:
+    """x where the condition holds, else y; condition and values may be secret or public. One round, or none.
+
+    frac_bits: of the result where both values are public.
+    """
+    like = next((v for v in (x, y) if isinstance(v, Shared)), None)
+    if like is None:
+        like = Shared(condition.share, frac_bits)
+        return Shared(_times_public(condition, x, y, frac_bits), frac_bits) + number(ctx, y, like)
+    chosen, other = number(ctx, x, like), number(ctx, y, like)
+    if isinstance(condition, Public):
+        mask = condition.value.to(like.share.device) != 0
+        scale = max(chosen.frac_bits, other.frac_bits)
+        return Shared(torch.where(mask, chosen.rescaled(scale).share, other.rescaled(scale).share), scale)
+    return other + await multiply(ctx, chosen - other, condition)
+
+
+def _times_public(condition: Shared, x: Any, y: Any, frac_bits: int) -> torch.Tensor:
+    a, b = (
+        v.value.to(condition.share.device) << (frac_bits - v.frac_bits)
+        if isinstance(v, Public)
+        else encode(v, frac_bits)
+        for v in (x, y)
+    )
+    return condition.share * (a - b)
+
+
+@operator("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+async def masked_fill(ctx: Context, x: Shared, mask: Any, value: Any) -> Shared:
+    """x where the mask is 0, else the value; -inf and what cannot be encoded become -2^14."""
+    return await where(ctx, mask, value, x)
+
+
+@operator("aten.maximum.default", "aten.clamp_min.Tensor")
+async def maximum(ctx: Context, x: Any, y: Any) -> Shared:
+    """The larger one, element by element."""
+    x, y = broadcast(*_booleans(ctx, x, y))
+    return (await select.maximum(ctx, x, y))[0]
+
+
+@operator("aten.minimum.default", "aten.clamp_max.Tensor")
+async def minimum(ctx: Context, x: Any, y: Any) -> Shared:
+    """The smaller one, element by element: the sum minus the larger one."""
+    x, y = broadcast(*_booleans(ctx, x, y))
+    return x + y - (await select.maximum(ctx, x, y))[0]
+
+
+@operator("aten.clamp.Tensor")
+async def clamp_tensor(ctx: Context, x: Shared, low: Any = None, high: Any = None) -> Shared:
+    """x limited by tensors."""
+    if low is not None:
+        x = await maximum(ctx, x, low)
+    return x if high is None else await minimum(ctx, x, high)
+
+
+def _rows(x: Shared, dims: Sequence[int]) -> Shared:
+    """The axes `dims` joined into a last one."""
+    axes = sorted(d % len(x.shape) for d in dims) or list(range(len(x.shape)))
+    kept = [d for d in range(len(x.shape)) if d not in axes]
+    return x.map(lambda t: t.permute(*kept, *axes).reshape([t.shape[d] for d in kept] + [-1]))
+
+
+def _kept(y: Shared, rank: int, dims: Sequence[int], keepdim: bool) -> Shared:
+    axes = sorted(d % rank for d in dims) or list(range(rank))
+    for axis in axes if keepdim else []:
+        y = y.map(lambda t, axis=axis: t.unsqueeze(axis))  # type: ignore[misc]
+    return y
+
+
+def _dims(dim: Any) -> list[int]:
+    return [dim] if isinstance(dim, int) else list(dim or [])
+
+
+@operator("aten.amax.default", "aten.max.default")
+async def amax(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) -> Shared:
+    """The largest entry along `dim` (all axes if None)."""
+    top = await maximum_along(ctx, _rows(x, _dims(dim)))
+    return _kept(top, len(x.shape), _dims(dim), keepdim)
+
+
+@operator("aten.amin.default", "aten.min.default")
+async def amin(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) -> Shared:
+    """The smallest entry along `dim` (all axes if None)."""
+    return -await amax(ctx, -x, dim, keepdim)
+
+
+@operator("aten.max.dim")
+async def max_dim(ctx: Context, x: Shared, dim: int, keepdim: bool = False) -> list[Shared]:
+    """The largest entry and its index (the lowest among equals)."""
+    found = await argmax_along(ctx, _rows(x, [dim]))
+    return [_kept(y, len(x.shape), [dim], keepdim) for y in found]
+
+
+@operator("aten.min.dim")
+async def min_dim(ctx: Context, x: Shared, dim: int, keepdim: bool = False) -> list[Shared]:
+    """The smallest entry and its index (the lowest among equals)."""
+    smallest, index = await max_dim(ctx, -x, dim, keepdim)
+    return [-smallest, index]
+
+
+@operator("aten.topk.default")
+async def topk(
+    ctx: Context, x: Shared, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> list[Shared]:
+    """The k largest (or smallest) entries, in order, and their indices; the order among equals is unspecified."""
+    rows = x.map(lambda t: t.movedim(dim, -1))
+    values, indices = await top_along(ctx, rows if largest else -rows, k)
+    return [y.map(lambda t: t.movedim(-1, dim)) for y in (values if largest else -values, indices)]
+
+
+@operator("aten.sort.default")
+async def sort(ctx: Context, x: Shared, dim: int = -1, descending: bool = False) -> list[Shared]:
+    """All entries in order, and their indices."""
+    return await topk(ctx, x, x.shape[dim], dim, descending)
