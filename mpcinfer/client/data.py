@@ -36,7 +36,7 @@ from mpcinfer.errors import (
     RangeError,
     StoreError,
 )
-from mpcinfer.graph.sizes import BATCH, filled, solve
+from mpcinfer.graph.sizes import BATCH, agrees, filled, solve
 from mpcinfer.ring import prg
 from mpcinfer.ring.codec import FixedPoint, check_indices
 from mpcinfer.ring.domain import Ring
@@ -274,12 +274,13 @@ def _sum(
     for index, answer in enumerate(answers):
         message = answer.outputs[position] if position < len(answer.outputs) else tensor_pb2.Tensor()
         shape = tuple(message.shape)
-        form = shape, message.frac_bits, message.ring_bits or 64
-        if form != (expected, spec.frac_bits, spec.ring_bits):
+        form = message.frac_bits, message.ring_bits or 64
+        same = not shares or shape == tuple(shares[0].shape)
+        if not agrees(expected, shape) or not same or form != (spec.frac_bits, spec.ring_bits):
             raise ProtocolError(f"party/{index} answered with another output {spec.name!r} than the model declares")
         if message.WhichOneof("content") == "seed" and len(message.seed) == prg.SEED_BYTES:
             shares.append(prg.expand(message.seed, shape, ring))
-        elif len(message.data) == 8 * math.prod(expected):
+        elif len(message.data) == 8 * math.prod(shape):
             # A copy, because a tensor over bytes that cannot be written to makes torch warn.
             data = np.frombuffer(message.data, "<i8").astype(np.int64)
             shares.append(ring.reduce(torch.from_numpy(data).reshape(shape)))

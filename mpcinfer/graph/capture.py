@@ -83,8 +83,8 @@ def capture(
     embeddings, such as token ids. dynamic_shapes: the sizes that stay free, as `torch.export` takes them; a Dim called
     "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
     size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
-    "argmax". Parameters and persistent buffers are secret; non-persistent buffers and those named in `public` (as in
-    `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
+    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in
+    the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
     its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
@@ -157,7 +157,10 @@ class _Translator:
                 raise UnsupportedError(f"the model carries an object that is no tensor ({spec.target})")
             floating = tensor.dtype.is_floating_point
             self.known[spec.arg.name] = tensor.detach().to(torch.float64) if floating else tensor.detach()
-            if spec.target in public or (spec.kind == InputKind.BUFFER and not spec.persistent):
+            transient = spec.kind == InputKind.BUFFER and not spec.persistent
+            # integers in the code, not among the weights, say which elements go where, as shapes do
+            literal = spec.kind == InputKind.CONSTANT_TENSOR and not floating
+            if spec.target in public or transient or literal:
                 self.public.add(spec.arg.name)
         self._inputs(exported, taken, axes or [{} for _ in taken])
 
@@ -369,15 +372,7 @@ def _with_output_shapes(draft: Program) -> Program:
 
     def declared(output: int, axis: int) -> int:
         small, large = (shapes[output][axis] for shapes in traced)
-        if (small, large) in pairs:
-            return -1 - pairs.index((small, large))
-        if small != large:
-            names = ", ".join(size.name for size in draft.sizes)
-            raise UnsupportedError(
-                f"size {axis} of output {output} is computed from the free sizes ({names}): a size of an output is "
-                "fixed or one of them"
-            )
-        return small
+        return -1 - pairs.index((small, large)) if (small, large) in pairs else small if small == large else 0
 
     outputs = tuple(
         replace(value, shape=tuple(declared(i, axis) for axis in range(len(traced[0][i]))))

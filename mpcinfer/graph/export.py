@@ -52,10 +52,18 @@ def exported_program(
         try:
             return _export(model, inputs, free or fixed), free or fixed
         except Exception as error:
-            cause = next(iter(str(error).splitlines()), "no message")[:300]
             raise UnsupportedError(
-                f"torch.export cannot capture this model; does it branch on values? ({type(error).__name__}: {cause})"
+                "torch.export cannot capture this model; does it branch on values? "
+                f"({type(error).__name__}: {_cause(error)})"
             ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The first line of what export says, and the ranges that it suggests for free sizes."""
+    first, _, rest = (str(error) or "no message").partition("\n")
+    _, found, fixes = rest.partition("Suggested fixes:\n")
+    fixes = "; ".join(line.strip() for line in fixes.partition("\n\n")[0].splitlines())
+    return f"{first[:300]} Suggested: {fixes[:300]}" if found else first[:300]
 
 
 def free_size(symbol: Any, exported: ExportedProgram, dim: Any, number: int) -> Size:

@@ -45,12 +45,12 @@ async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: 
 async def _evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bits: int) -> Any:
     args = [_resolve(x, values) for x in node.args]
     kwargs = {k: _resolve(x, values) for k, x in node.kwargs.items()}
-    rule = lookup(node.op)
+    rule, is_public = lookup(node.op), public.applies(node.op, args)
+    if rule is None and not is_public:
+        raise UnsupportedError(f"operator {node.op} at {node.path or node.name} is not supported")
     try:
-        if public.applies(node.op, args):
+        if rule is None or is_public:
             return public.evaluate(node.op, args, kwargs, frac_bits)
-        if rule is None:
-            raise UnsupportedError("this operator is not supported")
         return await rule(ctx.scope(node.name), *args, **kwargs)
     except UnsupportedError as error:
         raise UnsupportedError(f"{node.op} at {node.path or node.name}: {error}") from error

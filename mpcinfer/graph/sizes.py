@@ -1,6 +1,7 @@
 """Free sizes: which sizes of its inputs a model leaves open, and whether the shapes of a request fit.
 
-A shape entry of -k stands for the free size number k, counted from 1. One called "batch" says that what the model makes
+A shape entry of -k stands for the free size number k, counted from 1; in the shape of an output, 0 stands for a size that
+is computed from the free ones. A free size called "batch" says that what the model makes
 of a row depends on that row alone, so that a large batch may be cut into several requests.
 """
 
@@ -60,8 +61,13 @@ def solve(sizes: Sequence[Size], declared: Sequence[tuple[str, Shape]], shapes: 
 
 
 def filled(shape: Shape, values: Sequence[int]) -> Shape:
-    """A declared shape with its free sizes filled in."""
+    """A declared shape with its free sizes filled in; 0 stays where one is computed."""
     return tuple(values[-size - 1] if size < 0 else size for size in shape)
+
+
+def agrees(declared: Shape, shape: Shape) -> bool:
+    """Whether an output's shape is the declared one, filled in."""
+    return len(declared) == len(shape) and all(want in (0, got) for want, got in zip(declared, shape, strict=True))
 
 
 def described(sizes: Sequence[Size], shape: Shape) -> str:

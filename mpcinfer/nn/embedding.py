@@ -93,12 +93,13 @@ async def gather(ctx: Context, x: Shared, dim: int, index: Any, sparse_grad: boo
 
 @operator("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
 async def masked_fill(ctx: Context, x: Shared, mask: Any, value: Any) -> Shared:
-    """x, and a public number where a public mask is true: local."""
+    """x, and a number, public or secret, where a public mask is true: local."""
     if not isinstance(mask, Public) or mask.value.dtype != torch.bool:
         raise UnsupportedError("filling where a mask that is not public is true")
-    if isinstance(value, Public):
-        filler = value.value << (x.frac_bits - value.frac_bits)
+    if isinstance(value, Shared):
+        filler = value.rescaled(x.frac_bits).share
+    elif isinstance(value, Public):
+        filler = (value.value << (x.frac_bits - value.frac_bits)).to(x.share.device) * int(ctx.first)
     else:
-        filler = torch.tensor(encode(value, x.frac_bits))
-    at = mask.value.to(x.share.device)
-    return x.map(lambda t: torch.where(at, filler.to(t.device) if ctx.first else 0, t))
+        filler = torch.tensor(encode(value, x.frac_bits) if ctx.first else 0, device=x.share.device)
+    return x.map(lambda t: torch.where(mask.value.to(t.device), filler, t))

@@ -69,7 +69,9 @@ async def _same(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def moves(name: str) -> bool:
     """Whether the operator only moves elements."""
-    return lookup(name) is not None and name.removeprefix("aten.") in f"{_MOVES} {_MANY} {_SAME}".split()
+    return (
+        lookup(name) is not None and name.removeprefix("aten.") in f"{_MOVES} {_MANY} {_SAME} _operator.getitem".split()
+    )
 
 
 for _name in _MOVES.split():
@@ -89,21 +91,28 @@ async def number(ctx: Context, x: Shared, frac_bits: int) -> Shared:
 
 @operator("aten.cat.default", "aten.concat.default")
 async def cat(ctx: Context, tensors: list[Any], dim: int = 0) -> Shared:
-    """Concatenation."""
-    return _joined(tensors, lambda parts: torch.cat(parts, dim))
+    """Concatenation of secrets and public tensors."""
+    return _joined(ctx, tensors, lambda parts: torch.cat(parts, dim))
 
 
 @operator("aten.stack.default")
-async def stack(ctx: Context, tensors: list[Shared], dim: int = 0) -> Shared:
+async def stack(ctx: Context, tensors: list[Any], dim: int = 0) -> Shared:
     """Stacking along a new axis."""
-    return _joined(tensors, lambda parts: torch.stack(parts, dim))
+    return _joined(ctx, tensors, lambda parts: torch.stack(parts, dim))
 
 
-def _joined(tensors: list[Shared], join: Any) -> Shared:
-    if not all(isinstance(t, Shared) for t in tensors):
-        raise UnsupportedError("joining secret with public tensors")
+def _joined(ctx: Context, tensors: list[Any], join: Any) -> Shared:
     frac_bits = max(t.frac_bits for t in tensors)
-    return Shared(join([t.rescaled(frac_bits).share for t in tensors]), frac_bits)
+    secret = next(t.share for t in tensors if isinstance(t, Shared))
+    return Shared(join([_share(ctx, t, frac_bits).to(secret.device) for t in tensors]), frac_bits)
+
+
+def _share(ctx: Context, x: Shared | Public, frac_bits: int) -> torch.Tensor:
+    """This party's share at a scale: of a public tensor one party has all."""
+    if isinstance(x, Shared):
+        return x.rescaled(frac_bits).share
+    value = x.value.to(torch.int64) << (frac_bits - x.frac_bits)
+    return value if ctx.first else torch.zeros_like(value)
 
 
 @operator("aten.constant_pad_nd.default", "aten.pad.default")
