@@ -107,12 +107,8 @@ def fit(function: Function, low: float, high: float, frac_bits: int) -> tuple[in
 def _shifted(coefficients: Array, low: float, high: float, middle: float) -> Array:
     """The same polynomial in powers of x - middle, which is hardly elsewhere than the interval's own middle."""
     by = middle - (low + high) / 2
-    return np.array(
-        [
-            sum(a * math.comb(j, i) * by ** (j - i) for j, a in enumerate(coefficients) if j >= i)
-            for i in range(len(coefficients))
-        ]
-    )
+    terms = list(enumerate(coefficients))
+    return np.array([sum(a * math.comb(j, i) * by ** (j - i) for j, a in terms[i:]) for i in range(len(terms))])
 
 
 def knots(target: Target, error: float, frac_bits: int) -> list[float]:

@@ -76,7 +76,7 @@ def mlp(sizes: Sequence[int] = (4, 3, 2)) -> Program:
     return Program.from_bytes(
         json.dumps(
             {
-                "format": 1,
+                "format": 2,
                 "frac_bits": 16,
                 "inputs": [{"name": "x", "shape": [-1, sizes[0]], "frac_bits": 16, "limit": 0.0, "proven": False}],
                 "parameters": declared,
@@ -85,6 +85,7 @@ def mlp(sizes: Sequence[int] = (4, 3, 2)) -> Program:
                 "results": [result],
                 "outputs": [{"name": result, "shape": [-1, sizes[-1]], "frac_bits": 16}],
                 "reveal": "logits",
+                "sizes": [{"name": "batch", "low": 1, "high": 0}],
             }
         ).encode()
     )

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from mpcinfer.graph.capture import Captured
-from mpcinfer.graph.interpret import interpret
+from mpcinfer.graph.interpret import check_inputs, interpret
 from mpcinfer.graph.plan import constants, mask_weights, plan_inference, plan_masks
+from mpcinfer.graph.sizes import agrees, filled
 from mpcinfer.protocol.local import LocalWorld, Transcript
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.codec import FixedPoint
@@ -42,13 +43,17 @@ def run_local(
     world, holdings = deploy_local(captured, parties, key)
     world.transcript = Transcript()
     codec = FixedPoint(program.frac_bits)
-    shares = [world.share(codec.encode(x), program.frac_bits) for x in inputs]
+    shares = [
+        world.share(codec.encode(x), v.frac_bits) if v.frac_bits else world.share(x.to(torch.int64))
+        for v, x in zip(program.inputs, inputs, strict=True)
+    ]
     own = [[s[i] for s in shares] for i in range(parties)]
     outputs: list[list[Shared]] = world.run(
         lambda ctx, held, xs: interpret(program, ctx, held, xs), holdings, own, weights=holdings
     )
 
     seen = world.transcript
+    free = check_inputs(program, [tuple(x.shape) for x in inputs])
     plan, cost, shapes = plan_inference(program, [tuple(x.shape) for x in inputs], parties=parties)
     assert (seen.rounds, seen.bytes_sent) == (cost.rounds, cost.bytes_sent)
     assert seen.dealer_bytes == plan.correction_bytes()
@@ -57,8 +62,7 @@ def run_local(
     for j, declared in enumerate(program.outputs):
         parts = [o[j] for o in outputs]
         assert all(p.frac_bits == declared.frac_bits for p in parts)
-        assert len(declared.shape) == len(parts[0].shape)
-        assert all(want in (-1, got) for want, got in zip(declared.shape, parts[0].shape, strict=True))
+        assert agrees(filled(declared.shape, free), parts[0].shape)
         results.append(world.reveal(parts).to(torch.float64) / 2**declared.frac_bits)
     return results, seen
 
@@ -66,7 +70,7 @@ def run_local(
 def plaintext(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What the model itself computes, in float64."""
     with torch.no_grad():
-        outputs = copy.deepcopy(model).double()(*(x.double() for x in inputs))
+        outputs = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
     return [x.double() for x in (outputs if isinstance(outputs, list | tuple) else [outputs])]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +34,11 @@ from mpcinfer.errors import (
     NotFoundError,
     ProtocolError,
     RangeError,
-    ShapeError,
     StoreError,
 )
+from mpcinfer.graph.sizes import BATCH, agrees, filled, solve
 from mpcinfer.ring import prg
-from mpcinfer.ring.codec import FixedPoint
+from mpcinfer.ring.codec import FixedPoint, check_indices
 from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.sharing import combine, split
 from mpcinfer.wire.identity import Identity
@@ -195,8 +196,10 @@ class Client:
         answers = self._connection.call("Infer", requests, timeout=left)
         if any(answer.version != model.version for answer in answers):
             raise ProtocolError(f"a party answered with another version of model {model.name!r} than was asked for")
-        batch = _batch(model, inputs)
-        return [_sum(answers, i, spec, batch) for i, spec in enumerate(model.outputs)], _cost(answers)
+        free = _free(model, inputs)
+        shapes = [filled(spec.shape, free) for spec in model.outputs]
+        outputs = [_sum(answers, i, *expected) for i, expected in enumerate(zip(model.outputs, shapes, strict=True))]
+        return outputs, _cost(answers)
 
 
 def encode_inputs(model: Model, inputs: Sequence[Array]) -> list[torch.Tensor]:
@@ -205,20 +208,13 @@ def encode_inputs(model: Model, inputs: Sequence[Array]) -> list[torch.Tensor]:
         names = ", ".join(spec.name for spec in model.inputs)
         raise InputError(f"model {model.name!r} takes {len(model.inputs)} inputs ({names}), not {len(inputs)}")
     tensors = [_tensor(x, spec) for x, spec in zip(inputs, model.inputs, strict=True)]
-    for x, spec in zip(tensors, model.inputs, strict=True):
-        fits = x.dim() == len(spec.shape) and all(
-            size > 0 and want in (-1, size) for want, size in zip(spec.shape, x.shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("batch" if size == -1 else str(size) for size in spec.shape)
-            raise ShapeError(
-                f"input {spec.name!r} has shape {list(x.shape)}; model {model.name!r} takes [{wanted}], "
-                "every size at least 1"
-            )
-    batches = {x.shape[0] for x, spec in zip(tensors, model.inputs, strict=True) if spec.shape[:1] == (-1,)}
-    if len(batches) > 1:
-        raise ShapeError(f"the inputs have different batch sizes: {sorted(batches)}")
+    _free(model, tensors)
     return [_encode(x, spec) for x, spec in zip(tensors, model.inputs, strict=True)]
+
+
+def _free(model: Model, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """The free sizes of a request; InputError, ShapeError if the inputs do not fit."""
+    return solve(model.sizes, [(v.name, v.shape) for v in model.inputs], [tuple(x.shape) for x in inputs])
 
 
 def _tensor(x: object, spec: TensorSpec) -> torch.Tensor:
@@ -226,7 +222,8 @@ def _tensor(x: object, spec: TensorSpec) -> torch.Tensor:
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biuf":
             raise DtypeError(f"input {spec.name!r} has dtype {x.dtype}; pass real numbers (float, integer or bool)")
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64).reshape(x.shape))
+        wide = np.int64 if not spec.frac_bits and x.dtype.kind in "iu" else np.float64
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=wide).reshape(x.shape))
     if not isinstance(x, torch.Tensor):
         raise DtypeError(f"input {spec.name!r} is a {type(x).__name__}; pass a torch tensor or a numpy array")
     if x.layout != torch.strided or x.is_quantized or x.is_complex() or x.device.type == "meta":
@@ -236,6 +233,8 @@ def _tensor(x: object, spec: TensorSpec) -> torch.Tensor:
 
 def _encode(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     what = f"input {spec.name!r}"
+    if not spec.frac_bits:
+        return check_indices(x, spec.limit, what)
     encoded = FixedPoint(spec.frac_bits).encode(x, what)
     if spec.limit and int(encoded.abs().max()) >= spec.limit * 2.0**spec.frac_bits:
         raise RangeError(
@@ -246,20 +245,15 @@ def _encode(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """The inputs cut along the batch into requests of at most MAX_REQUEST_BYTES, as are their answers."""
+    free = _free(model, inputs)
     size = 8 * sum(x.numel() for x in inputs)
-    batch = _batch(model, inputs)
-    if batch is None:
-        if size > MAX_REQUEST_BYTES:
-            raise InputError(
-                f"the inputs take {size >> 20} MiB as shares; one request carries {MAX_REQUEST_BYTES >> 20}"
-            )
+    answer = 8 * sum(math.prod(filled(spec.shape, free)) for spec in model.outputs)
+    if max(size, answer) <= MAX_REQUEST_BYTES:
         return [inputs]
-    free = all(spec.shape[:1] == (-1,) for spec in (*model.inputs, *model.outputs))
-    answer = 8 * sum(_elements(spec, batch) for spec in model.outputs)
+    batch = next((value for s, value in zip(model.sizes, free, strict=False) if s.name == BATCH), 1)
+    # only where a row of each output is made of the rows of the inputs with its number
     rows = MAX_REQUEST_BYTES // max(1, max(size, answer) // batch)
-    if rows >= batch:
-        return [inputs]
-    if not free or rows == 0:
+    if not rows or not all(spec.shape[:1] == (-1,) for spec in (*model.inputs, *model.outputs)) or batch == 1:
         raise InputError(
             f"the inputs take {size >> 20} MiB and the outputs {answer >> 20} MiB as shares; one request carries "
             f"{MAX_REQUEST_BYTES >> 20} MiB, and this one cannot be cut along its batch"
@@ -267,37 +261,26 @@ def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tenso
     return [[x[first : first + rows] for x in inputs] for first in range(0, batch, rows)]
 
 
-def _batch(model: Model, inputs: list[torch.Tensor]) -> int | None:
-    """The batch size, None if the model has none."""
-    sizes = [int(x.shape[0]) for x, spec in zip(inputs, model.inputs, strict=True) if spec.shape[:1] == (-1,)]
-    return sizes[0] if sizes else None
-
-
-def _elements(spec: TensorSpec, batch: int) -> int:
-    elements = 1
-    for size in spec.shape:
-        elements *= batch if size == -1 else size
-    return elements
-
-
 def _message(spec: TensorSpec, shape: Sequence[int], **content: bytes) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(shape=shape, frac_bits=spec.frac_bits, ring_bits=spec.ring_bits, **content)
 
 
-def _sum(answers: list[party_pb2.InferResponse], position: int, spec: TensorSpec, batch: int | None) -> torch.Tensor:
+def _sum(
+    answers: list[party_pb2.InferResponse], position: int, spec: TensorSpec, expected: tuple[int, ...]
+) -> torch.Tensor:
     """Output number `position`: the sum of all parties' shares, signed."""
     ring = Ring(spec.ring_bits)
     shares = []
     for index, answer in enumerate(answers):
         message = answer.outputs[position] if position < len(answer.outputs) else tensor_pb2.Tensor()
         shape = tuple(message.shape)
-        expected = tuple(batch if size == -1 else size for size in spec.shape)
-        form = shape, message.frac_bits, message.ring_bits or 64
-        if form != (expected, spec.frac_bits, spec.ring_bits):
+        form = message.frac_bits, message.ring_bits or 64
+        same = not shares or shape == tuple(shares[0].shape)
+        if not agrees(expected, shape) or not same or form != (spec.frac_bits, spec.ring_bits):
             raise ProtocolError(f"party/{index} answered with another output {spec.name!r} than the model declares")
         if message.WhichOneof("content") == "seed" and len(message.seed) == prg.SEED_BYTES:
             shares.append(prg.expand(message.seed, shape, ring))
-        elif len(message.data) == 8 * _elements(spec, batch or 1):
+        elif len(message.data) == 8 * math.prod(shape):
             # A copy, because a tensor over bytes that cannot be written to makes torch warn.
             data = np.frombuffer(message.data, "<i8").astype(np.int64)
             shares.append(ring.reduce(torch.from_numpy(data).reshape(shape)))

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mpcinfer.errors import AgreementError
+from mpcinfer.graph.sizes import BATCH, Size
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a model takes or gives: a shape (-1: any batch size >= 1) and how its numbers are encoded.
+    """What a model takes or gives: a shape (-k: its free size number k) and how its numbers are encoded.
 
-    Absolute values must stay below `limit`; 0 means that only the encoding limits them.
+    Absolute values must stay below `limit`; 0 means that only the encoding limits them. Without fraction bits they are
+    indices from 0 up to but not including `limit`.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Model:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     created: float
+    sizes: tuple[Size, ...] = (Size(BATCH),)
 
     @staticmethod
     def parse(info: party_pb2.ModelInfo) -> Model:
@@ -50,6 +53,8 @@ class Model:
             inputs=_specs(info.inputs),
             outputs=_specs(info.outputs),
             created=info.created_unix_seconds,
+            # a party of before there were others says nothing: the one there was is the batch
+            sizes=tuple(Size(s.name, s.low, s.high) for s in info.sizes) or (Size(BATCH),),
         )
 
     @property

@@ -6,14 +6,15 @@ has the weights, works out at deploy below which power of two every input must s
 Started from all that inputs below a limit can be, an evaluation over intervals shows that nothing leaves its domain:
 the limit is *proven*. Networks are deep, and so many layers of worst cases may leave no useful limit. Then the
 evaluation starts from the example inputs, scaled up to the limit, and every value must stay below a quarter of its
-domain (a sixteenth for products of two secrets): the limit is *calibrated*. Batches are as large as the examples'.
+domain (a sixteenth for products of two secrets): the limit is *calibrated*. Free sizes, such as batches and
+lengths, are as large as the examples'.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,8 +23,8 @@ from mpcinfer.errors import RangeError
 from mpcinfer.graph import transfer  # noqa: F401  (registers what operators do)
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
-from mpcinfer.graph.program import Program
-from mpcinfer.ring.codec import FixedPoint
+from mpcinfer.graph.program import Input, Program
+from mpcinfer.ring.codec import FixedPoint, check_indices
 
 HEADROOM = 4.0
 
@@ -32,45 +33,77 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     """The program with a limit declared for each of its inputs: a power of two, all that is kept of the examples.
 
     weights: the encoded parameters, by name. A proven limit, the same for all inputs, is taken if the examples stay
-    below a quarter of it; else the larger of it and the calibrated ones. RangeError naming the layer if neither admits
-    the examples, and for examples that are not finite.
+    below a quarter of it; else the larger of it and the calibrated ones. Inputs of indices have their limit, the size
+    of a table, already: a proof is for all indices, a calibration for those of the examples. RangeError naming the
+    layer if neither admits the examples, and for examples that are not finite or no index of their table.
     """
     check_inputs(program, [tuple(x.shape) for x in examples])
     codec = FixedPoint(program.frac_bits)
     top = 62 - 2 * program.frac_bits  # the codec's own limit
-    encoded = [codec.encode(x, f"example input {v.name!r}") for v, x in zip(program.inputs, examples, strict=True)]
-    points = [codec.decode(x) for x in encoded]
-    reach = [float(x.abs().max()) for x in points]
+    points = [_point(v, x, codec) for v, x in zip(program.inputs, examples, strict=True)]
+    real = [x for v, x in zip(program.inputs, points, strict=True) if v.frac_bits]
+    reach = [float(x.abs().max()) for x in real]
+
+    def all_inputs(intervals: Iterable[Interval], *, any_index: bool) -> list[Interval]:
+        """The intervals of the numbers among the inputs, and what the indices are."""
+        numbers = iter(intervals)
+        return [
+            next(numbers)
+            if v.frac_bits
+            else Interval(torch.zeros_like(x), torch.full_like(x, v.limit - 1))
+            if any_index
+            else Interval.of(x)
+            for v, x in zip(program.inputs, points, strict=True)
+        ]
 
     proof = Evaluation(program, weights, rounding=True)
 
     def proves(exponent: int) -> bool:
-        ends = [torch.full_like(x, 2.0**exponent - 2.0**-program.frac_bits) for x in points]
-        return _stays(proof, [Interval(-end, end) for end in ends])
+        ends = [torch.full_like(x, 2.0**exponent - 2.0**-program.frac_bits) for x in real]
+        return _stays(proof, all_inputs((Interval(-end, end) for end in ends), any_index=True))
+
+    trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
+    if not real:
+        proven = proves(0)
+        if proven or _stays(trial, all_inputs([], any_index=False)):
+            return _declared(program, [], proven=proven)
+        raise _too_large(program, trial)
 
     exponents = range(2 - program.frac_bits, top + 1)
     exponent = _last(proves, exponents)
-    proven = 2.0**exponent if exponent in exponents else 0.0
+    limit = 2.0**exponent if exponent in exponents else 0.0
     # examples that are all zero say nothing: a limit of 1 will do for them
-    if proven >= 4 * (max(reach) or 0.25):
-        return _declared(program, [proven] * len(points), proven=True)
+    if limit >= 4 * (max(reach) or 0.25):
+        return _declared(program, [limit] * len(real), proven=True)
     if not any(reach):
         raise RangeError("the example inputs are all zero, which says nothing about real ones; pass some of those")
 
-    trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
     above = [math.frexp(size)[1] for size in reach]  # of the smallest power of two above each input
 
     def fits(by: int) -> bool:
         scales = [2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)]
-        return _stays(trial, [Interval.of(x * scale) for x, scale in zip(points, scales, strict=True)])
+        scaled = (Interval.of(x * scale) for x, scale in zip(real, scales, strict=True))
+        return _stays(trial, all_inputs(scaled, any_index=False))
 
     by = _last(fits, range(top - max(above) + 1))
-    if by >= 0 and 2.0 ** (max(above) + by) > proven:
+    if by >= 0 and 2.0 ** (max(above) + by) > limit:
         return _declared(program, [2.0 ** (exponent + by) for exponent in above], proven=False)
-    if proven > max(reach):
-        return _declared(program, [proven] * len(points), proven=True)
-    node = trial.node  # where the examples themselves stopped, the last that was tried
-    raise RangeError(
+    if limit > max(reach):
+        return _declared(program, [limit] * len(real), proven=True)
+    raise _too_large(program, trial)  # where the examples themselves stopped, the last that was tried
+
+
+def _point(declared: Input, x: torch.Tensor, codec: FixedPoint) -> torch.Tensor:
+    """An example as the parties have it, in float64."""
+    what = f"example input {declared.name!r}"
+    if declared.frac_bits:
+        return codec.decode(codec.encode(x, what))
+    return check_indices(x, declared.limit, what).double()
+
+
+def _too_large(program: Program, trial: Evaluation) -> RangeError:
+    node = trial.node
+    return RangeError(
         f"{node.op} at {node.path or node.name}: the example inputs make numbers too large for {program.frac_bits} "
         f"fraction bits with the {HEADROOM:g} times headroom that a deployment keeps; use fewer frac_bits, or scale "
         "the inputs down"
@@ -91,5 +124,10 @@ def _last(holds: Callable[[int], bool], candidates: range) -> int:
 
 
 def _declared(program: Program, limits: Sequence[float], *, proven: bool) -> Program:
-    inputs = (replace(v, limit=limit, proven=proven) for v, limit in zip(program.inputs, limits, strict=True))
-    return replace(program, inputs=tuple(inputs))
+    numbers = iter(limits)
+    return replace(
+        program,
+        inputs=tuple(
+            replace(v, limit=next(numbers) if v.frac_bits else v.limit, proven=proven) for v in program.inputs
+        ),
+    )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils._pytree import tree_leaves
 
 from mpcinfer.errors import InputError, UnsupportedError
 from mpcinfer.graph.bounds import with_limits
+from mpcinfer.graph.export import Axes, exported_program, free_size
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.plan import plan_inference
 from mpcinfer.graph.program import REVEALS, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
-from mpcinfer.nn import lookup, supported
+from mpcinfer.graph.sizes import BATCH, Size, filled
+from mpcinfer.nn import lookup, public, supported, takes_integers, yields_integers
 from mpcinfer.nn.shape import moves
 from mpcinfer.ring.codec import FixedPoint
 
@@ -37,16 +37,22 @@ _WEIGHT_AT = {
     "aten.matmul.default": 1,
     "aten.mm.default": 1,
     "aten.mul.Tensor": 1,
+    "aten.embedding.default": 0,
 }
 # operators that take a public tensor as it is; any other gets it as one more secret
-_TAKES_PUBLIC = ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.mul.Tensor")
-# what argmax yields is an integer, and may only be moved
-_INTEGERS = ("aten.argmax.default",)
+_TAKES_PUBLIC = """
+    aten.add.Tensor aten.sub.Tensor aten.rsub.Tensor aten.mul.Tensor
+    aten.embedding.default aten.index.Tensor aten.index_select.default aten.gather.default
+    aten.masked_fill.Scalar aten.masked_fill.Tensor aten.where.self aten.scaled_dot_product_attention.default
+""".split()
+# where very negative numbers stand for minus infinity, that is for "masked"
+_MASKS = ("aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+_EMBEDDING = "aten.embedding.default"
 _ITEM = "_operator.getitem"
+_NO_MODULE = "_empty_nn_module_stack"  # what export writes where it knows none
+_CASTS = ("aten._to_copy.default", "aten.to.dtype")
 # over the last axis these are mpc.softmax, which `reveal` recognises
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
-# checks of sizes and dtypes that export adds; they compute nothing
-_CHECKS = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default")
 
 
 @dataclass(frozen=True)
@@ -68,21 +74,25 @@ def capture(
     reveal: str = "logits",
     k: int = 5,
     public: Collection[str] = (),
+    dynamic_shapes: Any = None,
 ) -> Captured:
     """Export `model` (in eval mode) and translate it.
 
     example_inputs: one tensor per argument, real ones if possible: from their range the inputs' limits are made
-    (`graph.bounds`). If all share their first size it becomes a free batch size where the model allows it. An
-    ExportedProgram has its own, unless others are given. reveal: "logits", "probabilities", "top-k" (with `k`) or
-    "argmax". Parameters and persistent buffers are secret; non-persistent buffers and those named in `public` (as in
-    `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
+    (`graph.bounds`). An ExportedProgram has its own, unless others are given. Inputs of integers are secret indices of
+    embeddings, such as token ids. dynamic_shapes: the sizes that stay free, as `torch.export` takes them; a Dim called
+    "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
+    size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
+    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in
+    the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
     its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
     if reveal not in REVEALS:
         raise InputError(f"reveal must be one of {', '.join(REVEALS)}, not {reveal!r}")
     codec = FixedPoint(frac_bits)
-    translated = _Translator(_export(model, example_inputs), codec, public)
+    exported, axes = exported_program(model, example_inputs, dynamic_shapes)
+    translated = _Translator(exported, codec, public, axes)
     program = translated.program(reveal, k)
     weights = translated.encoded(program)
     return Captured(with_limits(program, weights, _examples(model, example_inputs)), weights)
@@ -95,144 +105,149 @@ def _examples(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]
     return list(inputs)
 
 
-def _export(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) -> ExportedProgram:
-    """The exported model without in-place operators; its batch size is free where the model allows it."""
-    if isinstance(model, ExportedProgram):
-        return _functional(model)
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise InputError(f"{training[0]} is in training mode: call model.eval() before deploying")
-    if isinstance(inputs, torch.Tensor) or not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
-        raise InputError("example_inputs must be a sequence with one tensor per argument of the model")
-    with torch.no_grad():
-        # export takes two uses of one tensor for one input, hence the copies
-        sizes = {x.shape[0] if x.dim() else 0 for x in inputs}
-        if len(sizes) == 1 and sizes != {0}:
-            # and a size of 1 for a constant
-            several = tuple(x.repeat(2, *([1] * (x.dim() - 1))) if x.shape[0] == 1 else x.clone() for x in inputs)
-            try:
-                return _functional(_quiet_export(model, several, _free_batch(model, several)))
-            except Exception:  # of many types, when a model fixes its batch size: the next attempt says what else it is
-                pass
-        try:
-            return _functional(_quiet_export(model, tuple(x.clone() for x in inputs), None))
-        except Exception as error:
-            cause = next(iter(str(error).splitlines()), "no message")[:300]
-            raise UnsupportedError(
-                f"torch.export cannot capture this model; does it branch on values? ({type(error).__name__}: {cause})"
-            ) from error
-
-
-def _free_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    """The first size of every input as one free size, by the names of `forward`'s arguments."""
-    free = {0: Dim("batch")}
-    bound = inspect.signature(model.forward).bind(*inputs).arguments
-    return {name: tuple(free for _ in x) if isinstance(x, tuple) else free for name, x in bound.items()}
-
-
-def _quiet_export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
-    with warnings.catch_warnings():
-        # torch 2.13 warns of a class that it uses itself
-        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-        exported: ExportedProgram = export(model, inputs, dynamic_shapes=dynamic_shapes)
-        return exported
-
-
-def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """Without in-place operators and code whose results nobody uses; a new object."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-        functional: ExportedProgram = exported.run_decompositions({})
-    functional.graph.eliminate_dead_code()
-    return functional
-
-
 class _Translator:
     """Walks the exported graph once."""
 
-    def __init__(self, exported: ExportedProgram, codec: FixedPoint, public: Collection[str]) -> None:
+    def __init__(
+        self, exported: ExportedProgram, codec: FixedPoint, public: Collection[str], axes: Sequence[Axes]
+    ) -> None:
         self.codec = codec
         self.inputs: list[Input] = []
+        self.sizes: list[Size] = []
         self.known: dict[str, Any] = {}  # parameters and what depends on them alone, in float64, by node name
         self.public: set[str] = set()  # those of them that need not be hidden
-        self.integers: set[str] = set()
+        self.open: set[str] = set()  # sizes, and what depends on them and on public constants
+        self.integers: set[str] = set()  # secret ones
+        self.indices: dict[str, str] = {}  # those of them that are an input, or one that was moved, and which
         self.nodes: list[Node] = []
         self.missing: dict[str, list[str]] = {}
-        self._placeholders(exported, public)
+        self._placeholders(exported, public, axes)
         for node in exported.graph.nodes:
             if node.op == "call_function":
                 self._visit(node)
         if self.missing:
             places = "; ".join(f"{op} at {', '.join(sorted(set(at)))}" for op, at in sorted(self.missing.items()))
             raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}")
+        useless = [v.name for v in self.inputs if not v.frac_bits and not v.limit]
+        if useless:
+            raise UnsupportedError(f"input {useless[0]!r} has integers, but is no index of an embedding")
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
         self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
         self.nodes = pool_before_relu(self.nodes, [r.name for r in self.results])
         self.weights: set[str] = set()
         self.nodes = [self._laid_out(node) for node in self.nodes]
 
-    def _placeholders(self, exported: ExportedProgram, public: Collection[str]) -> None:
+    def _placeholders(self, exported: ExportedProgram, public: Collection[str], axes: Sequence[Axes]) -> None:
         state: Mapping[str, Any] = {**exported.state_dict, **exported.constants}
         unknown = sorted(set(public) - set(state))
         if unknown:
             raise InputError(f"the model has no parameter or buffer named {', '.join(unknown)}, which `public` lists")
         metas = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
+        taken: list[tuple[str, torch.Tensor]] = []
         for spec in exported.graph_signature.input_specs:
             if spec.kind == InputKind.USER_INPUT:
-                self._input(spec.arg.name, metas[spec.arg.name], isinstance(spec.arg, TensorArgument))
-                continue
+                meta = metas[spec.arg.name]
+                if isinstance(spec.arg, TensorArgument):
+                    taken.append((spec.arg.name, meta))
+                elif isinstance(meta, torch.SymInt):
+                    raise UnsupportedError(f"input {spec.arg.name!r} is a size: inputs are tensors")
+                continue  # any other argument is one that export has made a constant
             tensor = state.get(spec.target or "")
             if not isinstance(tensor, torch.Tensor):
                 raise UnsupportedError(f"the model carries an object that is no tensor ({spec.target})")
             floating = tensor.dtype.is_floating_point
             self.known[spec.arg.name] = tensor.detach().to(torch.float64) if floating else tensor.detach()
-            if spec.target in public or (spec.kind == InputKind.BUFFER and not spec.persistent):
+            transient = spec.kind == InputKind.BUFFER and not spec.persistent
+            # integers in the code, not among the weights, say which elements go where, as shapes do
+            literal = spec.kind == InputKind.CONSTANT_TENSOR and not floating
+            if spec.target in public or transient or literal:
                 self.public.add(spec.arg.name)
+        self._inputs(exported, taken, axes or [{} for _ in taken])
 
-    def _input(self, name: str, meta: Any, tensor: bool) -> None:
-        if not tensor:
-            if isinstance(meta, torch.SymInt):
-                raise UnsupportedError(f"input {name!r} is a size: inputs are tensors")
-            return  # an argument that export has made a constant
-        if not meta.dtype.is_floating_point:
-            raise UnsupportedError(f"input {name!r} has dtype {meta.dtype}: inputs are floating point")
-        if any(isinstance(s, torch.SymInt) for s in meta.shape[1:]):
-            raise UnsupportedError(f"input {name!r} has a free size: only the first, the batch size, may be free")
-        shape = tuple(-1 if isinstance(s, torch.SymInt) else int(s) for s in meta.shape)
-        self.inputs.append(Input(name, shape, self.codec.frac_bits))
+    def _inputs(
+        self, exported: ExportedProgram, taken: Sequence[tuple[str, torch.Tensor]], axes: Sequence[Axes]
+    ) -> None:
+        """Declare the inputs and the free sizes that they have, the batch first."""
+        found: dict[Any, Size] = {}
+        for (name, meta), dims in zip(taken, axes, strict=True):
+            for axis, size in enumerate(meta.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr not in found:
+                    symbol = size.node.expr
+                    if symbol not in exported.range_constraints:
+                        raise UnsupportedError(f"input {name!r} has a size that depends on another one: {symbol}")
+                    found[symbol] = free_size(symbol, exported, dims.get(axis), len(found) + 1)
+        symbols = sorted(found, key=lambda symbol: found[symbol].name != BATCH)
+        self.sizes = [found[symbol] for symbol in symbols]
+        for name, meta in taken:
+            shape = tuple(
+                -1 - symbols.index(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in meta.shape
+            )
+            if meta.dtype.is_floating_point:
+                self.inputs.append(Input(name, shape, self.codec.frac_bits))
+            elif meta.dtype in (torch.int64, torch.int32):
+                self.inputs.append(Input(name, shape, 0))
+                self.integers.add(name)
+                self.indices[name] = name
+            else:
+                raise UnsupportedError(f"input {name!r} has dtype {meta.dtype}: inputs are floating point or indices")
 
     def _visit(self, node: fx.Node) -> None:
         op, path = _name(node.target), _path(node)
-        if op in _CHECKS:
-            return
-        if all(source.name in self.known for source in node.all_input_nodes):
+        sources = [source.name for source in node.all_input_nodes]
+        if all(name in self.known for name in sources):
             self.known[node.name] = constant_value(node, self.known)
-            if node.all_input_nodes and all(source.name in self.public for source in node.all_input_nodes):
+            if all(name in self.public for name in sources):
                 self.public.add(node.name)
             return
-        if op != BATCH_NORM and lookup(op) is None:
-            self.missing.setdefault(op, []).append(path)
+        is_open = public.sizes_only(op) or all(name in self.open or name in self.public for name in sources)
+        computed = is_open and isinstance(_made(node), torch.Tensor)
+        if op != BATCH_NORM and (not public.computes(op) if computed else lookup(op) is None):
+            why = " of public numbers (make a table of them before, and index it by position)" if computed else ""
+            self.missing.setdefault(f"{op}{why}", []).append(path)
             return
-        self._check_dtype(node, op, path)
-        args = tuple(_argument(a, op, path) for a in node.args)
-        kwargs = {k: v for k, v in ((k, _argument(v, op, path)) for k, v in node.kwargs.items()) if v is not None}
+        if is_open:
+            self.open.add(node.name)
+        else:
+            self._check_dtype(node, op, path)
+        masks = computed or op in _MASKS
+        args = tuple(_argument(a, op, path, masks) for a in node.args)
+        kwargs = {k: _argument(v, op, path, masks) for k, v in node.kwargs.items()}
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}
+        if computed:
+            kwargs.pop("pin_memory", None)
+            kwargs["dtype"] = _kind(_made(node).dtype)
         if op == BATCH_NORM and isinstance(node.args[0], fx.Node):
             kwargs["rank"] = node.args[0].meta["val"].dim()
         if op in _SOFTMAX and args[1] in (-1, node.meta["val"].dim() - 1):
             op, args, kwargs = "mpc.softmax", args[:1], {}
+        if op in _CASTS and not is_open and sources[0] in self.integers and node.name not in self.integers:
+            op, args, kwargs = "mpc.number", (args[0], self.codec.frac_bits), {}
         self.nodes.append(Node(node.name, op, args, kwargs, path))
 
     def _check_dtype(self, node: fx.Node, op: str, path: str) -> None:
-        """Integers are refused unless they are indices that argmax found and that are only moved."""
+        """Secret integers come from indices and comparisons, and are given only to operators that take them."""
+        integers = [source.name for source in node.all_input_nodes if source.name in self.integers]
+        if integers and not takes_integers(op):
+            raise UnsupportedError(f"{op} at {path}: takes no secret integers or truth values")
         meta = node.meta.get("val")
         made = [m for m in (meta if isinstance(meta, list | tuple) else [meta]) if isinstance(m, torch.Tensor)]
-        from_integers = any(source.name in self.integers for source in node.all_input_nodes)
         if made and not any(m.dtype.is_floating_point for m in made):
-            if op not in (*_INTEGERS, _ITEM) and not (from_integers and moves(op)):
-                raise UnsupportedError(f"{op} at {path}: yields {made[0].dtype}; secrets are floating point")
+            if not (yields_integers(op) or op == _ITEM or (integers and takes_integers(op))):
+                raise UnsupportedError(
+                    f"{op} at {path}: yields {made[0].dtype}; secrets are floating point (a persistent buffer of "
+                    "positions is no secret if `public` names it)"
+                )
             self.integers.add(node.name)
-        elif made and from_integers:
-            raise UnsupportedError(f"{op} at {path}: indices can be moved and returned, not computed with")
+        if moves(op) and integers and integers[0] in self.indices:
+            self.indices[node.name] = self.indices[integers[0]]
+        if op == _EMBEDDING and integers and integers[0] in self.indices:
+            self._limit(self.indices[integers[0]], int(node.args[0].meta["val"].shape[0]))
+
+    def _limit(self, name: str, rows: int) -> None:
+        """An input is the index of a table of so many rows."""
+        at = next(i for i, v in enumerate(self.inputs) if v.name == name)
+        before = self.inputs[at].limit
+        self.inputs[at] = replace(self.inputs[at], limit=min(before or math.inf, float(rows)))
 
     def _outputs(self, exported: ExportedProgram) -> tuple[Ref, ...]:
         results: list[Ref] = []
@@ -243,9 +258,10 @@ class _Translator:
                 continue  # nobody sees the tensor that the model overwrites
             if spec.kind != OutputKind.USER_OUTPUT:
                 raise UnsupportedError(f"the model changes {spec.target!r} while it runs: a deployed model is constant")
-            if not isinstance(value, fx.Node) or value.name in self.known:
+            tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+            if not isinstance(value, fx.Node) or value.name in self.known or (tensor and value.name in self.open):
                 raise UnsupportedError(f"output {len(results)} of the model does not depend on its inputs")
-            if not isinstance(value.meta.get("val"), torch.Tensor):
+            if not tensor:
                 raise UnsupportedError(f"output {len(results)} of the model is a size, not a tensor")
             results.append(Ref(value.name))
         if not results:
@@ -257,6 +273,8 @@ class _Translator:
 
         Weights of linear layers are stored [in, out], the way the kernels read them fastest.
         """
+        if node.name in self.open:
+            return node
         op, args = node.op, list(node.args)
         if op == "aten.linear.default" and self._tensor(args[1]) is not None:
             stored = f"{args[1].name}.T"
@@ -272,13 +290,16 @@ class _Translator:
             tensor = self._tensor(argument)
             if tensor is None or (argument.name in self.public and op in _TAKES_PUBLIC):
                 continue
-            weight = i == _WEIGHT_AT.get(op)
+            weight = i == _WEIGHT_AT.get(op) and not (op == _EMBEDDING and self._is_public(args[1]))
             if weight or argument.name in self.public:
                 args[i] = Ref(f"{argument.name}.{'weight' if weight else 'secret'}")
                 self.tensors[args[i].name] = tensor
             if weight:
                 self.weights.add(args[i].name)
         return replace(node, op=op, args=tuple(args))
+
+    def _is_public(self, argument: Any) -> bool:
+        return isinstance(argument, Ref) and (argument.name in self.public or argument.name in self.open)
 
     def _tensor(self, argument: Any) -> torch.Tensor | None:
         return self.tensors.get(argument.name) if isinstance(argument, Ref) else None
@@ -312,6 +333,7 @@ class _Translator:
             results=self.results,
             outputs=tuple(Value(r.name, (), self._frac_bits(r.name)) for r in self.results),
             reveal=reveal,
+            sizes=tuple(self.sizes),
         )
         draft.check()
         return _with_output_shapes(draft)
@@ -331,8 +353,9 @@ class _Translator:
 
     def _constant(self, name: str) -> Constant:
         tensor = self.tensors[name]
-        encoded = self.codec.encode(tensor, f"public tensor {name}")
-        return Constant(name, tuple(tensor.shape), self.codec.frac_bits, tuple(encoded.flatten().tolist()))
+        value = public.encoded(tensor, None, self.codec.frac_bits)
+        data = tuple(value.value.flatten().to(torch.int64).tolist())
+        return Constant(name, tuple(tensor.shape), value.frac_bits, data, tensor.dtype == torch.bool)
 
     def encoded(self, program: Program) -> dict[str, torch.Tensor]:
         """The program's parameters in fixed point."""
@@ -343,16 +366,33 @@ class _Translator:
 
 
 def _with_output_shapes(draft: Program) -> Program:
-    """Trace the program for two batch sizes: refuses here what would fail at run time, and declares the outputs."""
-    shapes = []
-    for batch in (2, 7):
-        inputs = [tuple(batch if s == -1 else s for s in v.shape) for v in draft.inputs]
-        shapes.append(plan_inference(draft, inputs, parties=2)[2])
+    """Trace the program for the smallest and for large sizes: refuses here what would fail at run time, and declares
+    the outputs."""
+    probes = _probes(draft.sizes)
+    traced = [plan_inference(draft, [filled(v.shape, at) for v in draft.inputs], parties=2)[2] for at in probes]
+    pairs = list(zip(*probes, strict=True))
+
+    def declared(output: int, axis: int) -> int:
+        small, large = (shapes[output][axis] for shapes in traced)
+        return -1 - pairs.index((small, large)) if (small, large) in pairs else small if small == large else 0
+
     outputs = tuple(
-        replace(value, shape=tuple(x if x == y else -1 for x, y in zip(a, b, strict=True)))
-        for value, a, b in zip(draft.outputs, *shapes, strict=True)
+        replace(value, shape=tuple(declared(i, axis) for axis in range(len(traced[0][i]))))
+        for i, value in enumerate(draft.outputs)
     )
     return replace(draft, outputs=outputs)
+
+
+def _probes(sizes: Sequence[Size]) -> list[tuple[int, ...]]:
+    """Two values of every free size, the smallest and the largest if it has one, that no other size has both."""
+    small = tuple(size.low for size in sizes)
+    large: list[int] = []
+    for size in sizes:
+        value = size.high or size.low + 6
+        while value in large and value > size.low:
+            value += -1 if size.high else 1
+        large.append(value)
+    return [small, tuple(large)]
 
 
 def _name(target: Any) -> str:
@@ -360,11 +400,25 @@ def _name(target: Any) -> str:
     return f"_operator.{name}" if name and getattr(operator, name, None) is target else str(target)
 
 
-def _argument(x: Any, op: str, path: str) -> Any:
+def _made(node: fx.Node) -> Any:
+    """What a node yields, or the first of several results."""
+    meta = node.meta.get("val")
+    return meta[0] if isinstance(meta, list | tuple) and meta else meta
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """What public.evaluate calls a dtype."""
+    return "bool" if dtype == torch.bool else "float64" if dtype.is_floating_point else "int64"
+
+
+def _argument(x: Any, op: str, path: str, masks: bool) -> Any:
+    """As plain data. `masks`: what is far below zero, down to minus infinity, means "masked"."""
     if isinstance(x, fx.Node):
         return Ref(x.name)
     if isinstance(x, list | tuple):
-        return [_argument(item, op, path) for item in x]
+        return [_argument(item, op, path, masks) for item in x]
+    if masks and isinstance(x, float) and x <= public.MASKED_FROM:
+        return public.MASKED
     if isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format):
         return None  # meaningless for shares
     if not (x is None or isinstance(x, bool | int | float | str)):
@@ -376,5 +430,6 @@ def _argument(x: Any, op: str, path: str) -> Any:
 
 def _path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((str(entry[0]) for entry in reversed(list(stack.values())) if entry[0]), "")
+    places = [str(entry[0]) for entry in reversed(list(stack.values()))]
+    path = next((place for place in places if place and not place.startswith(_NO_MODULE)), "")
     return path.removeprefix("L['self'].") or node.name

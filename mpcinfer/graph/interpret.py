@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpcinfer.errors import InputError, MpcInferError, ShapeError, UnsupportedError
-from mpcinfer.graph.program import Node, Program, Ref, references
-from mpcinfer.nn import lookup
+import torch
+
+from mpcinfer.errors import MpcInferError, ShapeError, UnsupportedError
+from mpcinfer.graph.program import Constant, Node, Program, Ref, references
+from mpcinfer.graph.sizes import solve
+from mpcinfer.nn import lookup, public
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.rerandomise import rerandomise
 from mpcinfer.protocol.types import Public, Shared, Weight
@@ -25,7 +28,7 @@ async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: 
     uses = Counter(name for node in program.nodes for name in references(node))
     uses.update(r.name for r in program.results)
     for node in program.nodes:
-        values[node.name] = await _evaluate(node, ctx, values)
+        values[node.name] = await _evaluate(node, ctx, values, program.frac_bits)
         for name in references(node):
             uses[name] -= 1
             if not uses[name]:
@@ -39,13 +42,15 @@ async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: 
     return outputs
 
 
-async def _evaluate(node: Node, ctx: Context, values: Mapping[str, Any]) -> Any:
-    rule = lookup(node.op)
-    if rule is None:
-        raise UnsupportedError(f"operator {node.op} at {node.path or node.name} is not supported")
+async def _evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bits: int) -> Any:
     args = [_resolve(x, values) for x in node.args]
     kwargs = {k: _resolve(x, values) for k, x in node.kwargs.items()}
+    rule, is_public = lookup(node.op), public.applies(node.op, args)
+    if rule is None and not is_public:
+        raise UnsupportedError(f"operator {node.op} at {node.path or node.name} is not supported")
     try:
+        if rule is None or is_public:
+            return public.evaluate(node.op, args, kwargs, frac_bits)
         return await rule(ctx.scope(node.name), *args, **kwargs)
     except UnsupportedError as error:
         raise UnsupportedError(f"{node.op} at {node.path or node.name}: {error}") from error
@@ -59,6 +64,12 @@ async def _evaluate(node: Node, ctx: Context, values: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def public_constant(constant: Constant) -> Public:
+    """A public tensor of the program."""
+    dtype = torch.bool if constant.boolean else torch.int64
+    return Public(torch.tensor(constant.data, dtype=dtype).reshape(constant.shape), constant.frac_bits)
+
+
 def _resolve(x: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(x, Ref):
         return values[x.name]
@@ -67,20 +78,6 @@ def _resolve(x: Any, values: Mapping[str, Any]) -> Any:
     return x
 
 
-def check_inputs(program: Program, shapes: Sequence[tuple[int, ...]]) -> None:
-    """ShapeError unless the inputs' shapes fit the declarations, with one common batch size."""
-    if len(shapes) != len(program.inputs):
-        raise InputError(f"the model takes {len(program.inputs)} inputs, not {len(shapes)}")
-    batch: set[int] = set()
-    for declared, shape in zip(program.inputs, shapes, strict=True):
-        fits = len(shape) == len(declared.shape) and all(
-            want in (-1, got) and got > 0 for want, got in zip(declared.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("batch" if s == -1 else str(s) for s in declared.shape)
-            raise ShapeError(
-                f"input {declared.name!r} has shape {list(shape)}, the model takes [{wanted}], every size at least 1"
-            )
-        batch |= {got for want, got in zip(declared.shape, shape, strict=True) if want == -1}
-    if len(batch) > 1:
-        raise ShapeError(f"the inputs have different batch sizes: {sorted(batch)}")
+def check_inputs(program: Program, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What the program's free sizes are for inputs of these shapes; InputError, ShapeError if they do not fit."""
+    return solve(program.sizes, [(v.name, v.shape) for v in program.inputs], shapes)

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import UnsupportedError
+from mpcinfer.graph.interpret import public_constant
 from mpcinfer.graph.program import Node, Program, Ref, references
+from mpcinfer.nn import public
+from mpcinfer.protocol.types import Public
 from mpcinfer.ring.codec import FixedPoint
 
 TRUNCATED, SOFTMAX, OTHERS = 62, 59, 61
@@ -32,11 +35,17 @@ class Interval:
     low: torch.Tensor
     high: torch.Tensor
     known: bool = False  # a parameter or a constant of the model
+    truth: bool = False  # public truth values, as 0 and 1
 
     @staticmethod
     def of(x: torch.Tensor, known: bool = False) -> Interval:
         """A point."""
         return Interval(x, x, known)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of both ends."""
+        return tuple(self.low.shape)
 
     @property
     def point(self) -> bool:
@@ -98,9 +107,7 @@ class Evaluation:
             self.node = node
             args = [self._resolved(x, values) for x in node.args]
             kwargs = {k: self._resolved(x, values) for k, x in node.kwargs.items()}
-            if node.op not in RULES:
-                raise UnsupportedError(f"{node.op} has no bounds, so no limit of the inputs can be declared")
-            values[node.name] = RULES[node.op](self, *args, **kwargs)
+            values[node.name] = self._value(node.op, args, kwargs)
             for x in values[node.name] if isinstance(values[node.name], list) else [values[node.name]]:
                 if isinstance(x, Interval):
                     self.need(x, self.frac_bits, OTHERS)
@@ -109,6 +116,13 @@ class Evaluation:
                 if not uses[name]:
                     values.pop(name, None)
         return [values[name] for name in results]
+
+    def _value(self, op: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if public.applies(op, args, Interval):
+            return public.evaluate(op, args, kwargs, self.frac_bits)
+        if op not in RULES:
+            raise UnsupportedError(f"{op} has no bounds, so no limit of the inputs can be declared")
+        return RULES[op](self, *map(_interval, args), **{k: _interval(v) for k, v in kwargs.items()})
 
     def need(self, x: Interval, scale: float, domain: int, secrets: int = 1) -> None:
         """x 2^scale must be below 2^domain."""
@@ -129,13 +143,19 @@ class Evaluation:
 
     def _resolved(self, x: Any, values: Mapping[str, Any]) -> Any:
         if isinstance(x, Ref):
-            return values[x.name] if x.name in values else Interval.of(self._parameter(x.name), known=True)
+            return values[x.name] if x.name in values else self._known(x.name)
         return [self._resolved(item, values) for item in x] if isinstance(x, list | tuple) else x
 
-    def _parameter(self, name: str) -> torch.Tensor:
+    def _known(self, name: str) -> Interval | Public:
         """A parameter or constant as the parties have it. Decoded for each use, so that one is in memory at a time."""
-        codec = FixedPoint(self.frac_bits)
         if name in self._weights:
-            return codec.decode(self._weights[name])
-        found = next(c for c in self._program.constants if c.name == name)
-        return codec.decode(torch.tensor(found.data, dtype=torch.int64).reshape(found.shape))
+            return Interval.of(FixedPoint(self.frac_bits).decode(self._weights[name]), known=True)
+        return public_constant(next(c for c in self._program.constants if c.name == name))
+
+
+def _interval(x: Any) -> Any:
+    """Public numbers as points."""
+    if isinstance(x, Public):
+        point = public.tensors(x).double()
+        return Interval(point, point, known=True, truth=x.value.dtype == torch.bool)
+    return [_interval(item) for item in x] if isinstance(x, list | tuple) else x

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mpcinfer.graph.interpret import Holdings, check_inputs, interpret
+from mpcinfer.graph.interpret import Holdings, check_inputs, interpret, public_constant
 from mpcinfer.graph.program import Program
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.linear import mask_weight
@@ -20,9 +20,7 @@ def _meta(shape: Sequence[int]) -> torch.Tensor:
 
 def constants(program: Program) -> dict[str, Public]:
     """The program's public tensors."""
-    return {
-        c.name: Public(torch.tensor(c.data, dtype=torch.int64).reshape(c.shape), c.frac_bits) for c in program.constants
-    }
+    return {c.name: public_constant(c) for c in program.constants}
 
 
 def plan_inference(
@@ -33,9 +31,8 @@ def plan_inference(
     Raises what the interpreter raises: UnsupportedError naming operator and module path, ShapeError.
     """
     check_inputs(program, shapes)
-    holdings: dict[str, Shared | Weight | Public] = {
-        c.name: Public(_meta(c.shape), c.frac_bits) for c in program.constants
-    }
+    # public numbers decide what is computed: which pairs a mask lets through, which rows of a table
+    holdings: dict[str, Shared | Weight | Public] = {**constants(program)}
     for p in program.parameters:
         share = _meta(p.shape)
         holdings[p.name] = Weight(p.name, share, share, p.frac_bits) if p.weight else Shared(share, p.frac_bits)

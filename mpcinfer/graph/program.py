@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpcinfer.errors import InputError
+from mpcinfer.graph.sizes import Size
 from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS, FixedPoint
 
 REVEALS = ("logits", "probabilities", "top-k", "argmax")
-FORMAT = 1
+FORMAT = 2
 MAX_DEPTH = 4  # of lists in an argument
+MAX_INDICES = 1 << 24  # an input may range over
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Value:
-    """Declaration of an input, an output, or a parameter. A shape entry of -1 is any batch size >= 1."""
+    """Declaration of an input, an output, or a parameter. A shape entry of -k is the program's free size number k."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,6 +50,7 @@ class Input(Value):
     """What the model takes: numbers of absolute value below `limit`, a power of two (0: what the encoding can hold).
 
     `proven`: whatever stays below it is computed right; otherwise the limit was calibrated on examples.
+    Without fraction bits it takes indices from 0 up to but not including `limit`.
     """
 
     limit: float = 0.0
@@ -63,14 +66,18 @@ class Parameter(Value):
 
 @dataclass(frozen=True)
 class Constant(Value):
-    """A public tensor: integers at scale 2^frac_bits, row-major."""
+    """A public tensor: integers at scale 2^frac_bits, row-major. `boolean`: they are 0 and 1 and mean truth values."""
 
     data: tuple[int, ...] = ()
+    boolean: bool = False
 
 
 @dataclass(frozen=True)
 class Program:
-    """Inputs, parameters, nodes in order of evaluation, outputs. `reveal` says what the outputs were reduced to."""
+    """Inputs, parameters, nodes in order of evaluation, outputs. `reveal` says what the outputs were reduced to.
+
+    `sizes` are the free sizes, which shapes of inputs and outputs refer to.
+    """
 
     frac_bits: int
     inputs: tuple[Input, ...]
@@ -80,6 +87,7 @@ class Program:
     results: tuple[Ref, ...]
     outputs: tuple[Value, ...]
     reveal: str = "logits"
+    sizes: tuple[Size, ...] = ()
 
     @property
     def size(self) -> int:
@@ -112,12 +120,18 @@ class Program:
                     Parameter(**_declared(v, "weight"), weight=_flag(v["weight"])) for v in raw.pop("parameters")
                 ),
                 constants=tuple(
-                    Constant(**_declared(v, "data"), data=tuple(map(_integer, v["data"]))) for v in raw.pop("constants")
+                    Constant(
+                        **_declared(v, "data", "boolean"),
+                        data=tuple(map(_integer, v["data"])),
+                        boolean=_flag(v["boolean"]),
+                    )
+                    for v in raw.pop("constants")
                 ),
                 nodes=tuple(_node(*parts) for parts in raw.pop("nodes")),
                 results=tuple(Ref(_text(r)) for r in raw.pop("results")),
                 outputs=tuple(Value(**_declared(v)) for v in raw.pop("outputs")),
                 reveal=_text(raw.pop("reveal")),
+                sizes=tuple(_size(**size) for size in raw.pop("sizes")),
             )
             if raw:
                 raise ValueError("unknown fields")
@@ -149,18 +163,30 @@ class Program:
         values = (*self.inputs, *self.parameters, *self.constants, *self.outputs)
         if any(v.frac_bits not in (0, self.frac_bits) for v in values):
             raise InputError("the program mixes fixed-point scales")
-        if any(
-            v.limit and (math.frexp(v.limit)[0] != 0.5 or v.limit > FixedPoint(self.frac_bits).limit)
-            for v in self.inputs
-        ):
-            raise InputError("the limit of an input is a power of two that the encoding can hold")
+        if not all(map(self._possible, self.inputs)):
+            raise InputError(
+                "the limit of an input is a power of two that the encoding can hold, or the number of its indices"
+            )
         if any(s < 0 for v in (*self.parameters, *self.constants) for s in v.shape):
             raise InputError("a parameter of the program has no definite size")
-        if any(s < -1 for v in values for s in v.shape):
-            raise InputError("a shape has a negative size")
+        free = {-s for v in self.inputs for s in v.shape if s < 0}
+        if free != set(range(1, len(self.sizes) + 1)) or any(s < 0 and -s not in free for v in values for s in v.shape):
+            raise InputError("the free sizes of the program are not those of its inputs")
+        if any(not 1 <= s.low <= (s.high or s.low) for s in self.sizes):
+            raise InputError("a free size of the program has an impossible range")
+        if len({s.name for s in self.sizes}) != len(self.sizes):
+            raise InputError("two free sizes of the program have the same name")
         for c in self.constants:
             if len(c.data) != math.prod(c.shape) or not all(-(1 << 62) < x < 1 << 62 for x in c.data):
                 raise InputError(f"the values of {c.name!r} do not fit its shape")
+            if c.boolean and (c.frac_bits or not set(c.data) <= {0, 1}):
+                raise InputError(f"the values of {c.name!r} are no truth values")
+
+    def _possible(self, declared: Input) -> bool:
+        limit = declared.limit
+        if not declared.frac_bits:
+            return limit.is_integer() and 1 <= limit <= MAX_INDICES
+        return not limit or (math.frexp(limit)[0] == 0.5 and 0 < limit <= FixedPoint(self.frac_bits).limit)
 
 
 def references(node: Node) -> list[str]:
@@ -203,6 +229,10 @@ def _float(x: Any) -> float:
     if not isinstance(x, float):
         raise TypeError("not a floating-point number")
     return x
+
+
+def _size(name: Any, low: Any, high: Any) -> Size:
+    return Size(_text(name), _integer(low), _integer(high))
 
 
 def _declared(raw: Any, *more: str) -> dict[str, Any]:

@@ -302,3 +302,47 @@ def _sym_size(run: Evaluation, x: Interval, dim: int) -> int:
 @_bounds("_operator.getitem")
 def _getitem(run: Evaluation, values: list[Any], index: int) -> Any:
     return values[index]
+
+
+# look-ups
+
+
+@_bounds("aten.embedding.default")
+def _embedding(run: Evaluation, table: Interval, index: Interval, *rest: Any) -> Interval:
+    """The rows looked up; those of any index where it is not known."""
+    if index.point:
+        rows = index.low.long()
+        return table.map(lambda t: t[rows])
+    shape = (*index.low.shape, table.low.shape[-1])
+    return Interval(table.low.amin(0).expand(shape), table.high.amax(0).expand(shape))
+
+
+@_bounds("aten.index.Tensor")
+def _index(run: Evaluation, x: Interval, indices: list[Interval | None]) -> Interval:
+    at = [None if i is None else i.low.bool() if i.truth else i.low.long() for i in indices]
+    indexed: Interval = x.map(lambda t: torch.ops.aten.index.Tensor(t, at))
+    return indexed
+
+
+@_bounds("aten.index_select.default")
+def _index_select(run: Evaluation, x: Interval, dim: int, index: Interval) -> Interval:
+    selected: Interval = x.map(lambda t: t.index_select(dim, index.low.long()))
+    return selected
+
+
+@_bounds("aten.gather.default")
+def _gather(run: Evaluation, x: Interval, dim: int, index: Interval, *rest: Any) -> Interval:
+    gathered: Interval = x.map(lambda t: t.gather(dim, index.low.long()))
+    return gathered
+
+
+@_bounds("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def _masked_fill(run: Evaluation, x: Interval, mask: Interval, value: Any) -> Interval:
+    filler = value.low if isinstance(value, Interval) else torch.tensor(value, dtype=torch.float64)
+    filled: Interval = x.map(lambda t: torch.where(mask.low != 0, filler, t))
+    return filled
+
+
+@_bounds("mpc.number")
+def _number(run: Evaluation, x: Interval, frac_bits: int) -> Interval:
+    return x

@@ -5,29 +5,35 @@ from mpcinfer.nn import (
     attention,
     compare,
     elementwise,
+    embedding,
     functions,
     linear,
     normalise,
     pooling,
+    public,
     reveal,
     shape,
     softmax,
 )
-from mpcinfer.nn.registry import lookup, operator, supported
+from mpcinfer.nn.registry import lookup, operator, supported, takes_integers, yields_integers
 
 __all__ = [
     "activation",
     "attention",
     "compare",
     "elementwise",
+    "embedding",
     "functions",
     "linear",
     "lookup",
     "normalise",
     "operator",
     "pooling",
+    "public",
     "reveal",
     "shape",
     "softmax",
     "supported",
+    "takes_integers",
+    "yields_integers",
 ]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.compare import MASKED
 from mpcinfer.nn.elementwise import add_public, fraction, scale
+from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum
 from mpcinfer.protocol.context import Context, together
@@ -97,10 +97,10 @@ def _mask(shape: tuple[int, ...], mask: Any, causal: bool) -> tuple[torch.Tensor
         return None, None
     if not isinstance(mask, Public):
         raise UnsupportedError("an attention mask that is a fixed weight")
-    if mask.frac_bits == 0:
-        keep, added = mask.value != 0, None
+    if mask.value.dtype == torch.bool:
+        keep, added = mask.value, None
     else:
-        keep = mask.value > MASKED << mask.frac_bits
+        keep = mask.value > int(MASKED_FROM) << mask.frac_bits
         added = None if bool((mask.value[keep] == 0).all()) else mask.value.expand(shape)
     return (None if bool(keep.all()) else keep.expand(shape)), added
 

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 
 from mpcinfer.nn.elementwise import add_public, encode
+from mpcinfer.nn.public import MASKED
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import argmax_along, maximum_along, top_along
 from mpcinfer.protocol.types import Public, Shared
-
-# what a masked score becomes: far below all others, and far from where differences wrap around
-MASKED = -(1 << 14)
 
 
 def number(ctx: Context, x: Any, like: Shared) -> Shared:
@@ -39,7 +37,7 @@ def broadcast(*operands: Shared) -> list[Shared]:
 
 
 async def _compared(ctx: Context, x: Any, y: Any, thresholds: tuple[int, ...], values: tuple[int, ...]) -> Shared:
-    """A step function of x - y, in units of the last place; of x alone where y is a number, which may lie between two."""
+    """A step function of x - y, in units of the last place; a number y may lie between two of them."""
     if isinstance(y, int | float) and not isinstance(y, bool):
         at = y * 2.0**x.frac_bits
         if math.isinf(at) or abs(at) >= 2.0**61:
@@ -73,7 +71,7 @@ def _comparison(thresholds: tuple[int, ...], values: tuple[int, ...]) -> Any:
 
 
 for _name, _steps in _COMPARISONS.items():
-    operator(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_comparison(*_steps))
+    operator(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar", integer=True, takes_integers=True)(_comparison(*_steps))
 
 
 @operator("aten.sign.default")
@@ -83,27 +81,27 @@ async def sign(ctx: Context, x: Shared) -> Shared:
     return await select.piecewise_linear(ctx, x, (0, 1), (0, 0, 0), (-one, 0, one))
 
 
-@operator("aten.logical_not.default", "aten.bitwise_not.default")
+@operator("aten.logical_not.default", "aten.bitwise_not.default", takes_integers=True)
 async def logical_not(ctx: Context, x: Shared) -> Shared:
     """1 - x."""
     return add_public(ctx, -x, 1)
 
 
-@operator("aten.logical_and.default", "aten.bitwise_and.Tensor")
+@operator("aten.logical_and.default", "aten.bitwise_and.Tensor", takes_integers=True)
 async def logical_and(ctx: Context, x: Any, y: Any) -> Shared:
     """x y."""
     x, y = _booleans(ctx, x, y)
     return await multiply(ctx, x, y)
 
 
-@operator("aten.logical_or.default", "aten.bitwise_or.Tensor")
+@operator("aten.logical_or.default", "aten.bitwise_or.Tensor", takes_integers=True)
 async def logical_or(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - x y."""
     x, y = _booleans(ctx, x, y)
     return x + y - await multiply(ctx, x, y)
 
 
-@operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor")
+@operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor", takes_integers=True)
 async def logical_xor(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - 2 x y."""
     x, y = _booleans(ctx, x, y)
@@ -115,7 +113,9 @@ def _booleans(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
     return number(ctx, x, secret), number(ctx, y, secret)
 
 
-@operator("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
+@operator(
+    "aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar", takes_integers=True
+)
 async def where(ctx: Context, condition: Any, x: Any, y: Any, frac_bits: int = 0) -> Shared:
     """x where the condition holds, else y; condition and values may be secret or public. One round, or none.
 
@@ -143,9 +143,9 @@ def _times_public(condition: Shared, x: Any, y: Any, frac_bits: int) -> torch.Te
     return condition.share * (a - b)
 
 
-@operator("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+@operator("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", takes_integers=True)
 async def masked_fill(ctx: Context, x: Shared, mask: Any, value: Any) -> Shared:
-    """x where the mask is 0, else the value; -inf and what cannot be encoded become -2^14."""
+    """x where the mask is 0, else the value; -inf and what cannot be encoded become -2^15."""
     return await where(ctx, mask, value, x)
 
 

@@ -34,10 +34,8 @@ def encode(value: Number, frac_bits: int) -> int:
 
 def add_public(ctx: Context, x: Shared, constant: int | torch.Tensor) -> Shared:
     """x + constant, a public integer (tensor) at x's scale: one party adds it."""
-    if isinstance(constant, torch.Tensor):
-        constant = constant.to(x.share.device)
-        return Shared(x.share + (constant if ctx.first else torch.zeros_like(constant)), x.frac_bits)
-    return Shared(x.share + (constant if ctx.first else 0), x.frac_bits)
+    constant = torch.as_tensor(constant).to(x.share.device)
+    return Shared(x.share + (constant if ctx.first else torch.zeros_like(constant)), x.frac_bits)
 
 
 def fraction(factor: Number) -> tuple[int, int]:
@@ -123,7 +121,7 @@ async def total(ctx: Context, x: Any, y: Any, factor: Number) -> Any:
     if isinstance(y, Public):
         if not float(factor).is_integer():
             raise UnsupportedError("a public tensor times a fractional alpha")
-        return add_public(ctx, x, (y.value << (x.frac_bits - y.frac_bits)) * int(factor))
+        return add_public(ctx, x, (y.value.to(torch.int64) << (x.frac_bits - y.frac_bits)) * int(factor))
     return add_public(ctx, x, encode(y * factor, x.frac_bits))
 
 

@@ -54,11 +54,11 @@ async def standardise(
 ) -> Shared:
     """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis, [*S, n]; without `centred`, x / rms(x).
 
-    Input: sum (x - mean)^2 < 2^(62 - 2 (frac_bits - shift)), and rows whose deviation is below 2^(shift - frac_bits + 8)
-    lose precision. The variance itself may be anything, zero too, where the result is `bias`.
-    Rounds 13 (11 without gain): the opening that centres, truncates and squares; a truncation of the sum; 1/sqrt (8), and
-    meanwhile the product with the gain; the product of both; a truncation. Bytes 40 per element (24 without gain), and
-    about 480 per row.
+    Input: sum (x - mean)^2 < 2^(62 - 2 (frac_bits - shift)), and rows whose deviation is below
+    2^(shift - frac_bits + 8) lose precision. The variance itself may be anything, zero too, where the result is `bias`.
+    Rounds 12: the opening that centres, truncates and squares; a truncation of the sum; 1/sqrt (8), and meanwhile the
+    product with the gain; the product of both; a truncation. Bytes 40 per element (24 without gain), and about 480 per
+    row.
     """
     y, total, rho = await _squares(ctx, x, shift, centred)
     n = x.shape[-1]

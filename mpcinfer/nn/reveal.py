@@ -9,13 +9,13 @@ from mpcinfer.protocol.tournament import argmax_along, top_along
 from mpcinfer.protocol.types import Shared
 
 
-@operator("mpc.argmax")
+@operator("mpc.argmax", integer=True)
 async def argmax(ctx: Context, x: Shared) -> Shared:
     """The index of the largest entry of the last axis: an integer."""
     return (await argmax_along(ctx, x))[1]
 
 
-@operator("mpc.top_k")
+@operator("mpc.top_k", integer=True)
 async def top_k(ctx: Context, x: Shared, k: int) -> Shared:
     """The indices of the k largest entries of the last axis, largest first."""
     if not 1 <= k <= x.shape[-1]:
@@ -23,7 +23,7 @@ async def top_k(ctx: Context, x: Shared, k: int) -> Shared:
     return (await top_along(ctx, x, k))[1]
 
 
-@operator("aten.argmax.default")
+@operator("aten.argmax.default", integer=True)
 async def aten_argmax(ctx: Context, x: Shared, dim: int | None = None, keepdim: bool = False) -> Shared:
     """torch.argmax; the lowest index among equals."""
     if dim is None:

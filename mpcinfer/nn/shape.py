@@ -40,9 +40,7 @@ def _aten(name: str) -> Any:
 def _move(name: str) -> Rule:
     function = _aten(name)
 
-    async def rule(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, Public):
-            return Public(function(x.value, *args, **kwargs), x.frac_bits)
+    async def rule(ctx: Context, x: Shared, *args: Any, **kwargs: Any) -> Shared:
         return x.map(lambda t: _moved(function, t, *args, **kwargs))
 
     return rule
@@ -70,7 +68,7 @@ async def _same(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def moves(name: str) -> bool:
-    """Whether the operator only moves elements, so that it may be applied to integers too."""
+    """Whether the operator only moves elements."""
     return (
         lookup(name) is not None and name.removeprefix("aten.") in f"{_MOVES} {_MANY} {_SAME} _operator.getitem".split()
     )
@@ -78,30 +76,43 @@ def moves(name: str) -> bool:
 
 for _name in _MOVES.split():
     if _aten(_name) is not None:
-        operator(f"aten.{_name}")(_move(_name))
+        operator(f"aten.{_name}", takes_integers=True)(_move(_name))
 for _name in _MANY.split():
     if _aten(_name) is not None:
-        operator(f"aten.{_name}")(_split(_name))
-operator(*(f"aten.{name}" for name in _SAME.split()))(_same)
+        operator(f"aten.{_name}", takes_integers=True)(_split(_name))
+operator(*(f"aten.{name}" for name in _SAME.split()), takes_integers=True)(_same)
+
+
+@operator("mpc.number", takes_integers=True)
+async def number(ctx: Context, x: Shared, frac_bits: int) -> Shared:
+    """A secret integer or truth value as a number at the model's scale: local."""
+    return x.rescaled(frac_bits)
 
 
 @operator("aten.cat.default", "aten.concat.default")
-async def cat(ctx: Context, tensors: list[Shared], dim: int = 0) -> Shared:
-    """Concatenation."""
-    return _joined(tensors, lambda parts: torch.cat(parts, dim))
+async def cat(ctx: Context, tensors: list[Any], dim: int = 0) -> Shared:
+    """Concatenation of secrets and public tensors."""
+    return _joined(ctx, tensors, lambda parts: torch.cat(parts, dim))
 
 
 @operator("aten.stack.default")
-async def stack(ctx: Context, tensors: list[Shared], dim: int = 0) -> Shared:
+async def stack(ctx: Context, tensors: list[Any], dim: int = 0) -> Shared:
     """Stacking along a new axis."""
-    return _joined(tensors, lambda parts: torch.stack(parts, dim))
+    return _joined(ctx, tensors, lambda parts: torch.stack(parts, dim))
 
 
-def _joined(tensors: list[Shared], join: Any) -> Shared:
-    if not all(isinstance(t, Shared) for t in tensors):
-        raise UnsupportedError("joining secret with public tensors")
+def _joined(ctx: Context, tensors: list[Any], join: Any) -> Shared:
     frac_bits = max(t.frac_bits for t in tensors)
-    return Shared(join([t.rescaled(frac_bits).share for t in tensors]), frac_bits)
+    secret = next(t.share for t in tensors if isinstance(t, Shared))
+    return Shared(join([_share(ctx, t, frac_bits).to(secret.device) for t in tensors]), frac_bits)
+
+
+def _share(ctx: Context, x: Shared | Public, frac_bits: int) -> torch.Tensor:
+    """This party's share at a scale: of a public tensor one party has all."""
+    if isinstance(x, Shared):
+        return x.rescaled(frac_bits).share
+    value = x.value.to(torch.int64) << (frac_bits - x.frac_bits)
+    return value if ctx.first else torch.zeros_like(value)
 
 
 @operator("aten.constant_pad_nd.default", "aten.pad.default")
@@ -138,13 +149,13 @@ def _indexed_pad(t: torch.Tensor, padding: list[int], mode: str) -> torch.Tensor
     return t
 
 
-@operator("aten.sym_size.int")
+@operator("aten.sym_size.int", takes_integers=True)
 async def sym_size(ctx: Context, x: Any, dim: int) -> int:
     """A size: public."""
     return int(x.shape[dim])
 
 
-@operator("_operator.getitem")
+@operator("_operator.getitem", takes_integers=True)
 async def getitem(ctx: Context, values: list[Any], index: int) -> Any:
     """One of several results."""
     if index >= len(values):

@@ -281,4 +281,5 @@ def _info(model: Model) -> party_pb2.ModelInfo:
         reveal=model.program.reveal,
         created_unix_seconds=model.created,
         parameters=model.program.size,
+        sizes=[tensor_pb2.Size(name=s.name, low=s.low, high=s.high) for s in model.program.sizes],
     )

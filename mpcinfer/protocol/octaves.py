@@ -1,8 +1,8 @@
 """Numbers over many octaves, brought to one small interval: what 1/x, 1/sqrt(x), sqrt(x) and log(x) have in common.
 
-Thresholds at half octaves find the piece that x is in, which gives shares of a gain with gain x = 1 - h, abs(h) <= 11/64:
-h is linear in x on each piece and so exact. Then f(x) is a table's entry for the piece, combined with a polynomial of h
-that serves all pieces.
+Thresholds at half octaves find the piece that x is in, which gives shares of a gain with gain x = 1 - h and
+abs(h) <= 11/64: h is linear in x on each piece and so exact. Then f(x) is a table's entry for the piece, combined with
+a polynomial of h that serves all pieces.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ ARGUMENT_BITS = 16
 
 @dataclass(frozen=True)
 class Spline:
-    """A function: T thresholds, T steps from a piece's cubic to the next one's, and asymptotes that change at one knot.
+    """A function: T thresholds, T steps from a piece's cubic to the next one's, asymptotes that change at one knot.
 
-    Below threshold k the residual's cubic gains `steps[k]`; above the last one it is zero. `frac_bits`: of the residual.
+    Below threshold k the residual's cubic gains `steps[k]`; above the last it is zero. `frac_bits`: of the residual.
     """
 
     thresholds: tuple[int, ...]
@@ -114,8 +114,8 @@ async def piecewise(ctx: Context, x: Shared, spline: Spline) -> Shared:
     How: x opened once serves T comparisons, the asymptotes (bit * value at x's scale) and the residual, which is zero
     outside the knots and a cubic between them, evaluated mod 2^64 at a high scale and truncated once.
     Opened: x + r over Z_2^64; the words of `below`; the outcome bits xor beta; then the opening of `truncate`.
-    Rounds 5; online 16 + 4.375 T bytes per element and peer (51 for GELU, T = 8; 59.8 for SiLU, T = 10); offline 66 + 45 T
-    bytes; correlations `Pieces`, `Truncation`.
+    Rounds 5; online 16 + 4.375 T bytes per element and peer (51 for GELU, T = 8; 59.8 for SiLU, T = 10); offline
+    62 + 45 T bytes; correlations `Pieces`, `Truncation`.
     Source: splines on masked values by the binomial theorem as in `polynomial`; the split into an asymptote, which no
     scale can make wrap around, and a bounded residual is our own.
     """

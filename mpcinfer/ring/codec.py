@@ -52,3 +52,15 @@ class FixedPoint:
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """float64 of x's shape: x / 2^f."""
         return x.to(torch.float64) / 2.0**self.frac_bits
+
+
+def check_indices(x: torch.Tensor, limit: float, what: str) -> torch.Tensor:
+    """x as int64, indices from 0 up to but not including `limit`. DtypeError, RangeError (naming `what`, no value)."""
+    if x.is_floating_point() or x.is_complex() or x.is_quantized or x.dtype == torch.bool:
+        raise DtypeError(f"{what} has dtype {x.dtype}; pass integers: they are indices, such as token ids")
+    index = x.detach().to(device="cpu", dtype=torch.int64)
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit:
+        raise RangeError(
+            f"{what} contains indices that are not from 0 to {int(limit) - 1}, which is all the model knows"
+        )
+    return index

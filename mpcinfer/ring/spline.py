@@ -1,8 +1,8 @@
 """Cubics of a masked value, one for each of many pieces, combined by shared bits: the kernel.
 
-With c = x + r public, a polynomial q(x) = q(c - r) is sum_i q_i (-r)^i, where q_i = q^(i)(c) / i! is public and shares of
-the powers of r are dealt. For b = e xor beta, with e public, b q(x) = e q(x) + (1 - 2 e) beta q(c - r), for which shares
-of beta r^i are dealt. All arithmetic is mod 2^64.
+With c = x + r public, a polynomial q(x) = q(c - r) is sum_i q_i (-r)^i, where q_i = q^(i)(c) / i! is public and shares
+of the powers of r are dealt. For b = e xor beta, with e public, b q(x) = e q(x) + (1 - 2 e) beta q(c - r), for which
+shares of beta r^i are dealt. All arithmetic is mod 2^64.
 """
 
 from __future__ import annotations

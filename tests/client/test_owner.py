@@ -30,7 +30,7 @@ from mpcinfer.ring.domain import Z64
 from tests.client.fakes import FakeCluster, info, total
 
 MODEL = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
-DEFAULTS = {"frac_bits": 16, "reveal": "logits", "k": 5, "public": ()}
+DEFAULTS = {"frac_bits": 16, "reveal": "logits", "k": 5, "public": (), "dynamic_shapes": None}
 LARGE = nn.Sequential(nn.Linear(500, 600), nn.ReLU(), nn.Linear(600, 2)).eval()
 
 

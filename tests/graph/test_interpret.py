@@ -10,6 +10,7 @@ from mpcinfer.graph.capture import capture
 from mpcinfer.graph.interpret import check_inputs, interpret
 from mpcinfer.graph.plan import plan_inference
 from mpcinfer.graph.program import Input, Node, Program, Ref, Value
+from mpcinfer.graph.sizes import Size
 from mpcinfer.protocol.local import LocalWorld
 from tests.graph.conftest import Case, Digits
 from tests.models_local import deploy_local, plaintext, run_local
@@ -75,6 +76,7 @@ PROGRAM = Program(
     nodes=(Node("s", "aten.relu.default", (Ref("x"),), {}, "layer"),),
     results=(Ref("s"),),
     outputs=(Value("s", (-1, 3), 16),),
+    sizes=(Size("batch"),),
 )
 
 
@@ -91,7 +93,7 @@ def test_inputs_that_fit() -> None:
         ([(1, 4), (1, 2, 2), (4,)], ShapeError, r"'x' has shape \[1, 4\], the model takes \[batch, 3\]"),
         ([(3,), (1, 2, 2), (4,)], ShapeError, "'x' has shape"),
         ([(1, 1, 3), (1, 2, 2), (4,)], ShapeError, "'x' has shape"),
-        ([(0, 3), (0, 2, 2), (4,)], ShapeError, "every size at least 1"),
+        ([(0, 3), (0, 2, 2), (4,)], ShapeError, "batch at least 1"),
         ([(2, 3), (3, 2, 2), (4,)], ShapeError, r"different batch sizes: \[2, 3\]"),
         ([(-1, 3), (-1, 2, 2), (4,)], ShapeError, "'x' has shape"),
     ],

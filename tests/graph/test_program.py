@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from mpcinfer.errors import InputError, MpcInferError
 from mpcinfer.graph.plan import constants, plan_inference, plan_masks
 from mpcinfer.graph.program import Constant, Input, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.sizes import Size
 from tests.graph.conftest import Case
 
 SMALL = Program(
     frac_bits=16,
     inputs=(Input("x", (-1, 3), 16, 2.0**20, True),),
     parameters=(Parameter("w.weight", (3, 2), 16, True), Parameter("b", (2,), 16)),
-    constants=(Constant("c", (2,), 16, (65536, -32768)),),
+    constants=(Constant("c", (2,), 16, (65536, -32768)), Constant("m", (2,), 0, (1, 0), True)),
     nodes=(
         Node("y", "mpc.linear", (Ref("x"), Ref("w.weight"), Ref("b")), {}, "fc"),
         Node("z", "aten.add.Tensor", (Ref("y"), Ref("c")), {"alpha": 2}, ""),
@@ -29,6 +30,7 @@ SMALL = Program(
     ),
     results=(Ref("s"), Ref("y")),
     outputs=(Value("s", (-1, 6), 16), Value("y", (-1, 2), 16)),
+    sizes=(Size("batch", 1, 64),),
 )
 
 
@@ -63,7 +65,7 @@ def test_a_program_carries_plain_data_only() -> None:
     [
         b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"format":1}', b'{"format":2}',
         b"[" * 100_000, b'{"format":' * 50_000,
-        SMALL.to_bytes()[:-1], SMALL.to_bytes() + b"x", SMALL.to_bytes().replace(b'"format":1', b'"format":2'),
+        SMALL.to_bytes()[:-1], SMALL.to_bytes() + b"x", SMALL.to_bytes().replace(b'"format":2', b'"format":1'),
     ],
     ids=range(12),
 )  # fmt: skip
@@ -79,6 +81,10 @@ CHANGES: list[tuple[list[Any], Any]] = [
     (["inputs", 0, "name"], ["x"]), (["inputs", 0, "name"], "b"), (["inputs", 0, "shape"], [-2, 3]),
     (["inputs", 0, "limit"], 3.0), (["inputs", 0, "limit"], 1 << 20), (["inputs", 0, "limit"], 2.0**31),
     (["inputs", 0, "limit"], -8.0), (["inputs", 0, "limit"], float("inf")), (["inputs", 0, "limit"], float("nan")),
+    (["inputs", 0, "frac_bits"], 0), (["inputs", 0, "shape"], [2, 3]), (["outputs", 0, "shape"], [-2, 6]),
+    (["sizes"], []), (["sizes", 0, "low"], 0), (["sizes", 0, "low"], 65), (["sizes", 0, "high"], -1),
+    (["sizes", 0, "name"], 3), (["sizes", 0, "more"], 3), (["sizes", 0], []), (["sizes"], {}),
+    (["constants", 1, "data"], [1, 2]), (["constants", 1, "frac_bits"], 16), (["constants", 1, "boolean"], 1),
     (["inputs", 0, "proven"], 1), (["inputs", 0, "more"], 1), (["outputs", 0, "limit"], 8.0),
     (["parameters", 0, "limit"], 8.0), (["constants", 0, "more"], 1),
     (["inputs", 0, "shape"], "ab"), (["inputs", 0, "shape"], [1.5, 3]), (["inputs", 0, "frac_bits"], float("inf")),

@@ -338,6 +338,9 @@ SHAPE = Group(
         "cat": lambda m, x: torch.cat([x, x[:, :2]], 1),
         "cat with a parameter": lambda m, x: torch.cat([m.token.expand(x.shape[0], -1, -1, -1), x], 1),
         "cat with a public tensor": lambda m, x: torch.cat([m.public.t().expand(x.shape[0], 1, -1, -1), x], 1),
+        "cat with ones and positions": lambda m, x: torch.cat(
+            [torch.ones(x.shape[0], 1, 5, 4), x, torch.arange(20).reshape(5, 4).expand(x.shape[0], 1, -1, -1)], 1
+        ),
         "cat of batches": lambda m, x: torch.cat([x, x]),
         "concat": lambda m, x: torch.concat([x, x], -1),
         "stack": lambda m, x: torch.stack([x, x.flip(1)], 2),
@@ -370,6 +373,38 @@ INDICES = Group(
     ulps=0,
 )
 
+
+def below(n: int) -> torch.Tensor:
+    """A causal mask of n positions."""
+    return torch.arange(n)[None] <= torch.arange(n)[:, None]
+
+
+EMBEDDING = Group(
+    functions={
+        "secret index": lambda m, x: m.table(x.argmax(-1)),
+        "secret index in a computed table": lambda m, x: F.embedding(x[:, :, 0].argmax(-1), x[0, 0, :, :2] * m.factor),
+        "position": lambda m, x: m.table(torch.arange(x.shape[0])),
+        "position by position": lambda m, x: m.table(m.positions[0, torch.arange(x.shape[0])]),
+        "index_select": lambda m, x: x.index_select(2, torch.tensor([4, 0, 0])),
+        "several": lambda m, x: x[:, [0, 2], [1, -1]],
+        "list": lambda m, x: x[:, :, [0, 2, -1]],
+        "mask": lambda m, x: x[:, torch.tensor([True, False, True])],
+        "pairs": lambda m, x: x[:, :, below(5)[:, :4]],
+        "gather": lambda m, x: x.gather(2, (torch.arange(4) % 3).expand(x.shape[0], 3, 2, 4)),
+        "masked_fill": lambda m, x: x.masked_fill(below(5)[:, :4], -2.5),
+        "masked_fill with a tensor": lambda m, x: x.masked_fill(torch.arange(4) > 1, m.factor[0] * 0 + 3),
+        "truth of a size": lambda m, x: x * below(4 + x.shape[0])[-1, :4],
+        "index as a number": lambda m, x: x.argmax(-1).float() * 0.5,
+    },
+    shapes=[(2, 3, 5, 4)],
+    ulps=1.01,
+    state=lambda: {
+        "table": nn.Embedding(9, 4),
+        "factor": nn.Parameter(torch.ones(2)),
+        "positions": torch.arange(16)[None],
+    },
+)
+
 SOFTMAX = Group(
     functions={
         "last axis": lambda m, x: F.softmax(x, -1),
@@ -392,4 +427,5 @@ GROUPS = {
     "shape": SHAPE,
     "indices": INDICES,
     "softmax": SOFTMAX,
+    "embedding": EMBEDDING,
 }

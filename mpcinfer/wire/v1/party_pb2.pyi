@@ -40,7 +40,7 @@ class StatusResponse(_message.Message):
     def __init__(self, index: _Optional[int] = ..., parties: _Optional[int] = ..., protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., package_version: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., requests_done: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "version", "deployment_id", "owner", "inputs", "outputs", "reveal", "created_unix_seconds", "parameters")
+    __slots__ = ("name", "version", "deployment_id", "owner", "inputs", "outputs", "reveal", "created_unix_seconds", "parameters", "sizes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class ModelInfo(_message.Message):
     REVEAL_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     deployment_id: bytes
@@ -59,7 +60,8 @@ class ModelInfo(_message.Message):
     reveal: str
     created_unix_seconds: float
     parameters: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., deployment_id: _Optional[bytes] = ..., owner: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., reveal: _Optional[str] = ..., created_unix_seconds: _Optional[float] = ..., parameters: _Optional[int] = ...) -> None: ...
+    sizes: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Size]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., deployment_id: _Optional[bytes] = ..., owner: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., reveal: _Optional[str] = ..., created_unix_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., sizes: _Optional[_Iterable[_Union[_tensor_pb2.Size, _Mapping]]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

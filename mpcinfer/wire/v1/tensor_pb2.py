@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mpcinfer/v1/tensor.proto\x12\x0bmpcinfer.v1\"h\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\x11\n\tfrac_bits\x18\x02 \x01(\r\x12\x11\n\tring_bits\x18\x03 \x01(\r\x12\x0e\n\x04\x64\x61ta\x18\x04 \x01(\x0cH\x00\x12\x0e\n\x04seed\x18\x05 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"^\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tfrac_bits\x18\x03 \x01(\r\x12\x11\n\tring_bits\x18\x04 \x01(\r\x12\r\n\x05limit\x18\x05 \x01(\x01\"[\n\tPhaseCost\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0e\n\x06rounds\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x19\n\x11\x62ytes_from_dealer\x18\x04 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mpcinfer/v1/tensor.proto\x12\x0bmpcinfer.v1\"h\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\x11\n\tfrac_bits\x18\x02 \x01(\r\x12\x11\n\tring_bits\x18\x03 \x01(\r\x12\x0e\n\x04\x64\x61ta\x18\x04 \x01(\x0cH\x00\x12\x0e\n\x04seed\x18\x05 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"^\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tfrac_bits\x18\x03 \x01(\r\x12\x11\n\tring_bits\x18\x04 \x01(\r\x12\r\n\x05limit\x18\x05 \x01(\x01\"/\n\x04Size\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03low\x18\x02 \x01(\x04\x12\x0c\n\x04high\x18\x03 \x01(\x04\"[\n\tPhaseCost\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0e\n\x06rounds\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x19\n\x11\x62ytes_from_dealer\x18\x04 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSOR']._serialized_end=145
   _globals['_TENSORSPEC']._serialized_start=147
   _globals['_TENSORSPEC']._serialized_end=241
-  _globals['_PHASECOST']._serialized_start=243
-  _globals['_PHASECOST']._serialized_end=334
+  _globals['_SIZE']._serialized_start=243
+  _globals['_SIZE']._serialized_end=290
+  _globals['_PHASECOST']._serialized_start=292
+  _globals['_PHASECOST']._serialized_end=383
 # @@protoc_insertion_point(module_scope)

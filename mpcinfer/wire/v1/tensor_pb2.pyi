@@ -34,6 +34,16 @@ class TensorSpec(_message.Message):
     limit: float
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., frac_bits: _Optional[int] = ..., ring_bits: _Optional[int] = ..., limit: _Optional[float] = ...) -> None: ...
 
+class Size(_message.Message):
+    __slots__ = ("name", "low", "high")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    low: int
+    high: int
+    def __init__(self, name: _Optional[str] = ..., low: _Optional[int] = ..., high: _Optional[int] = ...) -> None: ...
+
 class PhaseCost(_message.Message):
     __slots__ = ("seconds", "rounds", "bytes_sent", "bytes_from_dealer")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
