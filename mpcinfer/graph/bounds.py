@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from mpcinfer.errors import RangeError
-from mpcinfer.graph import transfer  # noqa: F401  (registers what operators do)
+from mpcinfer.graph import transfer, transfer_functions  # noqa: F401  (they register what operators do)
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
 from mpcinfer.graph.program import Input, Program
@@ -56,25 +56,28 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
             for v, x in zip(program.inputs, points, strict=True)
         ]
 
-    proof = Evaluation(program, weights, rounding=True)
+    measured = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
+    if not _stays(measured, all_inputs(map(Interval.of, real), any_index=False)):
+        raise _too_large(program, measured)
+    # room for squares costs precision, so limits may not ask for more of it than the examples do
+    shift = max([0, *measured.shifts.values()])
+    proof = Evaluation(program, weights, rounding=True, most_shift=shift)
 
     def proves(exponent: int) -> bool:
         ends = [torch.full_like(x, 2.0**exponent - 2.0**-program.frac_bits) for x in real]
         return _stays(proof, all_inputs((Interval(-end, end) for end in ends), any_index=True))
 
-    trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
+    trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM, most_shift=shift)
     if not real:
-        proven = proves(0)
-        if proven or _stays(trial, all_inputs([], any_index=False)):
-            return _declared(program, [], proven=proven)
-        raise _too_large(program, trial)
+        return _declared(program, [], proof) if proves(0) else _declared(program, [], measured)
 
     exponents = range(2 - program.frac_bits, top + 1)
     exponent = _last(proves, exponents)
     limit = 2.0**exponent if exponent in exponents else 0.0
     # examples that are all zero say nothing: a limit of 1 will do for them
     if limit >= 4 * (max(reach) or 0.25):
-        return _declared(program, [limit] * len(real), proven=True)
+        proves(exponent)
+        return _declared(program, [limit] * len(real), proof)
     if not any(reach):
         raise RangeError("the example inputs are all zero, which says nothing about real ones; pass some of those")
 
@@ -87,9 +90,11 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
 
     by = _last(fits, range(top - max(above) + 1))
     if by >= 0 and 2.0 ** (max(above) + by) > limit:
-        return _declared(program, [2.0 ** (exponent + by) for exponent in above], proven=False)
+        fits(by)
+        return _declared(program, [2.0 ** (exponent + by) for exponent in above], trial)
     if limit > max(reach):
-        return _declared(program, [limit] * len(real), proven=True)
+        proves(exponent)
+        return _declared(program, [limit] * len(real), proof)
     raise _too_large(program, trial)  # where the examples themselves stopped, the last that was tried
 
 
@@ -123,11 +128,14 @@ def _last(holds: Callable[[int], bool], candidates: range) -> int:
     return candidates.start - 1 + bisect_left(candidates, True, key=lambda candidate: not holds(candidate))
 
 
-def _declared(program: Program, limits: Sequence[float], *, proven: bool) -> Program:
+def _declared(program: Program, limits: Sequence[float], found: Evaluation) -> Program:
+    """With these limits for the inputs of numbers, as an evaluation that has just come through found them to hold."""
     numbers = iter(limits)
-    return replace(
-        program,
-        inputs=tuple(
-            replace(v, limit=next(numbers) if v.frac_bits else v.limit, proven=proven) for v in program.inputs
-        ),
+    inputs = (
+        replace(v, limit=next(numbers) if v.frac_bits else v.limit, proven=found.rounding) for v in program.inputs
     )
+    nodes = (
+        replace(node, kwargs=node.kwargs | {"shift": found.shifts[node.name]}) if node.name in found.shifts else node
+        for node in program.nodes
+    )
+    return replace(program, inputs=tuple(inputs), nodes=tuple(nodes))

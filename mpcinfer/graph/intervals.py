@@ -8,6 +8,7 @@ that any two values can be compared.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mpcinfer.protocol.types import Public
 from mpcinfer.ring.codec import FixedPoint
 
 TRUNCATED, SOFTMAX, OTHERS = 62, 59, 61
+# by how many bits rows may be shifted before they are squared (see nn.normalise)
+LEAST_SHIFT, MOST_SHIFT = -5, 10
 
 Tensors = Mapping[str, torch.Tensor]
 Function = Callable[..., Any]
@@ -87,15 +90,21 @@ RULES: dict[str, Function] = {}
 class Evaluation:
     """One pass over a program at a time. `rounding`: with what truncation adds; `headroom`: demanded of every domain.
 
-    `node` is the one it has come to, where it stopped if it stopped.
+    `node` is the one it has come to, where it stopped if it stopped. `shifts`: by how many bits each norm must shift its
+    rows, so that there is room for their squares, at most `most_shift`; fewer keep more precision.
     """
 
-    def __init__(self, program: Program, weights: Tensors, *, rounding: bool, headroom: float = 1.0) -> None:
+    def __init__(
+        self, program: Program, weights: Tensors, *, rounding: bool, headroom: float = 1.0, most_shift: int = MOST_SHIFT
+    ) -> None:
         self.frac_bits = program.frac_bits
+        self.rounding = rounding
         self._program = program
         self._weights = weights
         self._unit = 2.0**-program.frac_bits if rounding else 0.0
         self._headroom = headroom
+        self._most_shift = most_shift
+        self.shifts: dict[str, int] = {}
         self.node: Node
 
     def run(self, inputs: Sequence[Interval]) -> list[Any]:
@@ -128,6 +137,14 @@ class Evaluation:
         """x 2^scale must be below 2^domain."""
         if not x.magnitude() * self._headroom**secrets < 2.0 ** (domain - scale):
             raise Exceeded
+
+    def squares(self, total: float) -> None:
+        """A sum of squares of numbers that are shifted before: by as few bits as leave room for it."""
+        room = TRUNCATED - 2 * self.frac_bits - 2 * math.log2(self._headroom)
+        shift = max(LEAST_SHIFT, math.ceil((math.log2(max(total, 2.0**-40)) - room) / 2))
+        if shift > self._most_shift:
+            raise Exceeded
+        self.shifts[self.node.name] = shift
 
     def truncated(self, x: Interval, bits: int, secrets: int = 1) -> Interval:
         """x after it was computed with so many fraction bits more than it keeps."""

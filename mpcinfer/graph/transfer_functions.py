@@ -1,0 +1,446 @@
+"""What functions, comparisons, norms and attention make of intervals, and what they ask of them: more of `transfer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mpcinfer.graph.intervals import SOFTMAX, TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.transfer import aten, bilinear, bounds, scaled, turning
+from mpcinfer.nn.functions import INVERSE_BITS
+from mpcinfer.nn.public import MASKED, MASKED_FROM
+from mpcinfer.protocol.exponential import CEILING
+
+# of the fitted functions, besides a unit in the last place
+_SPLINE_ERROR = 2e-4
+
+
+def _near(run: Evaluation, y: Interval, error: float = _SPLINE_ERROR) -> Interval:
+    """What an approximation may make of it."""
+    return run.rounded(y, 2 + error * 2.0**run.frac_bits)
+
+
+def _decreasing(x: Interval, function: Function) -> Interval:
+    low = function(x.high)
+    return Interval.of(low) if x.point else Interval(low, function(x.low))
+
+
+# smooth functions
+
+
+def _smooth(op: str, lowest_at: float | None) -> Function:
+    """torch's own function, increasing or with one minimum."""
+    function = aten(op)
+
+    def rule(run: Evaluation, x: Interval, *rest: Any, **kwargs: Any) -> Interval:
+        def value(t: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = function(t, *rest, **kwargs)
+            return y
+
+        return _near(run, x.map(value) if lowest_at is None else turning(x, value, lowest_at))
+
+    return rule
+
+
+for _name, _at in {
+    "gelu": -0.7518, "silu": -1.2785, "mish": -1.1924, "hardswish": -1.5, "sigmoid": None, "tanh": None, "erf": None,
+    "log_sigmoid": None, "elu": None, "selu": None, "celu": None, "hardsigmoid": None, "softplus": None,
+}.items():  # fmt: skip
+    bounds(f"aten.{_name}.default")(_smooth(f"aten.{_name}.default", _at))
+
+
+@bounds("aten.glu.default")
+def _glu(run: Evaluation, x: Interval, dim: int = -1) -> Interval:
+    value, gate = x.map(lambda t: t.chunk(2, dim))
+    return bilinear(run, torch.mul, value, gate.map(torch.sigmoid))
+
+
+@bounds("aten.prelu.default", "aten._prelu_kernel.default")
+def _prelu(run: Evaluation, x: Interval, weight: Interval) -> Interval:
+    column = weight.map(lambda t: t.reshape(-1, *([1] * max(0, x.low.dim() - 2))) if t.numel() > 1 else t)
+    return x.map(torch.relu) + bilinear(run, torch.mul, x.map(lambda t: t.clamp(max=0)), column)
+
+
+@bounds("aten.exp.default")
+def _exp(run: Evaluation, x: Interval) -> Interval:
+    return _near(run, x.map(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0.1)
+
+
+@bounds("aten.expm1.default")
+def _expm1(run: Evaluation, x: Interval) -> Interval:
+    return _exp(run, x).map(lambda t: t - 1)
+
+
+def _positive(run: Evaluation, t: torch.Tensor) -> torch.Tensor:
+    return t.clamp(min=2.0**-run.frac_bits)
+
+
+@bounds("aten.log.default")
+def _log(run: Evaluation, x: Interval) -> Interval:
+    return _near(run, x.map(lambda t: _positive(run, t).log()))
+
+
+@bounds("aten.log1p.default")
+def _log1p(run: Evaluation, x: Interval) -> Interval:
+    return _log(run, x.map(lambda t: t + 1))
+
+
+@bounds("aten.sqrt.default")
+def _sqrt(run: Evaluation, x: Interval) -> Interval:
+    y: Interval = x.map(lambda t: t.clamp(min=0).sqrt())
+    return _near(run, y, 1e-5 * y.magnitude())
+
+
+@bounds("aten.rsqrt.default")
+def _rsqrt(run: Evaluation, x: Interval) -> Interval:
+    y = _decreasing(x, lambda t: _positive(run, t).rsqrt())
+    return _near(run, y, 1e-5 * y.magnitude())
+
+
+def _inverse(run: Evaluation, x: Interval) -> Interval:
+    """1/x with the ends that `nn.functions.inverse_of` gives it."""
+    largest = 2.0 ** (run.frac_bits - 2)
+
+    def value(t: torch.Tensor) -> torch.Tensor:
+        return torch.where(t < 0, -1.0, 1.0) / t.abs().clamp(min=1 / largest)
+
+    if x.point:
+        return Interval.of(value(x.low))
+    one_sign = (x.low > 0) | (x.high < 0)
+    low = torch.where(one_sign, value(x.high), -largest)
+    return Interval(low, torch.where(one_sign, value(x.low), largest))
+
+
+@bounds("aten.reciprocal.default")
+def _reciprocal(run: Evaluation, x: Interval) -> Interval:
+    y = _inverse(run, x)
+    return _near(run, y, 4e-5 * y.magnitude())
+
+
+@bounds("aten.div.Tensor", "aten.div.Scalar")
+def _div(run: Evaluation, x: Any, y: Any) -> Any:
+    if not isinstance(y, Interval):
+        return scaled(run, x, 1 / y) if isinstance(x, Interval) else x / y
+    if not isinstance(x, Interval):
+        x = Interval.of(torch.tensor(float(x), dtype=torch.float64), known=True)
+    z = bilinear(run, torch.mul, x, _inverse(run, y), bits=INVERSE_BITS)
+    return _near(run, z, 4e-5 * z.magnitude())
+
+
+@bounds("aten.square.default", "aten.pow.Tensor_Scalar", "_operator.pow")
+def _power(run: Evaluation, x: Any, exponent: float = 2) -> Any:
+    if not isinstance(x, Interval):
+        return x**exponent
+    if exponent < 0:
+        return _rsqrt(run, x) if exponent == -0.5 else _reciprocal(run, _power(run, x, -exponent))
+    if exponent == 0:
+        return Interval.of(torch.ones_like(x.low))
+    if exponent == 1:
+        return x
+    whole, rest = divmod(exponent, 1)
+    if rest not in (0, 0.5):
+        ceiling = math.exp(CEILING + 0.125)
+        return _near(run, x.map(lambda t: _positive(run, t).pow(exponent).clamp(max=ceiling)), 0.01 * ceiling)
+    if rest:
+        root = _sqrt(run, x)
+        return bilinear(run, torch.mul, root, _power(run, x, whole)) if whole else root
+    y = turning(x, lambda t: t**exponent, 0.0) if whole % 2 == 0 else x.map(lambda t: t**exponent)
+    return run.truncated(y, run.frac_bits, 2)
+
+
+# comparisons and choices
+
+
+def _truth(run: Evaluation, shape: Sequence[int], value: torch.Tensor | None) -> Interval:
+    if value is not None:
+        return Interval.of(value.double().expand(tuple(shape)))
+    return Interval(torch.zeros(tuple(shape), dtype=torch.float64), torch.ones(tuple(shape), dtype=torch.float64))
+
+
+def _comparison(name: str) -> Function:
+    function: Function = getattr(torch, name)
+
+    def rule(run: Evaluation, x: Any, y: Any) -> Interval:
+        ends = [v.low if isinstance(v, Interval) else torch.tensor(float(v), dtype=torch.float64) for v in (x, y)]
+        points = all(v.point for v in (x, y) if isinstance(v, Interval))
+        return _truth(run, torch.broadcast_shapes(*(t.shape for t in ends)), function(*ends) if points else None)
+
+    return rule
+
+
+for _name in "lt le gt ge eq ne".split():
+    bounds(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_comparison(_name))
+
+
+def _logic(name: str) -> Function:
+    function: Function = getattr(torch, name)
+
+    def rule(run: Evaluation, *operands: Interval) -> Interval:
+        points = all(x.point for x in operands)
+        shape = torch.broadcast_shapes(*(x.low.shape for x in operands))
+        return _truth(run, shape, function(*(x.low != 0 for x in operands)) if points else None)
+
+    return rule
+
+
+for _name, _other in {"and": "and.Tensor", "or": "or.Tensor", "xor": "xor.Tensor", "not": "not.default"}.items():
+    bounds(f"aten.logical_{_name}.default", f"aten.bitwise_{_other}")(_logic(f"logical_{_name}"))
+
+
+@bounds("aten.sign.default")
+def _sign(run: Evaluation, x: Interval) -> Interval:
+    y: Interval = x.map(torch.sign)
+    return y
+
+
+def _operand(x: Any) -> Interval:
+    if isinstance(x, Interval):
+        return x
+    return Interval.of(torch.tensor(x if math.isfinite(x) else MASKED, dtype=torch.float64), known=True)
+
+
+@bounds("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
+def _where(run: Evaluation, condition: Interval, x: Any, y: Any, frac_bits: int = 0) -> Interval:
+    x, y = _operand(x), _operand(y)
+    if condition.point:
+        low = torch.where(condition.low != 0, x.low, y.low)
+        return Interval(low, low if x.point and y.point else torch.where(condition.low != 0, x.high, y.high))
+    shape = torch.broadcast_shapes(condition.low.shape, x.low.shape, y.low.shape)
+    return Interval(torch.minimum(x.low, y.low).expand(shape), torch.maximum(x.high, y.high).expand(shape))
+
+
+@bounds("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def _masked_fill(run: Evaluation, x: Interval, mask: Interval, value: Any) -> Interval:
+    return _where(run, mask, value, x)
+
+
+def _both(function: Function) -> Function:
+    def rule(run: Evaluation, x: Any, y: Any) -> Interval:
+        x, y = _operand(x), _operand(y)
+        low = function(x.low, y.low)
+        return Interval(low, low if x.point and y.point else function(x.high, y.high))
+
+    return rule
+
+
+bounds("aten.maximum.default", "aten.clamp_min.Tensor")(_both(torch.maximum))
+bounds("aten.minimum.default", "aten.clamp_max.Tensor")(_both(torch.minimum))
+
+
+@bounds("aten.clamp.Tensor")
+def _clamp(run: Evaluation, x: Interval, low: Any = None, high: Any = None) -> Interval:
+    y = x if low is None else _both(torch.maximum)(run, x, low)
+    return y if high is None else _both(torch.minimum)(run, y, high)
+
+
+@bounds("aten.max.dim", "aten.min.dim")
+def _extreme(run: Evaluation, x: Interval, dim: int, keepdim: bool = False) -> list[Interval]:
+    function = torch.amax if run.node.op == "aten.max.dim" else torch.amin
+    values: Interval = x.map(lambda t: function(t, dim, keepdim))
+    return [values, _places(values, x.low.shape[dim])]
+
+
+@bounds("aten.topk.default")
+def _topk(run: Evaluation, x: Interval, k: int, dim: int = -1, largest: bool = True, *rest: Any) -> list[Interval]:
+    values: Interval = x.map(lambda t: t.topk(k, dim, largest).values)
+    return [values, _places(values, x.low.shape[dim])]
+
+
+@bounds("aten.sort.default")
+def _sort(run: Evaluation, x: Interval, dim: int = -1, descending: bool = False) -> list[Interval]:
+    return _topk(run, x, x.low.shape[dim], dim, descending)
+
+
+def _places(like: Interval, size: int) -> Interval:
+    return Interval(torch.zeros_like(like.low), torch.full_like(like.low, size - 1))
+
+
+# norms
+
+
+def _squares(run: Evaluation, x: Interval, axes: Sequence[int]) -> torch.Tensor:
+    """Upper bounds of sums of squares, of numbers or of their distances from their mean; asks for room for them."""
+    largest = x.low.abs() if x.point else torch.maximum(x.low.abs(), x.high.abs())
+    total = largest.square().sum(tuple(axes), keepdim=True)
+    run.squares(float(total.max()) if total.numel() else 0.0)
+    return total
+
+
+def _normalised(
+    run: Evaluation, x: Interval, axes: Sequence[int], exact: Function, gain: Interval | None, bias: Interval | None
+) -> Interval:
+    _squares(run, x, axes)
+    if x.point:
+        return Interval.of(exact(x.low))
+    count = math.prod(x.low.shape[a] for a in axes)
+    largest = torch.full_like(x.low, math.sqrt(max(1, count)))
+    y = Interval(-largest, largest)
+    if gain is not None:
+        y = bilinear(run, torch.mul, y, gain)
+    return _near(run, y if bias is None else y + bias, 1e-3)
+
+
+@bounds("aten.layer_norm.default")
+def _layer_norm(
+    run: Evaluation,
+    x: Interval,
+    shape: Sequence[int],
+    weight: Interval | None = None,
+    bias: Interval | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **options: Any,
+) -> Interval:
+    parts = [None if v is None else v.low for v in (weight, bias)]
+    axes = range(-len(shape), 0)
+    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), *parts, eps), weight, bias)
+
+
+@bounds("aten.rms_norm.default")
+def _rms_norm(
+    run: Evaluation,
+    x: Interval,
+    shape: Sequence[int],
+    weight: Interval | None = None,
+    eps: float | None = None,
+    **options: Any,
+) -> Interval:
+    part = None if weight is None else weight.low
+    eps = 2.0**-23 if eps is None else eps
+    axes = range(-len(shape), 0)
+    return _normalised(run, x, axes, lambda t: functional.rms_norm(t, list(shape), part, eps), weight, None)
+
+
+def _channels(x: Interval, parameter: Interval | None) -> Interval | None:
+    return None if parameter is None else parameter.map(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
+
+
+@bounds("aten.group_norm.default")
+def _group_norm(
+    run: Evaluation,
+    x: Interval,
+    groups: int,
+    weight: Interval | None = None,
+    bias: Interval | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **options: Any,
+) -> Interval:
+    parts = [None if v is None else v.low for v in (weight, bias)]
+    rows = x.map(lambda t: t.reshape(t.shape[0], groups, -1))
+    _squares(run, rows, [-1])
+    if x.point:
+        return Interval.of(functional.group_norm(x.low, groups, *parts, eps))
+    largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
+    y, gain, shift = Interval(-largest, largest), _channels(x, weight), _channels(x, bias)
+    y = y if gain is None else bilinear(run, torch.mul, y, gain)
+    return _near(run, y if shift is None else y + shift, 1e-3)
+
+
+@bounds("aten.instance_norm.default")
+def _instance_norm(
+    run: Evaluation,
+    x: Interval,
+    weight: Interval | None,
+    bias: Interval | None,
+    mean: Any,
+    variance: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+    **options: Any,
+) -> Interval:
+    return _group_norm(run, x, x.low.shape[1], weight, bias, eps)
+
+
+def _axes(x: Interval, dim: Any) -> list[int]:
+    rank = x.low.dim()
+    return sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
+
+
+@bounds("aten.linalg_vector_norm.default")
+def _vector_norm(
+    run: Evaluation, x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = False, **options: Any
+) -> Interval:
+    total, axes = _squares(run, x, _axes(x, dim)), _axes(x, dim)
+    y = total.sqrt() if keepdim else total.sqrt().amax(axes)
+    return Interval.of(y) if x.point else _near(run, Interval(torch.zeros_like(y), y), 1e-4 * float(y.max()))
+
+
+def _spread(function: Function, root: bool) -> Function:
+    def rule(
+        run: Evaluation, x: Interval, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
+        correction: Any = None, **options: Any,
+    ) -> Interval:  # fmt: skip
+        axes = _axes(x, dim)
+        total = _squares(run, x, axes)
+        less = int(unbiased) if correction is None else correction
+        if x.point:
+            return Interval.of(function(x.low, axes, correction=less, keepdim=keepdim))
+        high = total / (math.prod(x.low.shape[a] for a in axes) - less)
+        high = high.sqrt() if root else high
+        high = high if keepdim else high.amax(axes)
+        return _near(run, Interval(torch.zeros_like(high), high), 1e-3 * float(high.max()))
+
+    return rule
+
+
+bounds("aten.var.dim", "aten.var.correction")(_spread(torch.var, False))
+bounds("aten.std.dim", "aten.std.correction")(_spread(torch.std, True))
+
+
+# softmax and attention
+
+
+@bounds("aten.log_softmax.int", "aten._log_softmax.default")
+def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval:
+    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
+    if x.point:
+        return Interval.of(x.low.log_softmax(dim))
+    low = x.low - x.high.amax(dim, keepdim=True) - math.log(x.low.shape[dim])
+    return _near(run, Interval(low, torch.zeros_like(low)))
+
+
+@bounds("aten.logsumexp.default")
+def _logsumexp(run: Evaluation, x: Interval, dim: list[int], keepdim: bool = False) -> Interval:
+    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
+    return _near(run, x.map(lambda t: torch.logsumexp(t, dim, keepdim)))
+
+
+@bounds("aten.scaled_dot_product_attention.default")
+def _attention(
+    run: Evaluation,
+    q: Interval,
+    k: Interval,
+    v: Interval,
+    mask: Interval | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Interval:
+    factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
+    if enable_gqa:
+        k, v = (x.map(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
+    scores = bilinear(run, torch.matmul, q, k.map(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
+    scores = scores.times(factor)
+    if mask is not None and not mask.truth:
+        scores = scores + mask.map(lambda t: t.clamp(min=MASKED))
+    run.need(scores, run.frac_bits, SOFTMAX)
+    run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
+    if not (q.point and k.point and v.point and (mask is None or mask.point)):
+        shape = (*scores.low.shape[:-1], v.low.shape[-1])
+        low, high = v.low.amin(-2, keepdim=True).clamp(max=0), v.high.amax(-2, keepdim=True).clamp(min=0)
+        return _near(run, Interval(low.expand(shape), high.expand(shape)), 5e-5 * v.magnitude())
+    keep = torch.ones(scores.low.shape, dtype=torch.bool)
+    if causal:
+        keep = keep.tril()
+    elif mask is not None:
+        keep = (mask.low != 0) if mask.truth else (mask.low > MASKED_FROM)
+    weights = torch.softmax(scores.low.masked_fill(~keep, -math.inf), -1).nan_to_num(0.0)
+    return Interval.of(weights @ v.low)
