@@ -40,7 +40,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     for path in _files(directory):
         try:
             with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is missing or damaged ({type(error).__name__})") from error
     return tensors

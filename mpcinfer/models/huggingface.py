@@ -85,8 +85,8 @@ def _family(config: _Config) -> tuple[str, Family]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedError(f"model_type {kind!r} has no importer. Supported: {', '.join(sorted(FAMILIES))}")
-    positions = config.get("position_embedding_type", "absolute")
-    if positions != "absolute":
+    positions = config.get("position_embedding_type")
+    if positions not in (None, "absolute"):
         raise UnsupportedError(f"position_embedding_type {positions!r} is not supported, only 'absolute'")
     for setting in ("is_decoder", "add_cross_attention"):
         if config.get(setting):
