@@ -203,8 +203,6 @@ def _their_names(name: str, task: str, family: Family) -> list[str]:
 
 def _labels(config: _Config, head: nn.Module) -> tuple[str, ...]:
     """The names of the classes, if config.json has any."""
-    if isinstance(head, SpanFinder):
-        return ("start", "end")
     names = config.get("id2label")
     if not isinstance(head, SequenceClassifier | TokenClassifier) or not names:
         return ()
