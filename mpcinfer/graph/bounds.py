@@ -60,7 +60,7 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     if not _stays(measured, all_inputs(map(Interval.of, real), any_index=False)):
         raise _too_large(program, measured)
     # room for squares costs precision, so limits may not ask for more of it than the examples do
-    shift = max([0, *measured.shifts.values()])
+    shift = max([0, *(chosen.get("shift", 0) for chosen in measured.chosen.values())])
     proof = Evaluation(program, weights, rounding=True, most_shift=shift)
 
     def proves(exponent: int) -> bool:
@@ -135,7 +135,7 @@ def _declared(program: Program, limits: Sequence[float], found: Evaluation) -> P
         replace(v, limit=next(numbers) if v.frac_bits else v.limit, proven=found.rounding) for v in program.inputs
     )
     nodes = (
-        replace(node, kwargs=node.kwargs | {"shift": found.shifts[node.name]}) if node.name in found.shifts else node
+        replace(node, kwargs=node.kwargs | found.chosen[node.name]) if node.name in found.chosen else node
         for node in program.nodes
     )
     return replace(program, inputs=tuple(inputs), nodes=tuple(nodes))

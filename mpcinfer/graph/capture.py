@@ -18,6 +18,7 @@ from mpcinfer.errors import InputError, UnsupportedError
 from mpcinfer.graph.bounds import with_limits
 from mpcinfer.graph.export import Axes, exported_program, free_size
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
+from mpcinfer.graph.join import join_linears
 from mpcinfer.graph.plan import plan_inference
 from mpcinfer.graph.program import REVEALS, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
@@ -133,7 +134,7 @@ class _Translator:
             raise UnsupportedError(f"input {useless[0]!r} has integers, but is no index of an embedding")
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
         self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
-        self.nodes = pool_before_relu(self.nodes, [r.name for r in self.results])
+        self.nodes = join_linears(pool_before_relu(self.nodes, [r.name for r in self.results]), self.tensors)
         self.weights: set[str] = set()
         self.nodes = [self._laid_out(node) for node in self.nodes]
 

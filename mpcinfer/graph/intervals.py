@@ -90,8 +90,9 @@ RULES: dict[str, Function] = {}
 class Evaluation:
     """One pass over a program at a time. `rounding`: with what truncation adds; `headroom`: demanded of every domain.
 
-    `node` is the one it has come to, where it stopped if it stopped. `shifts`: by how many bits each norm must shift its
-    rows, so that there is room for their squares, at most `most_shift`; fewer keep more precision.
+    `node` is the one it has come to, where it stopped if it stopped. `chosen`: arguments of nodes that depend on how
+    large their operands are: by how many bits norms shift their rows, so that there is room for their squares, at most
+    `most_shift` (fewer keep more precision), and the bits of the factor of attention's scores.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Evaluation:
         self._unit = 2.0**-program.frac_bits if rounding else 0.0
         self._headroom = headroom
         self._most_shift = most_shift
-        self.shifts: dict[str, int] = {}
+        self.chosen: dict[str, dict[str, int]] = {}
         self.node: Node
 
     def run(self, inputs: Sequence[Interval]) -> list[Any]:
@@ -144,7 +145,12 @@ class Evaluation:
         shift = max(LEAST_SHIFT, math.ceil((math.log2(max(total, 2.0**-40)) - room) / 2))
         if shift > self._most_shift:
             raise Exceeded
-        self.shifts[self.node.name] = shift
+        self.chosen[self.node.name] = {"shift": shift}
+
+    def scores(self, products: Interval) -> None:
+        """Products of queries and keys, which are multiplied by a public factor: of as many bits as there is room for."""
+        size = math.log2(max(products.magnitude(), 2.0**-20) * self._headroom**2)
+        self.chosen[self.node.name] = {"factor_bits": math.floor(TRUNCATED - 2 * self.frac_bits - size)}
 
     def truncated(self, x: Interval, bits: int, secrets: int = 1) -> Interval:
         """x after it was computed with so many fraction bits more than it keeps."""

@@ -423,11 +423,13 @@ def _attention(
     causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **options: Any,
 ) -> Interval:
     factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
     if enable_gqa:
         k, v = (x.map(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
     scores = bilinear(run, torch.matmul, q, k.map(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
+    run.scores(scores)
     scores = scores.times(factor)
     if mask is not None and not mask.truth:
         scores = scores + mask.map(lambda t: t.clamp(min=MASKED))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import add_public, fraction, scale
+from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale
 from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum
@@ -23,6 +23,8 @@ from mpcinfer.ring.kernels import MATMUL
 
 # more fraction bits for queries that are multiplied by a scale that is no power of two
 _QUERY_BITS = 4
+# what such a scale needs to be exact enough without them: scores of 64 are then off by 2^-11 at most
+_LEAST_FACTOR_BITS = 16
 # of the weighted sums of values, until they are divided by the sums of weights; and of those sums' reciprocals
 _SUM_BITS = 8
 _INVERSE_BITS = 28
@@ -39,6 +41,8 @@ async def attention(
     causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    factor_bits: int = 0,
 ) -> Shared:
     """softmax(q k^T scale + mask) v: q [*S, L, D], k [*S, M, D], v [*S, M, E] -> [*S, L, E].
 
@@ -46,7 +50,8 @@ async def attention(
     added. Skipped pairs cost nothing but a masked zero in the product with v. A row that skips all gives zeros.
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
-    Rounds 4 ceil(log2 M) + 19, one more where the scale is no power of two; per pair that is kept 42.4 bytes, and 8 for
+    factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
+    Rounds 4 ceil(log2 M) + 17, one more where there is too little; per pair that is kept 42.4 bytes, and 8 for
     every pair; offline 155.
     """
     if dropout:
@@ -54,7 +59,7 @@ async def attention(
     heads = q.shape
     if enable_gqa and q.shape[-3] != k.shape[-3]:  # queries that share keys stand one below the other
         q = q.map(lambda t: t.reshape(*t.shape[:-3], k.shape[-3], -1, t.shape[-1]))
-    scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, factor_bits)
     scores = scores.map(lambda t: t.reshape(*heads[:-1], k.shape[-2]))
     keep, added = _mask(scores.shape, mask, causal)
     if isinstance(mask, Shared):
@@ -74,16 +79,19 @@ async def attention(
     return await truncate(ctx, y, y.frac_bits - v.frac_bits)
 
 
-async def _scores(ctx: Context, q: Shared, k: Shared, factor: float) -> tuple[Shared, int]:
+async def _scores(ctx: Context, q: Shared, k: Shared, factor: float, factor_bits: int) -> tuple[Shared, int]:
     """q k^T factor, and how many bits it is to be truncated by."""
     n, d = fraction(factor)
     bits = k.frac_bits
-    if n & (n - 1):
+    if n & (n - 1) == 0:
+        q = q.times(n)
+    elif factor_bits >= _LEAST_FACTOR_BITS:  # there is room for it in the products
+        d = min(factor_bits, FACTOR_BITS) - math.frexp(factor)[1]
+        q = q.times(math.floor(math.ldexp(factor, d)))
+    else:
         wider = q.rescaled(q.frac_bits + _QUERY_BITS)
         q = await scale(ctx.scope("scale"), wider, factor)
         bits, d = bits + _QUERY_BITS, 0
-    else:
-        q = q.times(n)
     y = await multiply(ctx, q, k.map(lambda t: t.transpose(-1, -2)), MATMUL)
     return Shared(y.share, y.frac_bits + d), bits + d
 
