@@ -19,10 +19,10 @@ from mpcinfer.graph.bounds import with_limits
 from mpcinfer.graph.export import Axes, exported_program, free_size
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.join import join_linears
-from mpcinfer.graph.plan import plan_inference
+from mpcinfer.graph.probe import with_output_shapes
 from mpcinfer.graph.program import REVEALS, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
-from mpcinfer.graph.sizes import BATCH, Size, filled
+from mpcinfer.graph.sizes import BATCH, Size
 from mpcinfer.nn import lookup, public, supported, takes_integers, yields_integers
 from mpcinfer.nn.shape import moves
 from mpcinfer.ring.codec import FixedPoint
@@ -84,8 +84,9 @@ def capture(
     embeddings, such as token ids. dynamic_shapes: the sizes that stay free, as `torch.export` takes them; a Dim called
     "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
     size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
-    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in
-    the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
+    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in the model's code, and
+    what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are
+    None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
     its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
@@ -337,7 +338,7 @@ class _Translator:
             sizes=tuple(self.sizes),
         )
         draft.check()
-        return _with_output_shapes(draft)
+        return with_output_shapes(draft)
 
     def _logits(self, result: Ref) -> Ref:
         """The argument of a softmax that ends the model, which then goes: `reveal` applies its own or needs none, and
@@ -364,36 +365,6 @@ class _Translator:
             p.name: self.codec.encode(self.tensors[p.name], f"parameter {p.name}").contiguous()
             for p in program.parameters
         }
-
-
-def _with_output_shapes(draft: Program) -> Program:
-    """Trace the program for the smallest and for large sizes: refuses here what would fail at run time, and declares
-    the outputs."""
-    probes = _probes(draft.sizes)
-    traced = [plan_inference(draft, [filled(v.shape, at) for v in draft.inputs], parties=2)[2] for at in probes]
-    pairs = list(zip(*probes, strict=True))
-
-    def declared(output: int, axis: int) -> int:
-        small, large = (shapes[output][axis] for shapes in traced)
-        return -1 - pairs.index((small, large)) if (small, large) in pairs else small if small == large else 0
-
-    outputs = tuple(
-        replace(value, shape=tuple(declared(i, axis) for axis in range(len(traced[0][i]))))
-        for i, value in enumerate(draft.outputs)
-    )
-    return replace(draft, outputs=outputs)
-
-
-def _probes(sizes: Sequence[Size]) -> list[tuple[int, ...]]:
-    """Two values of every free size, the smallest and the largest if it has one, that no other size has both."""
-    small = tuple(size.low for size in sizes)
-    large: list[int] = []
-    for size in sizes:
-        value = size.high or size.low + 6
-        while value in large and value > size.low:
-            value += -1 if size.high else 1
-        large.append(value)
-    return [small, tuple(large)]
 
 
 def _name(target: Any) -> str:
