@@ -175,7 +175,7 @@ class _Translator:
             for axis, size in enumerate(meta.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr not in found:
                     symbol = size.node.expr
-                    if symbol not in exported.range_constraints:
+                    if not symbol.is_Symbol or symbol not in exported.range_constraints:
                         raise UnsupportedError(f"input {name!r} has a size that depends on another one: {symbol}")
                     found[symbol] = free_size(symbol, exported, dims.get(axis), len(found) + 1)
         symbols = sorted(found, key=lambda symbol: found[symbol].name != BATCH)
