@@ -83,10 +83,10 @@ class ModelOwner:
         example_inputs: a tensor per argument of the model (none for an ExportedProgram, which has its own), as large as
         real ones: from them, and the weights, comes the limit that clients' inputs must stay below.
         reveal: what clients learn: "logits", "probabilities", "top-k" (the indices of the `k` largest) or "argmax".
-        dynamic_shapes: the sizes that stay free, as `torch.export` takes them (by default the batch, where
-        the model allows it); one called "batch" says that rows do not influence each other. frac_bits: precision, 8 to 24. public: names
-        of constants that are no secret. progress: called with (bytes sent, bytes to send), from another thread.
-        timeout in seconds, for the upload and the parties' preparations.
+        dynamic_shapes: the sizes that stay free, as `torch.export` takes them (by default the batch, where the model
+        allows it); one called "batch" says that rows do not influence each other. frac_bits: precision, 8 to 24.
+        public: names of constants that are no secret. progress: called with (bytes sent, bytes to send), from another
+        thread. timeout in seconds, for the upload and the parties' preparations.
         The model is on all parties after this, or on none. Raises what `graph.capture.capture` does for a model that
         cannot be evaluated, InputError for a name the parties refuse, and UnavailableError if a party fails.
         """
