@@ -243,7 +243,7 @@ class _Translator:
         if moves(op) and integers and integers[0] in self.indices:
             self.indices[node.name] = self.indices[integers[0]]
         if op == _EMBEDDING and integers and integers[0] in self.indices:
-            self._limit(self.indices[integers[0]], int(node.args[0].meta["val"].shape[0]))
+            self._limit(self.indices[integers[0]], int(node.all_input_nodes[0].meta["val"].shape[0]))
 
     def _limit(self, name: str, rows: int) -> None:
         """An input is the index of a table of so many rows."""

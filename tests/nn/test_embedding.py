@@ -32,7 +32,7 @@ def test_costs() -> None:
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        (lambda m, x: x[:, x[0].argmax(-1)], "neither public nor looked up"),
+        (lambda m, x: x[:, x[0].argmax(-1)], "takes no secret integers"),
         (lambda m, x: F.embedding(x.argmax(-1), m.public), "a public table is indexed|is indexed by"),
     ],
 )
