@@ -18,6 +18,7 @@ from mpcinfer.errors import ConfigError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from mpcinfer.client.examples import Examples
+    from mpcinfer.graph.capture import Captured
     from mpcinfer.graph.explain import Explanation, Price
     from mpcinfer.graph.program import Input, Program
     from mpcinfer.models.loaded import Loaded
@@ -62,14 +63,11 @@ def explain(
 ) -> None:
     """What a request would cost, layer by layer, before anything is deployed. Needs no cluster."""
     from mpcinfer.client.price import price
-    from mpcinfer.graph.capture import capture
 
     loaded, examples = _load(path, inputs, samples, task)
     shapes = examples.shapes(dict(map(_size, at or ())))
     try:
-        captured = capture(
-            loaded.module, examples.tensors, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ()
-        )
+        captured = _capture(loaded, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ())
     except UnsupportedError as error:
         if error.missing and not as_json:
             print_table(["OPERATOR", "AT"], [[op, place] for op, places in error.missing.items() for place in places])
@@ -98,14 +96,11 @@ def deploy(
 ) -> None:
     """Share a model among the parties. A name that exists gets a new version."""
     from mpcinfer.client.owner import ModelOwner
-    from mpcinfer.graph.capture import capture
 
     # The cheap checks first: exporting a large model takes its time.
     with ModelOwner.connect(cluster, identity) as model_owner, progress(as_json) as report:
         loaded, examples = _load(path, inputs, samples, task)
-        captured = capture(
-            loaded.module, examples.tensors, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ()
-        )
+        captured = _capture(loaded, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ())
         calibrated = [v.name for v in captured.program.inputs if not v.proven]
         if calibrated and not examples.real and any(spec.dtype == "float" for spec in examples.specs):
             raise InputError(
@@ -139,6 +134,14 @@ def _load(
         loaded = load(Path(path), specs or None, task)
     given = read_samples(samples, [spec.name for spec in specs or loaded.inputs]) if samples else own
     return loaded, example_inputs(loaded, specs, given)
+
+
+def _capture(loaded: Loaded, examples: Examples, **options: Any) -> Captured:
+    from mpcinfer.graph.capture import capture
+
+    if examples.dynamic_shapes is not None:
+        raise UnsupportedError("only the batch size may be free: write one length instead of a range")
+    return capture(loaded.module, examples.tensors, **options)
 
 
 def _from_function(path: str) -> tuple[Loaded, Sequence[Any]]:
@@ -186,8 +189,8 @@ _COSTS = ["ROUNDS", "ONLINE", "OFFLINE", "LAN", "WAN", "LAN BEFORE", "WAN BEFORE
 def _print(explained: Explanation, program: Program, what: str, examples: Examples) -> None:
     deployment, total = explained.deployment, explained.total
     print(f"{what}; {deployment.parameters} secret parameters, {explained.parties} parties")
-    for declared, shape in zip(program.inputs, explained.shapes, strict=True):
-        print(f"input {declared.name} {list(shape)}{_limit(declared, examples)}")
+    for i, (declared, shape) in enumerate(zip(program.inputs, explained.shapes, strict=True)):
+        print(f"input {declared.name} {list(shape)}, {_limit(declared, examples, i)}")
     print()
     rows = [
         [layer.path, " ".join(_short(op) for op in dict.fromkeys(layer.operators)), *_costs(layer.price)]
@@ -218,11 +221,13 @@ def _costs(price: Price) -> list[str]:
     ]
 
 
-def _limit(declared: Input, examples: Examples) -> str:
+def _limit(declared: Input, examples: Examples, position: int) -> str:
+    """What the input must stay below, where that comes from, and how near the examples come."""
     if not declared.frac_bits:
-        return f", indices below {declared.limit:g}"
-    how = "proven" if declared.proven else f"calibrated on {examples.origin}, with 4 times headroom"
-    return f", absolute values below {declared.limit:g} ({how})"
+        return f"indices below {declared.limit:g}"
+    how = "proven" if declared.proven else f"calibrated on {examples.origin}"
+    reach = f", these reach {float(examples.tensors[position].abs().max()):.3g}" if examples.tensors else ""
+    return f"absolute values below {declared.limit:g} ({how}{reach if not declared.proven else ''})"
 
 
 def _short(op: str) -> str:

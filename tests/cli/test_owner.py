@@ -131,6 +131,7 @@ def test_explaining_other_shapes(shell: Shell) -> None:
     assert many["total"]["online_bytes"] > 50 * one["total"]["online_bytes"]
     assert shell("explain", "m.pt2", "--inputs", "x:float[2,7]").code == 2
     assert "x.npy" in shell("explain", "m.pt2", "--inputs", "x.npy").err
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(3),)), "m.pt2")
     for at in ("32", "length=", "length=32"):
         assert shell("explain", "m.pt2", "--at", at).code == 2
 
