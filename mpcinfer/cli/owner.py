@@ -101,11 +101,11 @@ def deploy(
     with ModelOwner.connect(cluster, identity) as model_owner, progress(as_json) as report:
         loaded, examples = _load(path, inputs, samples, task)
         captured = _capture(loaded, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ())
-        calibrated = [v.name for v in captured.program.inputs if not v.proven]
-        if calibrated and not examples.real and any(spec.dtype == "float" for spec in examples.specs):
+        calibrated = not all(declared.proven for declared in captured.program.inputs)
+        numbers = [declared.name for declared in captured.program.inputs if declared.frac_bits]
+        if calibrated and numbers and not examples.real:
             raise InputError(
-                f"how large {', '.join(calibrated)} may be can only be calibrated, on real inputs: give some with "
-                "--samples"
+                f"how large {', '.join(numbers)} may be can only be calibrated, on real inputs: give some with --samples"
             )
         deployed = model_owner.upload(captured, name=name, progress=report, timeout=timeout)
     if as_json:
@@ -139,9 +139,7 @@ def _load(
 def _capture(loaded: Loaded, examples: Examples, **options: Any) -> Captured:
     from mpcinfer.graph.capture import capture
 
-    if examples.dynamic_shapes is not None:
-        raise UnsupportedError("only the batch size may be free: write one length instead of a range")
-    return capture(loaded.module, examples.tensors, **options)
+    return capture(loaded.module, examples.tensors, dynamic_shapes=examples.dynamic_shapes, **options)
 
 
 def _from_function(path: str) -> tuple[Loaded, Sequence[Any]]:
