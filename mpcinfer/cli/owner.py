@@ -105,7 +105,7 @@ def deploy(
         numbers = [declared.name for declared in captured.program.inputs if declared.frac_bits]
         if calibrated and numbers and not examples.real:
             raise InputError(
-                f"how large {', '.join(numbers)} may be can only be calibrated, on real inputs: give some with --samples"
+                f"how large {', '.join(numbers)} may be must be calibrated on real inputs: give some with --samples"
             )
         deployed = model_owner.upload(captured, name=name, progress=report, timeout=timeout)
     if as_json:
@@ -222,7 +222,8 @@ def _costs(price: Price) -> list[str]:
 def _limit(declared: Input, examples: Examples, position: int) -> str:
     """What the input must stay below, where that comes from, and how near the examples come."""
     if not declared.frac_bits:
-        return f"indices below {declared.limit:g}"
+        how = "all proven" if declared.proven else f"numbers in the model calibrated on {examples.origin}"
+        return f"indices below {declared.limit:g} ({how})"
     how = "proven" if declared.proven else f"calibrated on {examples.origin}"
     reach = f", these reach {float(examples.tensors[position].abs().max()):.3g}" if examples.tensors else ""
     return f"absolute values below {declared.limit:g} ({how}{reach if not declared.proven else ''})"

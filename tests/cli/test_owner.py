@@ -195,3 +195,33 @@ def test_limits_are_not_calibrated_on_made_up_numbers(
         assert explained.code == 0 and ("made-up numbers" in explained.out) == (code == 2)
     assert "--samples" in done.err and len(world.parties[0].uploads) == 1
     assert "--inputs" in shell("deploy", "m.pt2", "--name", "m").err
+
+
+class Words(nn.Module):
+    """Ids of words, as many as there are, to one number for each of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.words(ids).mean(0))
+
+
+def test_a_free_length_of_ids(shell: Shell, world: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcinfer.models import load as loader
+    from mpcinfer.models.loaded import Loaded
+
+    monkeypatch.setattr(loader, "_exported", lambda path: Loaded(Words().eval(), (), "stand-in"))
+    exported(mlp(), 2, 6)
+    at = ("explain", "m.pt2", "--inputs", "ids:int[1..64]", "--json")
+    short, longest = shell(*at, "--at", "length=3").json, shell(*at).json
+    assert (short["shapes"], longest["shapes"]) == ([[3]], [[64]])
+    assert longest["total"]["online_bytes"] > 10 * short["total"]["online_bytes"]
+    assert short["inputs"][0]["limit"] == 11
+    assert shell(*at, "--at", "length=65").json["error"]["message"] == "length is from 1 to 64, not 65"
+    done = shell("deploy", "m.pt2", "--name", "m", "--inputs", "ids:int[1..64]", "--json")
+    assert done.code == 0 and done.json["calibrated_on"] in (None, "made-up numbers")
+    program = json.loads(world.parties[0].uploads[0][0].program)
+    assert program["sizes"] == [{"name": "length", "low": 1, "high": 64}]
