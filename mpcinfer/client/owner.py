@@ -94,6 +94,12 @@ class ModelOwner:
         captured = capture(
             model, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public, dynamic_shapes=dynamic_shapes
         )
+        return self.upload(captured, name=name, progress=progress, timeout=timeout)
+
+    def upload(
+        self, captured: Captured, *, name: str, progress: Progress | None = None, timeout: float = DEPLOY_TIMEOUT
+    ) -> Deployed:
+        """Share what `graph.capture.capture` made of a model, whose weights are taken out of it; else as `deploy`."""
         upload = _Upload(captured, name, self._connection.cluster.n, progress)
         try:
             answers = self._connection.call("Deploy", upload.streams(), timeout=timeout)

@@ -128,8 +128,9 @@ class _Translator:
             if node.op == "call_function":
                 self._visit(node)
         if self.missing:
-            places = "; ".join(f"{op} at {', '.join(sorted(set(at)))}" for op, at in sorted(self.missing.items()))
-            raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}")
+            missing = {op: sorted(set(at)) for op, at in sorted(self.missing.items())}
+            places = "; ".join(f"{op} at {', '.join(at)}" for op, at in missing.items())
+            raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}", missing)
         useless = [v.name for v in self.inputs if not v.frac_bits and not v.limit]
         if useless:
             raise UnsupportedError(f"input {useless[0]!r} has integers, but is no index of an embedding")

@@ -140,6 +140,11 @@ class Bilinear:
         meta = self(_meta(x), _meta(w))
         return tuple(meta.shape)
 
+    def multiply_adds(self, x: tuple[int, ...], w: tuple[int, ...]) -> int:
+        """How many multiplications the value takes for arguments of shapes x and w."""
+        terms = {"mul": (), "matmul": x[-1:], "conv": w[1:]}[self.name]
+        return _product(self.shape(x, w)) * _product(terms)
+
 
 def _meta(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
