@@ -36,7 +36,7 @@ class Step(nn.Module):
 
     def forward(self, *operands: Any) -> Any:
         operator = self.operator
-        values = [_known(x) if i in operator.public else _tensor(x, operator.numbers) for i, x in enumerate(operands)]
+        values = [x if i in operator.public else _tensor(x, operator.numbers) for i, x in enumerate(operands)]
         try:
             return operator.function(*values, **self.node.attributes)
         except UnsupportedError as error:
@@ -45,18 +45,12 @@ class Step(nn.Module):
             raise InputError(f"{self.node.op} at {self.node.name}: its operands do not fit ({error})") from error
 
 
-def _known(x: Any) -> Any:
-    if isinstance(x, torch.Tensor):
-        raise UnsupportedError("an operand that must be known depends on the input's values")
-    return x
-
-
 def _tensor(x: Any, numbers: bool) -> Any:
     if not isinstance(x, np.ndarray):
         return x
     if x.ndim == 0 or (numbers and x.size == 1 and x.ndim == 1):
         return x.reshape(()).item()
-    return torch.as_tensor(_finite(x).astype(np.float32) if x.dtype == np.object_ else _finite(x))
+    return torch.tensor(_finite(x).astype(np.float32) if x.dtype == np.object_ else _finite(x))
 
 
 def _finite(x: Any) -> Any:

@@ -88,7 +88,7 @@ def Slice(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None
     return x
 
 
-@operator()
+@operator(public="indices")
 def Gather(x: Tensor, indices: Any, axis: int = 0) -> Tensor:
     if isinstance(indices, Tensor):
         if axis or x.dim() != 2:

@@ -1,7 +1,7 @@
 """What each ONNX operator means in torch: a table of functions, one for each, with the operator's name and arguments.
 
 A function takes a node's operands in order and its attributes by name. Where an opset made an operand of what was an
-attribute, both have one name, and so one parameter. Operands named in `public` must be known, and arrive as arrays;
+attribute, both have one name, and so one parameter. Operands named in `public` arrive as arrays if they are known;
 the others are tensors, or numbers where the model has single ones. What an operator can't do it refuses with
 UnsupportedError: loading runs every one.
 """
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mpcinfer.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
 class Operator:
-    """`public`: positions of operands that must be known; `numbers`: whether operands of one element become numbers."""
+    """`public`: positions of operands that stay arrays; `numbers`: whether operands of one element become numbers."""
 
     function: Callable[..., Any]
     public: tuple[int, ...]
@@ -51,11 +52,18 @@ def lookup(op: str, opset: int) -> Operator | None:
 
 def ints(x: Any) -> list[Any]:
     """An attribute or a known operand as a list of sizes."""
-    return list(np.asarray(x).reshape(-1).tolist())
+    return list(_known(x).reshape(-1).tolist())
 
 
 def number(x: Any) -> Any:
-    value = np.asarray(x)
+    """An attribute or a known operand that is one number."""
+    value = _known(x)
     if value.size != 1:
         raise UnsupportedError("takes one number here, not a tensor")
     return value.reshape(()).item()
+
+
+def _known(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        raise UnsupportedError("an operand that must be known depends on the values of an input")
+    return np.asarray(x)
