@@ -35,6 +35,8 @@ _WEIGHT_AT = {
     "aten.conv1d.padding": 1,
     "aten.conv2d.default": 1,
     "aten.conv2d.padding": 1,
+    "aten.conv_transpose1d.default": 1,
+    "aten.conv_transpose2d.input": 1,
     "aten.matmul.default": 1,
     "aten.mm.default": 1,
     "aten.mul.Tensor": 1,

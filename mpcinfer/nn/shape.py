@@ -149,6 +149,18 @@ def _indexed_pad(t: torch.Tensor, padding: list[int], mode: str) -> torch.Tensor
     return t
 
 
+@operator("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec")
+async def upsample_nearest(ctx: Context, x: Shared, sizes: Any, factors: Any = None) -> Shared:
+    """Every element as often as torch repeats it: its own rule says which index of each axis comes from which."""
+    for i in range(len(sizes or factors)):
+        axis = 2 + i
+        indices = torch.arange(x.shape[axis], dtype=torch.float64).reshape(1, 1, -1)
+        size, factor = (sizes[i], None) if sizes else (None, factors[i])
+        at = functional.interpolate(indices, size=size, scale_factor=factor, mode="nearest").flatten().long()
+        x = x.map(lambda t, axis=axis, at=at: t.index_select(axis, at.to(t.device)))  # type: ignore[misc]
+    return x
+
+
 @operator("aten.sym_size.int", takes_integers=True)
 async def sym_size(ctx: Context, x: Any, dim: int) -> int:
     """A size: public."""
