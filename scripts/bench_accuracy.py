@@ -29,44 +29,36 @@ class Reused(Exception):
 
 
 def run_accuracy(options: argparse.Namespace, say: Console, earlier: Row | None = None) -> Row:
-    """All functions with each number of parties: the report. The peers' results are taken from `earlier`, if given."""
-    table = functions(options.tiny)
-    chosen = [f for f in table if not options.functions or f.operation in options.functions]
+    """All functions with each number of parties: the report.
+
+    The peers' results are taken from `earlier`, if given; Reused, before anything is started, if that cannot be.
+    """
+    chosen = [f for f in functions(options.tiny) if not options.functions or f.operation in options.functions]
     settings = {"parties": options.parties, "peers": options.peers, "peer_slack": PEER_SLACK, "tiny": options.tiny}
+    rows: list[Row] = [
+        {"name": f.name, "tolerance": f.tolerance.text, "points": f.described, "parties": {}} for f in chosen
+    ]
+    known = {}
+    if earlier is not None:
+        if earlier["settings"]["tiny"] != options.tiny:
+            raise Reused("it was made with other numbers of points")
+        known = {(row["name"], n): reused(earlier, row, n, options.peers) for row in rows for n in options.parties}
     before = os.getloadavg()
-    results: dict[str, dict[int, dict[str, Row]]] = {f.name: {} for f in chosen}
     for n in options.parties:
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpcinfer-bench-")))
             with say.status("starting a dealer and parties"):
                 ours = Ours(n, stack)
-            peers = [] if earlier else [stack.enter_context(Parties(PEERS[name], n)) for name in options.peers]
-            for function in chosen:
-                with say.status(f"{function.name}, {n} parties") as status:
-                    found = {"mpcinfer": our_result(ours, function)}
-                    for peer in peers:
-                        status.update(f"{function.name}, {n} parties, {peer.peer.name}")
-                        found[peer.peer.name] = peer_result(peer, function, directory)
-                if earlier:
-                    found |= reused(earlier, function, n, options.peers)
-                results[function.name][n] = found
-                say.print(f"{function.name}, {n} parties: " + ", ".join(f"{k} {said(v)}" for k, v in found.items()))
-    rows = [
-        {
-            "name": f.name,
-            "tolerance": f.tolerance.text,
-            "points": f.described,
-            "parties": {str(n): summary(found) for n, found in results[f.name].items()},
-        }
-        for f in chosen
-    ]
+            peers = [stack.enter_context(Parties(PEERS[name], n)) for name in options.peers if not known]
+            for function, row in zip(chosen, rows, strict=True):
+                with say.status(f"{function.name}, {n} parties"):
+                    own = our_result(ours, function)
+                    others = known.get((function.name, n), {})
+                    others |= {peer.peer.name: peer_result(peer, function, directory) for peer in peers}
+                row["parties"][str(n)] = {"systems": {"mpcinfer": own, **others}, "behind": behind(own, others)}
+                verdicts = [f"{name} {said(result)}" for name, result in [("mpcinfer", own), *others.items()]]
+                say.print(f"{function.name}, {n} parties: {', '.join(verdicts)}")
     return {"machine": machine(before, options.peers), "settings": settings, "functions": rows}
-
-
-def summary(found: dict[str, Row]) -> Row:
-    """The results of one function by system, and where ours is not the most exact of those that are right."""
-    others = {name: result for name, result in found.items() if name != "mpcinfer"}
-    return {"systems": found, "behind": behind(found["mpcinfer"], others)}
 
 
 def our_result(ours: Ours, function: Function) -> Row:
@@ -123,12 +115,12 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
-def reused(earlier: Row, function: Function, parties: int, peers: list[str]) -> dict[str, Row]:
-    """The peers' results in an earlier report; Reused if it has none for these points."""
-    row = next((row for row in earlier.get("functions", []) if row["name"] == function.name), None)
-    if row is None or row["points"] != function.described or row["tolerance"] != function.tolerance.text:
-        raise Reused(f"it has no results of {function.name} on these points")
-    systems = row["parties"].get(str(parties), {}).get("systems", {})
+def reused(earlier: Row, row: Row, parties: int, peers: list[str]) -> dict[str, Row]:
+    """The peers' results in an earlier report of what `row` describes; Reused if it has none."""
+    found = next((r for r in earlier["functions"] if r["name"] == row["name"]), None)
+    if found is None or found["points"] != row["points"] or found["tolerance"] != row["tolerance"]:
+        raise Reused(f"it has no results of {row['name']} on these points")
+    systems = found["parties"].get(str(parties), {}).get("systems", {})
     if not set(peers) <= set(systems):
-        raise Reused(f"it has no results of {function.name} with {parties} parties from {', '.join(peers)}")
+        raise Reused(f"it has no results of {row['name']} with {parties} parties from all of {', '.join(peers)}")
     return {name: systems[name] for name in peers}

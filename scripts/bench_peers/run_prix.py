@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,13 +41,21 @@ FUNCTIONS: dict[str, Any] = {
 
 
 def _party(function: str, arrays: str, output: str) -> None:
-    """What each of the forked processes does; rank 0 writes the file."""
-    with np.load(arrays) as stored:
-        private = [prix.array(stored[name], src=0) for name in sorted(stored.files, reverse=True)]  # x, weight, bias
-    result = FUNCTIONS[function](*private)
-    encoded = np.asarray(result.reveal(), np.float64)
-    if prix.comm.get().get_rank() == 0:
-        np.save(output, encoded / result.scale)
+    """What each of the forked processes does; rank 0 writes the file, or why there is none, as `prix.run` won't say."""
+    rank = prix.comm.get().get_rank()
+    try:
+        with np.load(arrays) as stored:
+            private = [
+                prix.array(stored[name], src=0) for name in sorted(stored.files, reverse=True)
+            ]  # x, weight, bias
+        result = FUNCTIONS[function](*private)
+        encoded = np.asarray(result.reveal(), np.float64)
+        if rank == 0:
+            np.save(output, encoded / result.scale)
+    except Exception as error:
+        if rank == 0:
+            Path(output).with_suffix(".txt").write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 class Runner:
@@ -57,7 +66,12 @@ class Runner:
 
     def evaluate(self, function: str, arrays: str, output: str) -> None:
         """Share the arrays, evaluate a function once; the result, revealed, is written to the file `output`."""
-        prix.run(_party, function, arrays, output, world_size=self.n, mode=self.mode)
+        reason = Path(output).with_suffix(".txt")
+        reason.unlink(missing_ok=True)
+        try:
+            prix.run(_party, function, arrays, output, world_size=self.n, mode=self.mode)
+        except RuntimeError as error:
+            raise RuntimeError(reason.read_text() if reason.exists() else str(error)) from error
 
 
 if __name__ == "__main__":
