@@ -19,19 +19,23 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[Any]:
-    """The module with the functions."""
+def bench() -> Iterator[Any]:
+    """The module that runs everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
-        yield importlib.import_module("bench_functions")
+        yield importlib.import_module("bench_accuracy")
 
 
 @pytest.fixture(scope="module")
-def pages() -> Iterator[Any]:
+def table(bench: Any) -> Any:
+    """The module with the functions."""
+    return sys.modules["bench_functions"]
+
+
+@pytest.fixture(scope="module")
+def pages(bench: Any) -> Any:
     """The module that makes tables and pages."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield importlib.import_module("bench_report")
+    return sys.modules["bench_report"]
 
 
 def named(table: Any, name: str, tiny: bool = True) -> Any:
@@ -188,54 +192,41 @@ def test_pages_show_every_verdict(table: Any, pages: Any) -> None:
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-BENCH = [sys.executable, str(ROOT / "scripts" / "bench.py")]
+
+def test_results_are_used_again_if_they_are_of_the_same_points(bench: Any) -> None:
+    row = {"name": "relu", "tolerance": "5e-4", "points": {"ordinary": "near", "wide": "far"}}
+    systems = {"mpcinfer": {"right": True}, "spu": {"right": True}, "crypten": {"failed": "x"}}
+    earlier = {"functions": [row | {"parties": {"2": {"systems": systems}}}]}
+    assert bench.reused(earlier, row, 2, ["crypten"]) == {"crypten": {"failed": "x"}}
+    for asked, parties, peers in (
+        (row | {"points": {"ordinary": "near", "wide": "farther"}}, 2, ["spu"]),
+        (row | {"tolerance": "5e-5"}, 2, ["spu"]),
+        (row | {"name": "gelu"}, 2, ["spu"]),
+        (row, 3, ["spu"]),
+        (row, 2, ["spu", "prix-lut"]),
+    ):
+        with pytest.raises(bench.Reused, match="no results of"):
+            bench.reused(earlier, asked, parties, peers)
 
 
-def accuracy(report: Path, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A tiny run on one function beside one peer."""
-    command = [*BENCH, "accuracy", "--tiny", "--parties", "2", "--functions", "relu", "--peers", "prix-lut", *extra]
-    environment = {**os.environ, **environment}
-    return subprocess.run(
-        [*command, "--json", str(report)], capture_output=True, text=True, timeout=100, env=environment
-    )
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run whose peer ends at once."""
-    cache = tmp_path_factory.mktemp("cache")
-    interpreter = cache / "peers" / "prix" / "bin" / "python"
+@pytest.mark.timeout(300)
+def test_command_judges_ours_and_says_why_a_peer_failed(tmp_path: Path) -> None:
+    interpreter = tmp_path / "peers" / "prix" / "bin" / "python"
     interpreter.parent.mkdir(parents=True)
     interpreter.write_text('#!/bin/sh\ntest "$1" = -m && exit 0; echo "no such device" >&2; exit 3\n')
     interpreter.chmod(0o755)
-    report = cache / "accuracy.json"
-    done = accuracy(report, MPCINFER_CACHE=str(cache))
+    report, page = tmp_path / "accuracy.json", tmp_path / "accuracy.md"
+    bench = [sys.executable, str(ROOT / "scripts" / "bench.py")]
+    command = [*bench, "accuracy", "--tiny", "--parties", "2", "--functions", "relu", "--peers", "prix-lut"]
+    environment = os.environ | {"MPCINFER_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--json", str(report)], capture_output=True, text=True, timeout=200, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return report
-
-
-def test_command_judges_ours_and_says_why_a_peer_failed(written: Path) -> None:
-    (row,) = json.loads(written.read_text())["functions"]
+    (row,) = json.loads(report.read_text())["functions"]
     found = row["parties"]["2"]
     ours, peer = found["systems"]["mpcinfer"], found["systems"]["prix-lut"]
     assert ours["right"] and ours["wide"]["max_error_in_tolerances"] <= 1 and found["behind"] == []
     assert "exit code 3" in peer["failed"] and "no such device" in peer["failed"]
-
-
-def test_a_report_is_used_again_if_it_is_of_the_same_points(written: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again.json"
-    done = accuracy(again, "--reuse", str(written), MPCINFER_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        "exit code 3" in json.loads(again.read_text())["functions"][0]["parties"]["2"]["systems"]["prix-lut"]["failed"]
-    )
-    other = tmp_path / "other.json"
-    other.write_text(written.read_text().replace("N(0, 2)", "N(0, 3)"))
-    done = accuracy(again, "--reuse", str(other), MPCINFER_CACHE=str(tmp_path))
-    assert done.returncode == 2 and "no results of relu on these points" in done.stderr
-
-
-def test_a_page_is_made_of_a_report(written: Path, tmp_path: Path) -> None:
-    page = tmp_path / "accuracy.md"
-    subprocess.run([*BENCH, "page", str(written), str(page)], check=True, timeout=100)
+    subprocess.run([*bench, "page", str(report), str(page)], check=True, timeout=60)
     assert page.read_text().count("| relu |") == 4
