@@ -77,29 +77,31 @@ def brief(row: Row) -> str:
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
+def points_table(report: Row) -> Table:
+    """What is evaluated where, and how exact it has to be."""
+    lines = [[row["name"], row["tolerance"], *row["points"].values()] for row in report["functions"]]
+    return ["function", "tolerance", "ordinary points", "wide points"], lines
+
+
 def our_accuracy(report: Row, parties: int) -> Table:
     """Our results: a line per function and range."""
-    header = ["function", "tolerance", "range", "points", "max error", "max relative", "in tolerances"]
-    header += ["worst at x", "verdict", "most exact of the right"]
+    header = ["function", "range", "points", "max error", "max relative", "in tolerances", "worst at x", "verdict"]
     lines = []
     for row in report["functions"]:
         found = row["parties"][str(parties)]
         ours = found["systems"]["mpcinfer"]
-        for within, described in row["points"].items():
-            line = [row["name"], row["tolerance"], f"{within}: {described}"]
+        for within in row["points"]:
             if within not in ours:
-                lines.append([*line, *[""] * 5, said(ours), ""])
+                lines.append([row["name"], within, *[""] * 5, _missing(ours, within), ""])
                 continue
             of = ours[within]
-            figures = [_figure(of[key]) for key in ("max_abs_error", "max_relative_error", "max_error_in_tolerances")]
-            if of["max_relative_error"] is None:
-                figures[1] = ""
-            ahead = [
-                f"no: {name} {measure}" for name, where, measure in map(str.split, found["behind"]) if where == within
-            ]
-            line += [f"{of['points']:,}", *figures, f"{of['worst']['x']:.6g}"]
-            lines.append([*line, "right" if of["right"] else "WRONG", "; ".join(ahead) or "yes"])
-    return header, lines
+            relative = "" if of["max_relative_error"] is None else _figure(of["max_relative_error"])
+            line = [row["name"], within, f"{of['points']:,}", _figure(of["max_abs_error"]), relative]
+            line += [_figure(of["max_error_in_tolerances"]), f"{of['worst']['x']:.6g}"]
+            ahead = [name for name, where, _ in map(str.split, found["behind"]) if where == within]
+            by = " and ".join(dict.fromkeys(ahead))
+            lines.append([*line, "right" if of["right"] else "WRONG", f"no, {by}" if by else "yes"])
+    return [*header, "most exact of the right"], lines
 
 
 def all_accuracy(report: Row, parties: int) -> Table:
@@ -116,10 +118,16 @@ def all_accuracy(report: Row, parties: int) -> Table:
 
 def _errors(result: Row, within: str) -> str:
     if within not in result:
-        return said(result)
+        return _missing(result, within)
     of = result[within]
     relative = f", {_figure(of['max_relative_error'])} relative" if of["max_relative_error"] is not None else ""
     return f"{'' if of['right'] else 'WRONG '}{_figure(of['max_abs_error'])}{relative}"
+
+
+def _missing(result: Row, within: str) -> str:
+    """Why there is no result, in full the first time."""
+    reason = said(result)
+    return reason if within == "ordinary" else reason.partition(":")[0]
 
 
 def _figure(value: float | None) -> str:
@@ -181,7 +189,7 @@ def tables(report: Row) -> list[tuple[str, Table]]:
         if report["ops"][0]["peers"]:
             shown.append((f"Other systems, {parties} parties", peer_table(report)))
         return shown
-    shown = []
+    shown = [("Points and tolerances", points_table(report))]
     for n in parties:
         shown.append((f"mpcinfer, {n} parties", our_accuracy(report, n)))
         if report["settings"]["peers"]:
