@@ -98,9 +98,9 @@ def our_accuracy(report: Row, parties: int) -> Table:
             relative = "" if of["max_relative_error"] is None else _figure(of["max_relative_error"])
             line = [row["name"], within, f"{of['points']:,}", _figure(of["max_abs_error"]), relative]
             line += [_figure(of["max_error_in_tolerances"]), f"{of['worst']['x']:.6g}"]
-            ahead = [name for name, where, _ in map(str.split, found["behind"]) if where == within]
-            by = " and ".join(dict.fromkeys(ahead))
-            lines.append([*line, "right" if of["right"] else "WRONG", f"no, {by}" if by else "yes"])
+            ahead = [(name, measure) for name, where, measure in map(str.split, found["behind"]) if where == within]
+            by = ", ".join(f"{name} ({measure.split('_')[1]})" for name, measure in ahead)
+            lines.append([*line, "right" if of["right"] else "WRONG", f"no: {by}" if by else "yes"])
     return [*header, "most exact of the right"], lines
 
 
@@ -139,6 +139,8 @@ def said(result: Row) -> str:
     for reason in ("refused", "failed"):
         if reason in result:
             return f"{reason}: {result[reason]}"
+    if "absent" in result:
+        return "not run"
     return "has none" if "lacks" in result else "right" if result["right"] else "WRONG"
 
 
