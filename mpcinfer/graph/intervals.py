@@ -63,6 +63,10 @@ class Interval:
             return [Interval(*ends) for ends in zip(low, high, strict=True)]
         return Interval(low, high)
 
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Interval:
+        """As `map`, of a function with one value."""
+        return Interval.of(function(self.low)) if self.point else Interval(function(self.low), function(self.high))
+
     def times(self, factor: float) -> Interval:
         """All of it times a number."""
         if factor < 0 and not self.point:
@@ -148,7 +152,7 @@ class Evaluation:
         self.chosen[self.node.name] = {"shift": shift}
 
     def scores(self, products: Interval) -> None:
-        """Products of queries and keys, which are multiplied by a public factor: of as many bits as there is room for."""
+        """Products of queries and keys, which a public factor multiplies: of as many bits as there is room for."""
         size = math.log2(max(products.magnitude(), 2.0**-20) * self._headroom**2)
         self.chosen[self.node.name] = {"factor_bits": math.floor(TRUNCATED - 2 * self.frac_bits - size)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -16,10 +16,13 @@ from mpcinfer.nn.shape import moves
 
 # means are multiplied at this scale, whatever frac_bits (see nn.elementwise.divide)
 _MEAN_BITS = 48
+F = TypeVar("F", bound=Function)
 
 
-def bounds(*names: str) -> Callable[[Function], Function]:
-    def register(rule: Function) -> Function:
+def bounds(*names: str) -> Callable[[F], F]:
+    """Register what operators of these names make of intervals."""
+
+    def register(rule: F) -> F:
         RULES.update(dict.fromkeys(names, rule))
         return rule
 
@@ -314,7 +317,7 @@ def _embedding(run: Evaluation, table: Interval, index: Interval, *rest: Any) ->
     """The rows looked up; those of any index where it is not known."""
     if index.point:
         rows = index.low.long()
-        return table.map(lambda t: t[rows])
+        return table.apply(lambda t: t[rows])
     shape = (*index.low.shape, table.low.shape[-1])
     return Interval(table.low.amin(0).expand(shape), table.high.amax(0).expand(shape))
 

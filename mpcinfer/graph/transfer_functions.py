@@ -13,6 +13,7 @@ from mpcinfer.graph.intervals import SOFTMAX, TRUNCATED, Evaluation, Function, I
 from mpcinfer.graph.transfer import aten, bilinear, bounds, scaled, turning
 from mpcinfer.nn.functions import INVERSE_BITS
 from mpcinfer.nn.public import MASKED, MASKED_FROM
+from mpcinfer.nn.shape import common_shape
 from mpcinfer.protocol.exponential import CEILING
 
 # of the fitted functions, besides a unit in the last place
@@ -41,7 +42,7 @@ def _smooth(op: str, lowest_at: float | None) -> Function:
             y: torch.Tensor = function(t, *rest, **kwargs)
             return y
 
-        return _near(run, x.map(value) if lowest_at is None else turning(x, value, lowest_at))
+        return _near(run, x.apply(value) if lowest_at is None else turning(x, value, lowest_at))
 
     return rule
 
@@ -56,23 +57,23 @@ for _name, _at in {
 @bounds("aten.glu.default")
 def _glu(run: Evaluation, x: Interval, dim: int = -1) -> Interval:
     value, gate = x.map(lambda t: t.chunk(2, dim))
-    return bilinear(run, torch.mul, value, gate.map(torch.sigmoid))
+    return bilinear(run, torch.mul, value, gate.apply(torch.sigmoid))
 
 
 @bounds("aten.prelu.default", "aten._prelu_kernel.default")
 def _prelu(run: Evaluation, x: Interval, weight: Interval) -> Interval:
-    column = weight.map(lambda t: t.reshape(-1, *([1] * max(0, x.low.dim() - 2))) if t.numel() > 1 else t)
-    return x.map(torch.relu) + bilinear(run, torch.mul, x.map(lambda t: t.clamp(max=0)), column)
+    column = weight.apply(lambda t: t.reshape(-1, *([1] * max(0, x.low.dim() - 2))) if t.numel() > 1 else t)
+    return x.apply(torch.relu) + bilinear(run, torch.mul, x.apply(lambda t: t.clamp(max=0)), column)
 
 
 @bounds("aten.exp.default")
 def _exp(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.map(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0.1)
+    return _near(run, x.apply(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0.1)
 
 
 @bounds("aten.expm1.default")
 def _expm1(run: Evaluation, x: Interval) -> Interval:
-    return _exp(run, x).map(lambda t: t - 1)
+    return _exp(run, x).apply(lambda t: t - 1)
 
 
 def _positive(run: Evaluation, t: torch.Tensor) -> torch.Tensor:
@@ -81,17 +82,17 @@ def _positive(run: Evaluation, t: torch.Tensor) -> torch.Tensor:
 
 @bounds("aten.log.default")
 def _log(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.map(lambda t: _positive(run, t).log()))
+    return _near(run, x.apply(lambda t: _positive(run, t).log()))
 
 
 @bounds("aten.log1p.default")
 def _log1p(run: Evaluation, x: Interval) -> Interval:
-    return _log(run, x.map(lambda t: t + 1))
+    return _log(run, x.apply(lambda t: t + 1))
 
 
 @bounds("aten.sqrt.default")
 def _sqrt(run: Evaluation, x: Interval) -> Interval:
-    y: Interval = x.map(lambda t: t.clamp(min=0).sqrt())
+    y: Interval = x.apply(lambda t: t.clamp(min=0).sqrt())
     return _near(run, y, 1e-5 * y.magnitude())
 
 
@@ -144,11 +145,11 @@ def _power(run: Evaluation, x: Any, exponent: float = 2) -> Any:
     whole, rest = divmod(exponent, 1)
     if rest not in (0, 0.5):
         ceiling = math.exp(CEILING + 0.125)
-        return _near(run, x.map(lambda t: _positive(run, t).pow(exponent).clamp(max=ceiling)), 0.01 * ceiling)
+        return _near(run, x.apply(lambda t: _positive(run, t).pow(exponent).clamp(max=ceiling)), 0.01 * ceiling)
     if rest:
         root = _sqrt(run, x)
         return bilinear(run, torch.mul, root, _power(run, x, whole)) if whole else root
-    y = turning(x, lambda t: t**exponent, 0.0) if whole % 2 == 0 else x.map(lambda t: t**exponent)
+    y = turning(x, lambda t: t**exponent, 0.0) if whole % 2 == 0 else x.apply(lambda t: t**exponent)
     return run.truncated(y, run.frac_bits, 2)
 
 
@@ -167,7 +168,7 @@ def _comparison(name: str) -> Function:
     def rule(run: Evaluation, x: Any, y: Any) -> Interval:
         ends = [v.low if isinstance(v, Interval) else torch.tensor(float(v), dtype=torch.float64) for v in (x, y)]
         points = all(v.point for v in (x, y) if isinstance(v, Interval))
-        return _truth(run, torch.broadcast_shapes(*(t.shape for t in ends)), function(*ends) if points else None)
+        return _truth(run, common_shape(*(t.shape for t in ends)), function(*ends) if points else None)
 
     return rule
 
@@ -181,7 +182,7 @@ def _logic(name: str) -> Function:
 
     def rule(run: Evaluation, *operands: Interval) -> Interval:
         points = all(x.point for x in operands)
-        shape = torch.broadcast_shapes(*(x.low.shape for x in operands))
+        shape = common_shape(*(x.low.shape for x in operands))
         return _truth(run, shape, function(*(x.low != 0 for x in operands)) if points else None)
 
     return rule
@@ -193,7 +194,7 @@ for _name, _other in {"and": "and.Tensor", "or": "or.Tensor", "xor": "xor.Tensor
 
 @bounds("aten.sign.default")
 def _sign(run: Evaluation, x: Interval) -> Interval:
-    y: Interval = x.map(torch.sign)
+    y: Interval = x.apply(torch.sign)
     return y
 
 
@@ -209,7 +210,7 @@ def _where(run: Evaluation, condition: Interval, x: Any, y: Any, frac_bits: int 
     if condition.point:
         low = torch.where(condition.low != 0, x.low, y.low)
         return Interval(low, low if x.point and y.point else torch.where(condition.low != 0, x.high, y.high))
-    shape = torch.broadcast_shapes(condition.low.shape, x.low.shape, y.low.shape)
+    shape = common_shape(condition.low.shape, x.low.shape, y.low.shape)
     return Interval(torch.minimum(x.low, y.low).expand(shape), torch.maximum(x.high, y.high).expand(shape))
 
 
@@ -240,13 +241,13 @@ def _clamp(run: Evaluation, x: Interval, low: Any = None, high: Any = None) -> I
 @bounds("aten.max.dim", "aten.min.dim")
 def _extreme(run: Evaluation, x: Interval, dim: int, keepdim: bool = False) -> list[Interval]:
     function = torch.amax if run.node.op == "aten.max.dim" else torch.amin
-    values: Interval = x.map(lambda t: function(t, dim, keepdim))
+    values: Interval = x.apply(lambda t: function(t, dim, keepdim))
     return [values, _places(values, x.low.shape[dim])]
 
 
 @bounds("aten.topk.default")
 def _topk(run: Evaluation, x: Interval, k: int, dim: int = -1, largest: bool = True, *rest: Any) -> list[Interval]:
-    values: Interval = x.map(lambda t: t.topk(k, dim, largest).values)
+    values: Interval = x.apply(lambda t: t.topk(k, dim, largest).values)
     return [values, _places(values, x.low.shape[dim])]
 
 
@@ -268,6 +269,10 @@ def _squares(run: Evaluation, x: Interval, axes: Sequence[int]) -> torch.Tensor:
     total = largest.square().sum(tuple(axes), keepdim=True)
     run.squares(float(total.max()) if total.numel() else 0.0)
     return total
+
+
+def _low(x: Interval | None) -> torch.Tensor | None:
+    return None if x is None else x.low
 
 
 def _normalised(
@@ -295,9 +300,9 @@ def _layer_norm(
     *rest: Any,
     **options: Any,
 ) -> Interval:
-    parts = [None if v is None else v.low for v in (weight, bias)]
+    gain, offset = _low(weight), _low(bias)
     axes = range(-len(shape), 0)
-    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), *parts, eps), weight, bias)
+    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), gain, offset, eps), weight, bias)
 
 
 @bounds("aten.rms_norm.default")
@@ -309,14 +314,14 @@ def _rms_norm(
     eps: float | None = None,
     **options: Any,
 ) -> Interval:
-    part = None if weight is None else weight.low
+    part = _low(weight)
     eps = 2.0**-23 if eps is None else eps
     axes = range(-len(shape), 0)
     return _normalised(run, x, axes, lambda t: functional.rms_norm(t, list(shape), part, eps), weight, None)
 
 
 def _channels(x: Interval, parameter: Interval | None) -> Interval | None:
-    return None if parameter is None else parameter.map(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
+    return None if parameter is None else parameter.apply(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
 
 
 @bounds("aten.group_norm.default")
@@ -330,11 +335,10 @@ def _group_norm(
     *rest: Any,
     **options: Any,
 ) -> Interval:
-    parts = [None if v is None else v.low for v in (weight, bias)]
-    rows = x.map(lambda t: t.reshape(t.shape[0], groups, -1))
+    rows = x.apply(lambda t: t.reshape(t.shape[0], groups, -1))
     _squares(run, rows, [-1])
     if x.point:
-        return Interval.of(functional.group_norm(x.low, groups, *parts, eps))
+        return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
     largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
     y, gain, shift = Interval(-largest, largest), _channels(x, weight), _channels(x, bias)
     y = y if gain is None else bilinear(run, torch.mul, y, gain)
@@ -409,7 +413,7 @@ def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval
 @bounds("aten.logsumexp.default")
 def _logsumexp(run: Evaluation, x: Interval, dim: list[int], keepdim: bool = False) -> Interval:
     run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
-    return _near(run, x.map(lambda t: torch.logsumexp(t, dim, keepdim)))
+    return _near(run, x.apply(lambda t: torch.logsumexp(t, dim, keepdim)))
 
 
 @bounds("aten.scaled_dot_product_attention.default")
@@ -427,12 +431,12 @@ def _attention(
 ) -> Interval:
     factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
     if enable_gqa:
-        k, v = (x.map(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    scores = bilinear(run, torch.matmul, q, k.map(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
+        k, v = (x.apply(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
+    scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
     run.scores(scores)
     scores = scores.times(factor)
     if mask is not None and not mask.truth:
-        scores = scores + mask.map(lambda t: t.clamp(min=MASKED))
+        scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
     run.need(scores, run.frac_bits, SOFTMAX)
     run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
     if not (q.point and k.point and v.point and (mask is None or mask.point)):

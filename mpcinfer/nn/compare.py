@@ -11,6 +11,7 @@ import torch
 from mpcinfer.nn.elementwise import add_public, encode
 from mpcinfer.nn.public import MASKED
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import common_shape
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.multiply import multiply
@@ -32,7 +33,7 @@ def number(ctx: Context, x: Any, like: Shared) -> Shared:
 
 def broadcast(*operands: Shared) -> list[Shared]:
     """The operands expanded to their common shape."""
-    shape = torch.broadcast_shapes(*(x.shape for x in operands))
+    shape = common_shape(*(x.shape for x in operands))
     return [x.map(lambda t: t.expand(shape)) for x in operands]
 
 
@@ -97,15 +98,15 @@ async def logical_and(ctx: Context, x: Any, y: Any) -> Shared:
 @operator("aten.logical_or.default", "aten.bitwise_or.Tensor", takes_integers=True)
 async def logical_or(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - x y."""
-    x, y = _booleans(ctx, x, y)
-    return x + y - await multiply(ctx, x, y)
+    a, b = _booleans(ctx, x, y)
+    return a + b - await multiply(ctx, a, b)
 
 
 @operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor", takes_integers=True)
 async def logical_xor(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - 2 x y."""
-    x, y = _booleans(ctx, x, y)
-    return x + y - (await multiply(ctx, x, y)).times(2)
+    a, b = _booleans(ctx, x, y)
+    return a + b - (await multiply(ctx, a, b)).times(2)
 
 
 def _booleans(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
@@ -159,8 +160,8 @@ async def maximum(ctx: Context, x: Any, y: Any) -> Shared:
 @operator("aten.minimum.default", "aten.clamp_max.Tensor")
 async def minimum(ctx: Context, x: Any, y: Any) -> Shared:
     """The smaller one, element by element: the sum minus the larger one."""
-    x, y = broadcast(*_booleans(ctx, x, y))
-    return x + y - (await select.maximum(ctx, x, y))[0]
+    a, b = broadcast(*_booleans(ctx, x, y))
+    return a + b - (await select.maximum(ctx, a, b))[0]
 
 
 @operator("aten.clamp.Tensor")

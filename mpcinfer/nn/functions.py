@@ -9,6 +9,7 @@ import torch
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import Number, add_public, encode, product, scale
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import common_shape
 from mpcinfer.protocol import exponential, inverse, logarithm, root
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.multiply import multiply
@@ -76,7 +77,7 @@ async def div(ctx: Context, x: Any, y: Any) -> Any:
         z = await multiply(ctx, x, inverse_y)
     else:
         z = Shared(inverse_y.share * encode(x, y.frac_bits), INVERSE_BITS + y.frac_bits)
-    shape = torch.broadcast_shapes(y.shape, z.shape)
+    shape = common_shape(y.shape, z.shape)
     return (await truncate(ctx, z, z.frac_bits - y.frac_bits)).map(lambda t: t.expand(shape))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpcinfer.nn.elementwise import add_public, scale
@@ -202,7 +202,7 @@ async def std(
     return place(await truncate(ctx, y, 4), keepdim)
 
 
-def _rows(x: Shared, dim: Any) -> tuple[Shared, Any]:
+def _rows(x: Shared, dim: Any) -> tuple[Shared, Callable[[Shared, bool], Shared]]:
     """The axes `dim` joined into a last one, and how a result with one number a row gets its shape."""
     rank = len(x.shape)
     axes = sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))

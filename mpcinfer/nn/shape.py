@@ -31,6 +31,11 @@ def per_axis(value: Any, dims: int) -> tuple[int, ...]:
     return sizes * dims if len(sizes) == 1 else sizes
 
 
+def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """What operands of these shapes are broadcast to."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def _aten(name: str) -> Any:
     packet, _, overload = name.partition(".")
     found = getattr(torch.ops.aten, packet, None)

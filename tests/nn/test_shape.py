@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.graph.capture import capture
