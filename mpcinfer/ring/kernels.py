@@ -161,8 +161,8 @@ class Bilinear:
             stride, padding, dilation, groups = self.args
             return conv(x, w, tuple(stride), tuple(padding), tuple(dilation), groups)
         if self.name == "conv_transpose":
-            *sizes, groups = self.args
-            return conv_transpose(x, w, *(tuple(s) for s in sizes), groups)
+            stride, padding, more, dilation, groups = self.args
+            return conv_transpose(x, w, tuple(stride), tuple(padding), tuple(more), tuple(dilation), groups)
         raise ValueError(f"unknown bilinear map {self.name!r}")
 
     def shape(self, x: tuple[int, ...], w: tuple[int, ...]) -> tuple[int, ...]:
