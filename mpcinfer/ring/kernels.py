@@ -161,19 +161,14 @@ class Bilinear:
             stride, padding, dilation, groups = self.args
             return conv(x, w, tuple(stride), tuple(padding), tuple(dilation), groups)
         if self.name == "conv_transpose":
-            stride, padding, output_padding, dilation, groups = self.args
-            return conv_transpose(x, w, tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), groups)
+            stride, padding, more, dilation, groups = self.args
+            return conv_transpose(x, w, tuple(stride), tuple(padding), tuple(more), tuple(dilation), groups)
         raise ValueError(f"unknown bilinear map {self.name!r}")
 
     def shape(self, x: tuple[int, ...], w: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the value for arguments of shapes x and w."""
         meta = self(_meta(x), _meta(w))
         return tuple(meta.shape)
-
-    def multiply_adds(self, x: tuple[int, ...], w: tuple[int, ...]) -> int:
-        """How many multiplications the value takes for arguments of shapes x and w."""
-        terms = {"mul": (), "matmul": x[-1:], "conv": w[1:]}[self.name]
-        return _product(self.shape(x, w)) * _product(terms)
 
 
 def _meta(shape: tuple[int, ...]) -> torch.Tensor:

@@ -537,11 +537,7 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "constants", "why"),
     [
-        (
-            node("Resize", "x none scales", mode="linear"),
-            {"none": NO_REGION, "scales": np.ones(4, np.float32)},
-            "'linear'",
-        ),
+        (node("Resize", "x r s", mode="linear"), {"r": NO_REGION, "s": np.ones(4, np.float32)}, "'linear'"),
         (node("Pow", "x p"), {"p": numbers(4)}, "takes one number"),
         (node("Cast", "x", to=TensorProto.INT64), {}, "integers of secret"),
         (node("Reshape", "x p"), {"p": ints(0, -1, 5)}, "do not fit"),

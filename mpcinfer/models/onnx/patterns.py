@@ -80,17 +80,17 @@ def _recognise(graph: Graph) -> None:
     for i, root in enumerate(graph.nodes):
         if root.op not in ("Mul", "Div"):
             continue
-        found = next(filter(None, (_whole(graph, group) for group in _groups(graph, root, made_by))), None)
-        if found is not None:
-            graph.nodes[i] = found
+        found = list(filter(None, (_whole(graph, group) for group in _groups(graph, root, made_by))))
+        if found:  # a LayerNorm ends in the RMSNorm of what is left without the mean
+            graph.nodes[i] = next((node for node in found if node.op == "LayerNormalization"), found[0])
 
 
 def _groups(graph: Graph, root: Node, made_by: dict[str, tuple[int, Node]]) -> Iterator[_Group]:
     """The groups that end in a node, smallest first: the open ends of each but the last are expanded, latest first."""
     ends = {root.outputs[0]}
     nodes: list[Node] = []
-    while len(nodes) < _LARGEST and all(name in made_by for name in ends):
-        _, node = max((made_by[name] for name in ends), key=lambda made: made[0])
+    while len(nodes) < _LARGEST and not ends.isdisjoint(made_by):
+        _, node = max((made_by[name] for name in ends if name in made_by), key=lambda made: made[0])
         if node.op not in (*_ARITHMETIC, *_CURVES, *_MEANS) or len(node.outputs) != 1:
             return
         nodes.append(node)
