@@ -170,6 +170,13 @@ class Bilinear:
         meta = self(_meta(x), _meta(w))
         return tuple(meta.shape)
 
+    def multiply_adds(self, x: tuple[int, ...], w: tuple[int, ...]) -> int:
+        """How many multiplications the value takes for arguments of shapes x and w."""
+        if self.name == "conv_transpose":  # each element of x meets the kernels of one group
+            return _product(x) * _product(w[1:])
+        terms = {"mul": (), "matmul": x[-1:], "conv": w[1:]}[self.name]
+        return _product(self.shape(x, w)) * _product(tuple(terms))
+
 
 def _meta(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
