@@ -92,13 +92,13 @@ def _log1p(run: Evaluation, x: Interval) -> Interval:
 @bounds("aten.sqrt.default")
 def _sqrt(run: Evaluation, x: Interval) -> Interval:
     y: Interval = x.map(lambda t: t.clamp(min=0).sqrt())
-    return _near(run, y, 1e-5 * y.magnitude())
+    return _near(run, y, 3e-5 * y.magnitude())
 
 
 @bounds("aten.rsqrt.default")
 def _rsqrt(run: Evaluation, x: Interval) -> Interval:
     y = _decreasing(x, lambda t: _positive(run, t).rsqrt())
-    return _near(run, y, 1e-5 * y.magnitude())
+    return _near(run, y, 3e-5 * y.magnitude())
 
 
 def _inverse(run: Evaluation, x: Interval) -> Interval:
