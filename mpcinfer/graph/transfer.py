@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import functional
 
-from mpcinfer.graph.intervals import RULES, SOFTMAX, TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.intervals import RULES, TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.nn.elementwise import encode, fraction
 from mpcinfer.nn.registry import supported
 from mpcinfer.nn.shape import moves
@@ -270,7 +270,6 @@ def _leaky_relu(run: Evaluation, x: Interval, negative_slope: float = 0.01) -> I
 
 @bounds("mpc.softmax", "aten.softmax.int", "aten._softmax.default")
 def _softmax(run: Evaluation, x: Interval, dim: int = -1, *rest: Any) -> Interval:
-    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
     if x.point:
         return Interval.of(torch.softmax(x.low, dim))
     return run.rounded(Interval(torch.zeros_like(x.low), torch.ones_like(x.low)))

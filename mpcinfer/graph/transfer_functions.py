@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mpcinfer.graph.intervals import SOFTMAX, TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.graph.transfer import aten, bilinear, bounds, scaled, turning
 from mpcinfer.nn.functions import INVERSE_BITS
 from mpcinfer.nn.public import MASKED, MASKED_FROM
@@ -93,13 +93,13 @@ def _log1p(run: Evaluation, x: Interval) -> Interval:
 @bounds("aten.sqrt.default")
 def _sqrt(run: Evaluation, x: Interval) -> Interval:
     y: Interval = x.apply(lambda t: t.clamp(min=0).sqrt())
-    return _near(run, y, 1e-5 * y.magnitude())
+    return _near(run, y, 3e-5 * y.magnitude())
 
 
 @bounds("aten.rsqrt.default")
 def _rsqrt(run: Evaluation, x: Interval) -> Interval:
     y = _decreasing(x, lambda t: _positive(run, t).rsqrt())
-    return _near(run, y, 1e-5 * y.magnitude())
+    return _near(run, y, 3e-5 * y.magnitude())
 
 
 def _inverse(run: Evaluation, x: Interval) -> Interval:
@@ -403,7 +403,6 @@ bounds("aten.std.dim", "aten.std.correction")(_spread(torch.std, True))
 
 @bounds("aten.log_softmax.int", "aten._log_softmax.default")
 def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval:
-    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
     if x.point:
         return Interval.of(x.low.log_softmax(dim))
     low = x.low - x.high.amax(dim, keepdim=True) - math.log(x.low.shape[dim])
@@ -412,7 +411,6 @@ def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval
 
 @bounds("aten.logsumexp.default")
 def _logsumexp(run: Evaluation, x: Interval, dim: list[int], keepdim: bool = False) -> Interval:
-    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
     return _near(run, x.apply(lambda t: torch.logsumexp(t, dim, keepdim)))
 
 
@@ -437,7 +435,7 @@ def _attention(
     scores = scores.times(factor)
     if mask is not None and not mask.truth:
         scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
-    run.need(scores, run.frac_bits, SOFTMAX)
+    run.need(scores, run.frac_bits, run.numbers)
     run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
     if not (q.point and k.point and v.point and (mask is None or mask.point)):
         shape = (*scores.low.shape[:-1], v.low.shape[-1])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpcinfer.nn.elementwise import add_public, encode
+from mpcinfer.nn.elementwise import add_public, encode, width
 from mpcinfer.nn.public import MASKED
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import common_shape
@@ -47,11 +47,11 @@ async def _compared(ctx: Context, x: Any, y: Any, thresholds: tuple[int, ...], v
         floor = math.floor(at)
         if not exact:  # [x < y] and [x <= y] are both [x < floor + 1]
             ends = values[0], values[-1]
-            return await select.step(ctx, x, (floor + 1,), ends)
-        return await select.step(ctx, x, tuple(floor + t for t in thresholds), values)
+            return await select.step(ctx, x, (floor + 1,), ends, width(x))
+        return await select.step(ctx, x, tuple(floor + t for t in thresholds), values, width(x))
     if not isinstance(x, Shared):
         x = number(ctx, x, y)
-    return await select.step(ctx, x - number(ctx, y, x), thresholds, values)
+    return await select.step(ctx, x - number(ctx, y, x), thresholds, values, width(x))
 
 
 _COMPARISONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -79,7 +79,7 @@ for _name, _steps in _COMPARISONS.items():
 async def sign(ctx: Context, x: Shared) -> Shared:
     """-1, 0 or 1."""
     one = 1 << x.frac_bits
-    return await select.piecewise_linear(ctx, x, (0, 1), (0, 0, 0), (-one, 0, one))
+    return await select.piecewise_linear(ctx, x, (0, 1), (0, 0, 0), (-one, 0, one), width(x))
 
 
 @operator("aten.logical_not.default", "aten.bitwise_not.default", takes_integers=True)
@@ -154,14 +154,14 @@ async def masked_fill(ctx: Context, x: Shared, mask: Any, value: Any) -> Shared:
 async def maximum(ctx: Context, x: Any, y: Any) -> Shared:
     """The larger one, element by element."""
     x, y = broadcast(*_booleans(ctx, x, y))
-    return (await select.maximum(ctx, x, y))[0]
+    return (await select.maximum(ctx, x, y, width=width(x)))[0]
 
 
 @operator("aten.minimum.default", "aten.clamp_max.Tensor")
 async def minimum(ctx: Context, x: Any, y: Any) -> Shared:
     """The smaller one, element by element: the sum minus the larger one."""
     a, b = broadcast(*_booleans(ctx, x, y))
-    return a + b - (await select.maximum(ctx, a, b))[0]
+    return a + b - (await select.maximum(ctx, a, b, width=width(a)))[0]
 
 
 @operator("aten.clamp.Tensor")
@@ -193,7 +193,7 @@ def _dims(dim: Any) -> list[int]:
 @operator("aten.amax.default", "aten.max.default")
 async def amax(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) -> Shared:
     """The largest entry along `dim` (all axes if None)."""
-    top = await maximum_along(ctx, _rows(x, _dims(dim)))
+    top = await maximum_along(ctx, _rows(x, _dims(dim)), width(x))
     return _kept(top, len(x.shape), _dims(dim), keepdim)
 
 
@@ -206,7 +206,7 @@ async def amin(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) 
 @operator("aten.max.dim")
 async def max_dim(ctx: Context, x: Shared, dim: int, keepdim: bool = False) -> list[Shared]:
     """The largest entry and its index (the lowest among equals)."""
-    found = await argmax_along(ctx, _rows(x, [dim]))
+    found = await argmax_along(ctx, _rows(x, [dim]), width(x))
     return [_kept(y, len(x.shape), [dim], keepdim) for y in found]
 
 
@@ -223,7 +223,7 @@ async def topk(
 ) -> list[Shared]:
     """The k largest (or smallest) entries, in order, and their indices; the order among equals is unspecified."""
     rows = x.map(lambda t: t.movedim(dim, -1))
-    values, indices = await top_along(ctx, rows if largest else -rows, k)
+    values, indices = await top_along(ctx, rows if largest else -rows, k, width(x))
     return [y.map(lambda t: t.movedim(-1, dim)) for y in (values if largest else -values, indices)]
 
 

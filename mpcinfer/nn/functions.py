@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import Number, add_public, encode, product, scale
+from mpcinfer.nn.elementwise import Number, add_public, encode, product, scale, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import common_shape
 from mpcinfer.protocol import exponential, inverse, logarithm, root
@@ -46,7 +46,7 @@ async def inverse_of(ctx: Context, x: Shared, frac_bits: int = INVERSE_BITS) -> 
     x = x.map(compact)
     high = min(20, encodable(x.frac_bits))
     low = max(2 - x.frac_bits, high - inverse.MAX_OCTAVES)
-    negative, absolute = await sign_and_absolute(ctx, x)
+    negative, absolute = await sign_and_absolute(ctx, x, width(x))
     y = await inverse.reciprocal(ctx, absolute, low=low, high=high, frac_bits=frac_bits)
     sign = add_public(ctx, negative.times(-2), 1)
     return await multiply(ctx, y, sign)

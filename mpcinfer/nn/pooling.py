@@ -9,16 +9,13 @@ import torch
 from torch.nn import functional
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import divide
+from mpcinfer.nn.elementwise import divide, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import per_axis
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.kernels import pool_windows
-
-# below every encodable number, and its difference to any of them is far from the ring's edge
-_LOWEST = -(1 << 61)
 
 
 def _pad(ctx: Context, x: Shared, padding: tuple[int, ...], beyond: tuple[int, ...], value: int) -> Shared:
@@ -58,7 +55,8 @@ async def _max_pool(
     strides = per_axis(stride, dims) if stride else sizes
     dilations, pads = per_axis(dilation, dims), per_axis(padding, dims)
     beyond = _beyond(x.shape[-dims:], sizes, strides, pads, dilations) if ceil_mode else (0,) * dims
-    x = _pad(ctx, x, pads, beyond, _LOWEST)
+    # below every number of the model, and no further from them than they are from each other
+    x = _pad(ctx, x, pads, beyond, -1 << (62 - x.frac_bits))
     # a maximum is separable: one axis after the other compares less than whole windows
     for axis in range(dims):
         at = axis - dims
@@ -68,7 +66,7 @@ async def _max_pool(
             return pool_windows(moved, (sizes[axis],), (strides[axis],), (dilations[axis],))
 
         if sizes[axis] > 1 or strides[axis] > 1:
-            x = await maximum_along(ctx, x.map(windows))
+            x = await maximum_along(ctx, x.map(windows), width(x))
             x = x.map(lambda t, at=at: t.movedim(-1, at))  # type: ignore[misc]
     return x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpcinfer.nn.elementwise import width
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.exponential import exp_nonpositive
@@ -11,6 +12,7 @@ from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
+from mpcinfer.ring.digits import DIGIT_BITS
 
 # exponentials keep this many fraction bits, so that a long row's sum does not gather their rounding errors
 EXP_BITS = 24
@@ -24,11 +26,17 @@ def octaves_of_sum(count: int) -> dict[str, int]:
     return {"low": 0, "high": max(1, (count - 1).bit_length())}
 
 
+async def powers_below(ctx: Context, x: Shared) -> Shared:
+    """e^x of differences x <= 0 of a model's numbers, with EXP_BITS fraction bits or more."""
+    # a scale that is refined leaves less room above
+    return await exp_nonpositive(ctx, x, max(EXP_BITS, x.frac_bits), 64 if x.frac_bits % DIGIT_BITS else width(x))
+
+
 async def _powers(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
     """e^(x - the row's largest) with EXP_BITS or more, and x minus the row's largest."""
-    top = await maximum_along(ctx, x)
+    top = await maximum_along(ctx, x, width(x))
     below = x - top.map(lambda t: t.unsqueeze(-1))
-    return await exp_nonpositive(ctx, below, max(EXP_BITS, x.frac_bits)), below
+    return await powers_below(ctx, below), below
 
 
 @operator("mpc.softmax")
@@ -67,8 +75,8 @@ async def logsumexp(ctx: Context, x: Shared, dim: list[int], keepdim: bool = Fal
     """torch.logsumexp over one axis."""
     (axis,) = dim
     moved = x.map(lambda t: t.movedim(axis, -1))
-    top = await maximum_along(ctx, moved)
-    powers = await exp_nonpositive(ctx, moved - top.map(lambda t: t.unsqueeze(-1)), max(EXP_BITS, x.frac_bits))
+    top = await maximum_along(ctx, moved, width(x))
+    powers = await powers_below(ctx, moved - top.map(lambda t: t.unsqueeze(-1)))
     sums = powers.map(lambda t: t.sum(-1))
     y = top + await log(ctx, sums, **octaves_of_sum(moved.shape[-1]), frac_bits=x.frac_bits)
     return y.map(lambda t: t.unsqueeze(axis)) if keepdim else y
