@@ -49,6 +49,7 @@ def test_hardswish_has_its_own_knots() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(splines.TARGETS))
 def test_all_is_what_is_committed(name: str) -> None:
     assert_is_committed(name, splines.TARGETS[name])
