@@ -261,9 +261,10 @@ def assert_hides(
     x: torch.Tensor,
     y: torch.Tensor,
     difference: torch.Tensor | None = None,
+    width: int = 64,
 ) -> None:
     """Tests 2 and 3 of a protocol that first opens its only input (or else what differs by `difference`); each mask is
-    drawn under its own name, or test 3 would say so, as it would if they were one bit short.
+    drawn under its own name, or test 3 would say so, as it would if those of `width` bits were one bit short.
 
     x and y: as many elements as make SYMBOLS in RUNS runs. The protocol has two openings of one shape or more.
     """
@@ -278,14 +279,14 @@ def assert_hides(
 
     def unseeded(x: torch.Tensor, ring: Ring) -> torch.Tensor:
         draws.append(1)
-        return x + len(draws) if ring == Z64 else x
+        return ring.reduce(x + len(draws)) if not ring.xor else x
 
     with monkeypatch.context() as patch:
         faulty_masks(patch, unseeded)
         with pytest.raises(AssertionError, match="not value"):
             assert_differences(observe(protocol, x), observe(protocol, y), expected)
     faults: list[dict[str, Any]] = [
-        {"change": lambda x, ring: x & (2**63 - 1) if ring == Z64 else x},
+        {"change": lambda x, ring: x & (2 ** (width - 1) - 1) if ring == Ring(width) else x},
         {"name": lambda name, field: (field,)},
     ]
     for fault in faults:

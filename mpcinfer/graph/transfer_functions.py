@@ -119,7 +119,7 @@ def _inverse(run: Evaluation, x: Interval) -> Interval:
 @bounds("aten.reciprocal.default")
 def _reciprocal(run: Evaluation, x: Interval) -> Interval:
     y = _inverse(run, x)
-    return _near(run, y, 4e-5 * y.magnitude())
+    return _near(run, y, 5e-5 * y.magnitude())
 
 
 @bounds("aten.div.Tensor", "aten.div.Scalar")
@@ -129,7 +129,7 @@ def _div(run: Evaluation, x: Any, y: Any) -> Any:
     if not isinstance(x, Interval):
         x = Interval.of(torch.tensor(float(x), dtype=torch.float64), known=True)
     z = bilinear(run, torch.mul, x, _inverse(run, y), bits=INVERSE_BITS)
-    return _near(run, z, 4e-5 * z.magnitude())
+    return _near(run, z, 5e-5 * z.magnitude())
 
 
 @bounds("aten.square.default", "aten.pow.Tensor_Scalar", "_operator.pow")

@@ -205,7 +205,7 @@ async def exp(ctx: Context, x: Shared) -> Shared:
     in the last place.
     How: e^(x/2), with its own ceiling, squared by the opening that truncates it.
     Opened: as in `exp_nonpositive`, with one more threshold; the opening of `polynomial`.
-    Rounds 6; online 34.4 bytes per element and peer (34.9 from 20 fraction bits on); offline 155 bytes at f = 16;
+    Rounds 6; online 34.4 bytes per element and peer (34.9 from 20 fraction bits on); offline 150 bytes at f = 16;
     correlations `Exponential`, `TruncatedPowers`, `Truncation`.
     """
     _check(x)

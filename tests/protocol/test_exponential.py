@@ -114,6 +114,36 @@ def test_costs(run: Callable[..., Ran]) -> None:
     assert abs(int(run(exp_nonpositive, (torch.tensor(0), 16)).value) - (1 << 16)) <= 1
 
 
+@pytest.mark.parametrize("width", [48, 36])
+@pytest.mark.parametrize("frac_bits", [8, 13, 16, 24])
+def test_narrow_openings(world: Worlds, width: int, frac_bits: int) -> None:
+    edge = 1 << (width - 5)
+    x = torch.cat([torch.linspace(-20 * 2.0**frac_bits, 0, 5000).to(torch.int64), torch.tensor([-edge, 1 - edge])])
+    x = x[x >= -edge]
+    used = world(2)
+    y = used.reveal(used.run(lambda ctx, s: exp_nonpositive(ctx, s, None, width), used.share(x, frac_bits)))
+    error = y.double() / 2**frac_bits - torch.exp(x.double() / 2**frac_bits)
+    assert float(error.abs().max()) <= 2.0**-frac_bits + 1.3e-6
+    above = torch.randint(0, edge, (1000,), generator=torch.Generator().manual_seed(1))
+    y = used.reveal(used.run(lambda ctx, s: exp_nonpositive(ctx, s, None, width), used.share(above, frac_bits)))
+    assert 0 <= int(y.min()) and int(y.max()) <= 1.07 * 2**frac_bits + 1
+
+
+def test_narrow_openings_cost_less(run: Callable[..., Ran]) -> None:
+    ran = run(lambda ctx, s: exp_nonpositive(ctx, s, None, 48), (-torch.arange(64), 16))
+    assert ran.transcript.rounds == 5 and ran.transcript.bytes_sent == 8 * (48 + 12 + 25 + 2 + 64) * (ran.parties - 1)
+    assert ran.opened()[0] == ("Exponential.r", 48)
+
+
+def test_openings_of_narrow_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def twice(ctx: Context, x: Shared) -> None:
+        for _ in range(2):
+            await exp_nonpositive(ctx, Shared(x.share, 16), None, 48)
+
+    x, y = -torch.arange(14_000) * 977, torch.zeros(14_000, dtype=torch.int64)
+    assert_hides(monkeypatch, twice, x, y, width=48)
+
+
 def assert_exp_close(world: LocalWorld, x: torch.Tensor, frac_bits: int) -> None:
     """What its docstring says of x <= 8.125."""
     shares = world.run(exp, world.share(x, frac_bits))

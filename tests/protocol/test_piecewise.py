@@ -117,6 +117,34 @@ def test_to_the_ends_of_the_domain(world: Worlds, parties: int, frac_bits: int, 
     assert int(error.abs().max()) <= (1 << max(0, frac_bits - 16)) - 1
 
 
+@pytest.mark.parametrize("width", [48, 36])
+def test_narrow_comparisons(world: Worlds, parties: int, width: int) -> None:
+    """Right to the ends of their domain and wrong beyond, where a narrow comparison sees another number."""
+    edge = 1 << (width - 2)
+    x = torch.cat([torch.arange(-8 << 16, 8 << 16, 997), torch.tensor([-edge, edge - 1, -edge + 1, edge // 3])])
+    used = world(parties)
+    narrow = lambda ctx, s: piecewise(ctx, s, splines()["gelu"], width)  # noqa: E731
+    got = used.reveal(used.run(narrow, used.share(x, 16)))
+    assert float((real(got) - wanted("gelu", x)).abs().max()) <= ERRORS["gelu"] + 2**-16
+    assert got[-4:].tolist() == [0, edge - 1, 0, edge // 3]
+    beyond = torch.tensor([3 * edge])
+    assert not torch.equal(used.reveal(used.run(narrow, used.share(beyond, 16))), beyond)
+
+
+def test_narrow_comparisons_cost_less(run: Callable[..., Ran]) -> None:
+    x = (torch.zeros(64, dtype=torch.int64), 16)
+    ran = run(lambda ctx, s: piecewise(ctx, s, splines()["silu"], 48), x)
+    comparison = 12 * 15 + 1 + 10 * (3 * 22 + 5 + 2 * 64)
+    ran.costs(5, 64 * 16 + 64 * 10 * 26 // 8, 8 * (comparison + 2 * 64 * 11 + 64 + 47))
+    assert ran.opened() == [
+        ("Pieces.r", 64),
+        ("Pieces.leaf", 7),
+        ("Pieces.top", 4),
+        ("Pieces.beta", 1),
+        ("Truncation.r", 64),
+    ]
+
+
 def test_beyond_the_domain_is_wrong(world: Worlds) -> None:
     """So the ends above are not further out."""
     x = torch.tensor([1 << 55, 1 << 56])
@@ -163,8 +191,8 @@ def test_any_shape(run: Callable[..., Ran], shape: tuple[int, ...]) -> None:
 
 def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
     async def two(ctx: Context, x: Shared) -> None:
-        for name in ("hardswish", "hardswish"):
-            await piecewise(ctx, Shared(x.share, 16), splines()[name])
+        for width in (64, 48):
+            await piecewise(ctx, Shared(x.share, 16), splines()["hardswish"], width)
 
     assert_hides(monkeypatch, two, torch.arange(14_000) * 977, torch.zeros(14_000, dtype=torch.int64))
 
@@ -173,7 +201,7 @@ def test_a_mask_serves_one_argument() -> None:
     """Two functions of two numbers that share r: the trace refuses it."""
 
     async def fault(ctx: Context, x: Shared) -> None:
-        correlation = ctx.correlation(Pieces(x.shape, 3))
+        correlation = ctx.correlation(Pieces(x.shape, 64, 3))
         await ctx.open(x, correlation.mask("r"))
         await ctx.open(-x, correlation.mask("r"))
 

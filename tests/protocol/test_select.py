@@ -169,7 +169,35 @@ def test_sign_and_absolute_costs_and_openings(run: Run) -> None:
 def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
     async def both(ctx: Any, x: Shared) -> None:
         await sign_and_absolute(ctx, x)
-        await step(ctx, x.times(-5), (0,), (-1, 1))
+        await step(ctx, x.times(-5), (0,), (-1, 1), 48)
 
     x = torch.arange(-7000, 7000) << 40
     assert_hides(monkeypatch, both, x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("width", [48, 36, 32])
+def test_narrow_comparisons(run: Run, width: int) -> None:
+    """To the ends of their domain, which is half a bit less where a threshold or a number is subtracted."""
+    edge = 1 << (width - 1)
+    x = torch.cat(
+        [torch.tensor([-edge, edge - 1, 1 - edge, 0, 1, -1]), torch.randint(-edge, edge, (200,), generator=RNG)]
+    )
+    assert torch.equal(run(lambda ctx, s: relu(ctx, s, width), x).value, x.clamp(min=0))
+    signs, absolute = run(lambda ctx, s: sign_and_absolute(ctx, s, width), x).value
+    assert torch.equal(signs, (x < 0).to(torch.int64)) and torch.equal(absolute, x.abs())
+    x = x >> 1
+    ran = run(lambda ctx, s: step(ctx, s, (-3, 7), (5, -5, 9), width), x)
+    assert torch.equal(ran.value, torch.tensor([5, -5, 9])[torch.bucketize(x, torch.tensor((-3, 7)), right=True)])
+    y = x.roll(1)
+    assert torch.equal(run(lambda ctx, a, b: maximum(ctx, a, b, (), width), x, y).value[0], torch.maximum(x, y))
+
+
+def test_narrow_comparisons_are_wrong_beyond_their_domain(run: Run) -> None:
+    x = torch.tensor([1 << 47, -(1 << 47) - 1])
+    assert run(lambda ctx, s: relu(ctx, s, 48), x).value.tolist() == [0, -(1 << 47) - 1]
+
+
+def test_narrow_comparisons_cost_less(run: Run) -> None:
+    ran = run(lambda ctx, s: relu(ctx, s, 48), torch.zeros(1000, dtype=torch.int64))
+    assert ran.transcript.rounds == 4 and ran.transcript.bytes_sent == 11_250 * (ran.parties - 1)
+    assert ran.opened()[0] == ("Comparison.r", 64)  # its product with the outcome needs all of it

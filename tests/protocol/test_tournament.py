@@ -120,3 +120,14 @@ def test_openings_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.arange(42_000) << 30, torch.arange(42_000) % 5
     duels = [(v[0::3] - v[1::3]) for v in (x, y)]
     assert_hides(monkeypatch, protocol, x, y, duels[0] - duels[1])
+
+
+def test_narrow_comparisons(run: Run) -> None:
+    x = torch.randint(-(1 << 46), 1 << 46, (30, 6), generator=RNG)
+    values, indices = x.max(-1).values, torch.from_numpy(x.numpy().argmax(-1))
+    assert torch.equal(run(lambda ctx, s: maximum_along(ctx, s, 48), x).value, values)
+    assert torch.equal(run(lambda ctx, s: argmax_along(ctx, s, 48), x).value[1], indices)
+    assert torch.equal(run(lambda ctx, s: top_along(ctx, s, 2, 48), x).value[0], x.topk(2, -1).values)
+    ran = run(lambda ctx, s: maximum_of_groups(ctx, s, groups_of(*[6] * 30), 48), x.reshape(-1))
+    assert torch.equal(ran.value, values)
+    assert ran.transcript.bytes_sent < 12 * 150 * (ran.parties - 1)
