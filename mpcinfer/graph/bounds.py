@@ -6,15 +6,15 @@ has the weights, works out at deploy below which power of two every input must s
 Started from all that inputs below a limit can be, an evaluation over intervals shows that nothing leaves its domain:
 the limit is *proven*. Networks are deep, and so many layers of worst cases may leave no useful limit. Then the
 evaluation starts from the example inputs, scaled up to the limit, and every value must stay below a quarter of its
-domain (a sixteenth for products of two secrets): the limit is *calibrated*. Free sizes, such as batches and lengths,
-are as large as the examples'.
+domain (a sixteenth for products of two secrets): the limit is *calibrated*. A proof is for free sizes, such as lengths,
+up to their ends; without an end, and in a calibration, they are as large as the examples'.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from mpcinfer.graph import transfer, transfer_functions  # noqa: F401  (they reg
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
 from mpcinfer.graph.program import Input, Program
+from mpcinfer.graph.sizes import filled
 from mpcinfer.ring.codec import FixedPoint, check_indices
 
 HEADROOM = 4.0
@@ -37,35 +38,39 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     of a table, already: a proof is for all indices, a calibration for those of the examples. RangeError naming the
     layer if neither admits the examples, and for examples that are not finite or no index of their table.
     """
-    check_inputs(program, [tuple(x.shape) for x in examples])
+    sizes = check_inputs(program, [tuple(x.shape) for x in examples])
     codec = FixedPoint(program.frac_bits)
     top = 62 - 2 * program.frac_bits  # the codec's own limit
     points = [_point(v, x, codec) for v, x in zip(program.inputs, examples, strict=True)]
     real = [x for v, x in zip(program.inputs, points, strict=True) if v.frac_bits]
     reach = [float(x.abs().max()) for x in real]
 
-    def all_inputs(intervals: Iterable[Interval], *, any_index: bool) -> list[Interval]:
-        """The intervals of the numbers among the inputs, and what the indices are."""
-        numbers = iter(intervals)
+    def inputs(scales: Sequence[float]) -> list[Interval]:
+        """The examples, the numbers among them times these."""
+        factors = iter(scales)
         return [
-            next(numbers)
-            if v.frac_bits
-            else Interval(torch.zeros_like(x), torch.full_like(x, v.limit - 1))
-            if any_index
-            else Interval.of(x)
-            for v, x in zip(program.inputs, points, strict=True)
+            Interval.of(x * next(factors) if v.frac_bits else x) for v, x in zip(program.inputs, points, strict=True)
         ]
 
     measured = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
-    if not _stays(measured, all_inputs(map(Interval.of, real), any_index=False)):
+    if not _stays(measured, inputs([1.0] * len(real))):
         raise _too_large(program, measured)
     # room for squares costs precision, so limits may not ask for more of it than the examples do
     shift = max([0, *(chosen.get("shift", 0) for chosen in measured.chosen.values())])
     proof = Evaluation(program, weights, rounding=True, most_shift=shift)
 
+    # a proof is for the largest sizes that are free, batches aside, whose rows have nothing to do with each other
+    largest = [size.high or value for size, value in zip(program.sizes, sizes, strict=True)]
+
     def proves(exponent: int) -> bool:
-        ends = [torch.full_like(x, 2.0**exponent - 2.0**-program.frac_bits) for x in real]
-        return _stays(proof, all_inputs((Interval(-end, end) for end in ends), any_index=True))
+        end = 2.0**exponent - 2.0**-program.frac_bits
+        return _stays(
+            proof,
+            [
+                _between(filled(v.shape, largest), *((-end, end) if v.frac_bits else (0.0, v.limit - 1)))
+                for v in program.inputs
+            ],
+        )
 
     trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM, most_shift=shift)
     if not real:
@@ -85,8 +90,7 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
 
     def fits(by: int) -> bool:
         scales = [2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)]
-        scaled = (Interval.of(x * scale) for x, scale in zip(real, scales, strict=True))
-        return _stays(trial, all_inputs(scaled, any_index=False))
+        return _stays(trial, inputs(scales))
 
     by = _last(fits, range(top - max(above) + 1))
     if by >= 0 and 2.0 ** (max(above) + by) > limit:
@@ -96,6 +100,11 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
         proves(exponent)
         return _declared(program, [limit] * len(real), proof)
     raise _too_large(program, trial)  # where the examples themselves stopped, the last that was tried
+
+
+def _between(shape: Sequence[int], low: float, high: float) -> Interval:
+    bottom, top = (torch.full(tuple(shape), end, dtype=torch.float64) for end in (low, high))
+    return Interval(bottom, top)
 
 
 def _point(declared: Input, x: torch.Tensor, codec: FixedPoint) -> torch.Tensor:
