@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +49,8 @@ _TAKES_PUBLIC = """
 """.split()
 # where very negative numbers stand for minus infinity, that is for "masked"
 _MASKS = ("aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+# of truth values only
+_LOGIC = re.compile(r"aten\.(logical_|bitwise_|__and__|__or__|__xor__)")
 _EMBEDDING = "aten.embedding.default"
 _ITEM = "_operator.getitem"
 _NO_MODULE = "_empty_nn_module_stack"  # what export writes where it knows none
@@ -221,6 +224,8 @@ class _Translator:
             kwargs["rank"] = node.args[0].meta["val"].dim()
         if op in _SOFTMAX and args[1] in (-1, node.meta["val"].dim() - 1):
             op, args, kwargs = "mpc.softmax", args[:1], {}
+        if op.startswith("aten.where.") and not computed:
+            kwargs["frac_bits"] = 0 if node.name in self.integers else self.codec.frac_bits
         if op in _CASTS and not is_open and sources[0] in self.integers and node.name not in self.integers:
             op, args, kwargs = "mpc.number", (args[0], self.codec.frac_bits), {}
         self.nodes.append(Node(node.name, op, args, kwargs, path))
@@ -230,6 +235,9 @@ class _Translator:
         integers = [source.name for source in node.all_input_nodes if source.name in self.integers]
         if integers and not takes_integers(op):
             raise UnsupportedError(f"{op} at {path}: takes no secret integers or truth values")
+        if _LOGIC.match(op) or (op in _CASTS and node.meta["val"].dtype == torch.bool):
+            if any(source.meta["val"].dtype != torch.bool for source in node.all_input_nodes):
+                raise UnsupportedError(f"{op} at {path}: truth values of numbers; compare them with 0")
         meta = node.meta.get("val")
         made = [m for m in (meta if isinstance(meta, list | tuple) else [meta]) if isinstance(m, torch.Tensor)]
         if made and not any(m.dtype.is_floating_point for m in made):
