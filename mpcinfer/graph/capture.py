@@ -45,7 +45,13 @@ _WEIGHT_AT = {
 _TAKES_PUBLIC = """
     aten.add.Tensor aten.sub.Tensor aten.rsub.Tensor aten.mul.Tensor
     aten.embedding.default aten.index.Tensor aten.index_select.default aten.gather.default
-    aten.masked_fill.Scalar aten.masked_fill.Tensor aten.where.self aten.scaled_dot_product_attention.default
+    aten.masked_fill.Scalar aten.masked_fill.Tensor aten.where.self aten.where.ScalarSelf aten.where.ScalarOther
+    aten.lt.Tensor aten.le.Tensor aten.gt.Tensor aten.ge.Tensor aten.eq.Tensor aten.ne.Tensor
+    aten.logical_and.default aten.logical_or.default aten.logical_xor.default
+    aten.bitwise_and.Tensor aten.bitwise_or.Tensor aten.bitwise_xor.Tensor
+    aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor
+    aten.maximum.default aten.minimum.default aten.max.other aten.min.other
+    aten.clamp.Tensor aten.clamp_min.Tensor aten.clamp_max.Tensor aten.scaled_dot_product_attention.default
 """.split()
 # where very negative numbers stand for minus infinity, that is for "masked"
 _MASKS = ("aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
@@ -235,9 +241,12 @@ class _Translator:
         integers = [source.name for source in node.all_input_nodes if source.name in self.integers]
         if integers and not takes_integers(op):
             raise UnsupportedError(f"{op} at {path}: takes no secret integers or truth values")
-        if _LOGIC.match(op) or (op in _CASTS and node.meta["val"].dtype == torch.bool):
-            if any(source.meta["val"].dtype != torch.bool for source in node.all_input_nodes):
-                raise UnsupportedError(f"{op} at {path}: truth values of numbers; compare them with 0")
+        truths = [source for source in node.all_input_nodes if _is_truth(source)]
+        if (_LOGIC.match(op) or (op in _CASTS and _is_truth(node))) and len(truths) < len(node.all_input_nodes):
+            raise UnsupportedError(f"{op} at {path}: truth values of numbers; compare them with 0")
+        # parameters are encoded as numbers, which may be multiplied, but choose nothing
+        if takes_integers(op) and any(t.name in self.known and t.name not in self.public for t in truths):
+            raise UnsupportedError(f"{op} at {path}: truth values of parameters, which `public` should name then")
         meta = node.meta.get("val")
         made = [m for m in (meta if isinstance(meta, list | tuple) else [meta]) if isinstance(m, torch.Tensor)]
         if made and not any(m.dtype.is_floating_point for m in made):
@@ -413,6 +422,10 @@ def _made(node: fx.Node) -> Any:
     """What a node yields, or the first of several results."""
     meta = node.meta.get("val")
     return meta[0] if isinstance(meta, list | tuple) and meta else meta
+
+
+def _is_truth(node: fx.Node) -> bool:
+    return getattr(_made(node), "dtype", None) == torch.bool
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -133,7 +133,6 @@ CHOICE = Group(
         "where, a parameter": lambda m, x, y: torch.where(x[:, :1] > 0, m.secret, 0.0),
         "where, public condition": lambda m, x, y: torch.where(below(5)[:, :4], x, y),
         "where, indices": lambda m, x, y: torch.where(x[..., 0] > 0, x.argmax(-1), y.argmax(-1)),
-        "where, an index or half": lambda m, x, y: torch.where(x[..., 0] > 0, x.argmax(-1), 0.5),
         "masked_fill": lambda m, x, y: x.masked_fill(y > 0, -2.5),
         "masked_fill with a tensor": lambda m, x, y: x.masked_fill(y > 0, y[0, 0, 0, 0]),
         "maximum": lambda m, x, y: torch.maximum(x, y),
