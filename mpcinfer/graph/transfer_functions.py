@@ -132,12 +132,12 @@ def _log1p(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.sqrt.default")
 def _sqrt(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.map(lambda t: _positive(run, t, 0).sqrt()), 0, 1e-5)
+    return _near(run, x.map(lambda t: _positive(run, t, 0).sqrt()), 0, 3e-5)
 
 
 @bounds("aten.rsqrt.default")
 def _rsqrt(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, _decreasing(x, lambda t: _positive(run, t).rsqrt()), 0, 1e-5)
+    return _near(run, _decreasing(x, lambda t: _positive(run, t).rsqrt()), 0, 3e-5)
 
 
 def _inverse(run: Evaluation, x: Interval) -> Interval:

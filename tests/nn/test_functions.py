@@ -12,7 +12,7 @@ from mpcinfer.errors import UnsupportedError
 from mpcinfer.graph.capture import capture
 from mpcinfer.nn import lookup
 from mpcinfer.protocol.local import LocalWorld
-from tests.models_local import Outputs, grid
+from tests.models_local import Outputs, grid, run_local
 from tests.nn.operators import check
 
 
@@ -39,8 +39,8 @@ def positive(frac_bits: int, top: int) -> torch.Tensor:
 FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float, float]] = {
     # relative and absolute error, the latter besides 2 units in the last place
     "log": (torch.log, 0, 1e-5),
-    "sqrt": (torch.sqrt, 1e-5, 0),
-    "rsqrt": (torch.rsqrt, 1e-5, 0),
+    "sqrt": (torch.sqrt, 3e-5, 0),
+    "rsqrt": (torch.rsqrt, 3e-5, 0),
 }
 
 
@@ -56,7 +56,7 @@ def test_every_octave(name: str, frac_bits: int) -> None:
 @pytest.mark.parametrize("frac_bits", [8, 16, 24])
 def test_outside_the_domain_of_logarithms_and_roots(frac_bits: int, parties: int) -> None:
     unit = 2.0**-frac_bits
-    x = torch.tensor([0.0, -unit, -1, -2.0 ** (60 - 2 * frac_bits)], dtype=torch.float64)
+    x = torch.tensor([0.0, -unit, -1, -(2.0 ** (60 - 2 * frac_bits))], dtype=torch.float64)
     assert over_shares("aten.sqrt.default", x, frac_bits=frac_bits, parties=parties).abs().max() <= unit
     root = over_shares("aten.rsqrt.default", x, frac_bits=frac_bits, parties=parties)
     assert float((root - unit**-0.5).abs().max()) <= 2 * unit + 1e-5 * unit**-0.5
@@ -106,29 +106,20 @@ def test_quotients_of_very_different_sizes(parties: int) -> None:
 def test_an_expanded_divisor_is_inverted_once() -> None:
     x, y = grid(8, 64, seed=1), grid(8, 1, seed=2).abs() + 1
     functions = {"expanded": lambda m, x, y: x / y.expand(-1, 64), "row": lambda m, x, y: x / y}
-    costs = [
-        run_cost(Outputs({name: function}).eval(), [x, y]) for name, function in functions.items()
-    ]
-    assert costs[0] == costs[1]
-
-
-def run_cost(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[int, int]:
-    from tests.models_local import run_local
-
-    seen = run_local(capture(model, inputs), inputs, 2)[1]
-    return seen.rounds, seen.bytes_sent
+    models = [Outputs({name: function}).eval() for name, function in functions.items()]
+    expanded, row = (run_local(capture(model, [x, y]), [x, y], 2)[1] for model in models)
+    assert (expanded.rounds, expanded.bytes_sent) == (row.rounds, row.bytes_sent)
 
 
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        (lambda m, x: x / torch.zeros(()), "division|finite"),
+        (lambda m, x: x / 0.0, "aten.div.Tensor at .*division by zero"),
         (lambda m, x: x**x, "aten.pow.Tensor_Tensor"),
         (lambda m, x: 2**x, "aten.pow.Scalar"),
         (lambda m, x: x.sin(), "aten.sin.default"),
     ],
 )
 def test_refusals(function: Callable[..., torch.Tensor], why: str) -> None:
-    with pytest.raises(Exception, match=why) as caught:
+    with pytest.raises(UnsupportedError, match=why):
         capture(Outputs({"f": function}).double().eval(), [grid(2, 8)])
-    assert isinstance(caught.value, UnsupportedError | ValueError)
