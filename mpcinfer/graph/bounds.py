@@ -59,8 +59,17 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     measured = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
     if not _stays(measured, all_inputs(map(Interval.of, real), any_index=False)):
         raise _too_large(program, measured)
+    above = [math.frexp(size)[1] for size in reach]  # of the smallest power of two above each input
+
+    def grown(by: int) -> list[Interval]:
+        """The examples scaled up to such a power of two, and by another one."""
+        scales = [2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)]
+        return all_inputs((Interval.of(x * scale) for x, scale in zip(real, scales, strict=True)), any_index=False)
+
     # room for squares costs precision, so limits may not ask for more of it than the examples do
-    shift = max([0, *(chosen.get("shift", 0) for chosen in measured.chosen.values())])
+    roomy = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
+    _stays(roomy, grown(0))
+    shift = max([0, *(chosen.get("shift", 0) for chosen in roomy.chosen.values())])
     proof = Evaluation(program, weights, rounding=True, most_shift=shift)
 
     def proves(exponent: int) -> bool:
@@ -81,12 +90,8 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     if not any(reach):
         raise RangeError("the example inputs are all zero, which says nothing about real ones; pass some of those")
 
-    above = [math.frexp(size)[1] for size in reach]  # of the smallest power of two above each input
-
     def fits(by: int) -> bool:
-        scales = [2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)]
-        scaled = (Interval.of(x * scale) for x, scale in zip(real, scales, strict=True))
-        return _stays(trial, all_inputs(scaled, any_index=False))
+        return _stays(trial, grown(by))
 
     by = _last(fits, range(top - max(above) + 1))
     if by >= 0 and 2.0 ** (max(above) + by) > limit:

@@ -165,7 +165,7 @@ def rows(x: Shared, dim: Any) -> tuple[Shared, Callable[[Shared, bool], Shared]]
         sizes = [1 if d in axes else shape[d] for d in range(rank)] if keepdim else [shape[d] for d in kept]
         return y.map(lambda t: t.reshape(sizes))
 
-    return x.map(lambda t: t.permute(*kept, *axes).reshape([t.shape[d] for d in kept] + [-1])), place
+    return x.map(lambda t: t.permute([*kept, *axes]).reshape([t.shape[d] for d in kept] + [-1])), place
 
 
 @operator("aten.sym_size.int", takes_integers=True)
