@@ -25,6 +25,7 @@ A message names the cause and the remedy. It never contains a secret: values, sh
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -59,7 +60,11 @@ class UploadError(InputError):
 
 
 class UnsupportedError(MpcInferError):
-    """An operator or a feature for which there is no protocol."""
+    """An operator or a feature for which there is no protocol; `missing` has all such operators, and where they are."""
+
+    def __init__(self, message: str = "", missing: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__(message)
+        self.missing = dict(missing or {})
 
     grpc_status = "UNIMPLEMENTED"
     http_status = 501

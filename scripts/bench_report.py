@@ -1,13 +1,14 @@
-"""What scripts/bench shows: a report (see bench.py) as tables for a terminal or a page."""
+"""What scripts/bench shows: a report (see bench_ops.py, bench_accuracy.py) as tables for a terminal or a page."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]  # a header and lines
 
 
-def our_table(report: Row) -> tuple[list[str], list[list[str]]]:
+def our_table(report: Row) -> Table:
     """Our results: a header and a line per operation."""
     header = ["operation", "online", "offline", "total", "rounds", "sent per party", "sent by dealer", "max error"]
     lines = []
@@ -32,7 +33,7 @@ def _resources(ours: Row) -> list[str]:
     return [f"{ours['deploy_seconds']:.2f} s", f"{memory['party'] / 1e6:.0f} / {memory['dealer'] / 1e6:.0f} MB"]
 
 
-def peer_table(report: Row) -> tuple[list[str], list[list[str]]]:
+def peer_table(report: Row) -> Table:
     """A header and a line per operation and peer."""
     header = ["operation", "system", "variant", "total", "rounds", "sent per party", "max error"]
     header += ["our online is faster by", "our total is faster by"]
@@ -73,28 +74,126 @@ def brief(row: Row) -> str:
     return ", ".join(said)
 
 
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def points_table(report: Row) -> Table:
+    """What is evaluated where, and how exact it has to be."""
+    lines = [[row["name"], row["tolerance"], *row["points"].values()] for row in report["functions"]]
+    return ["function", "tolerance", "ordinary points", "wide points"], lines
+
+
+def our_accuracy(report: Row, parties: int) -> Table:
+    """Our results: a line per function and range."""
+    header = ["function", "range", "points", "max error", "max relative", "in tolerances", "worst at x", "verdict"]
+    lines = []
+    for row in report["functions"]:
+        found = row["parties"][str(parties)]
+        ours = found["systems"]["mpcinfer"]
+        for within in row["points"]:
+            if within not in ours:
+                lines.append([row["name"], within, *[""] * 5, _missing(ours, within), ""])
+                continue
+            of = ours[within]
+            relative = "" if of["max_relative_error"] is None else _figure(of["max_relative_error"])
+            line = [row["name"], within, f"{of['points']:,}", _figure(of["max_abs_error"]), relative]
+            line += [_figure(of["max_error_in_tolerances"]), f"{of['worst']['x']:.6g}"]
+            ahead = [(name, measure) for name, where, measure in map(str.split, found["behind"]) if where == within]
+            by = ", ".join(f"{name} ({measure.split('_')[1]})" for name, measure in ahead)
+            lines.append([*line, "right" if of["right"] else "WRONG", f"no: {by}" if by else "yes"])
+    return [*header, "most exact of the right"], lines
+
+
+def all_accuracy(report: Row, parties: int) -> Table:
+    """The largest errors of all systems, a line per function and range."""
+    systems = ["mpcinfer", *report["settings"]["peers"]]
+    lines = []
+    for row in report["functions"]:
+        found = row["parties"][str(parties)]["systems"]
+        for within in row["points"]:
+            cells = [_errors(found[name], within) for name in systems]
+            lines.append([row["name"], within, *cells])
+    return ["function", "range", *systems], lines
+
+
+def _errors(result: Row, within: str) -> str:
+    if within not in result:
+        return _missing(result, within)
+    of = result[within]
+    relative = f", {_figure(of['max_relative_error'])} relative" if of["max_relative_error"] is not None else ""
+    return f"{'' if of['right'] else 'WRONG '}{_figure(of['max_abs_error'])}{relative}"
+
+
+def _missing(result: Row, within: str) -> str:
+    """Why there is no result, in full the first time."""
+    reason = said(result)
+    return reason if within == "ordinary" else reason.partition(":")[0]
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}" if value and not 0.01 <= value < 100 else f"{value:.2f}"
+
+
+def said(result: Row) -> str:
+    """A verdict on both ranges, in a word or a sentence."""
+    for reason in ("refused", "failed"):
+        if reason in result:
+            return f"{reason}: {result[reason]}"
+    if "absent" in result:
+        return "not run"
+    return "has none" if "lacks" in result else "right" if result["right"] else "WRONG"
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def right(report: Row) -> bool:
+    """Whether all our results are there and right."""
+    if "ops" in report:
+        return all(row["ours"].get("right") for row in report["ops"])
+    return all(
+        found["systems"]["mpcinfer"].get("right") for row in report["functions"] for found in row["parties"].values()
+    )
+
+
 def markdown(report: Row) -> str:
     """The report as a page."""
     on, settings = report["machine"], report["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
-    page = [
-        "# Single operations, measured",
-        "",
-        f"Written by `scripts/bench ops --markdown` on {on['date']}: {on['cpu']}, {on['cores']} cores, {on['system']}, "
-        f"Python {on['python']}, {versions}. {settings['parties']} parties, medians of {settings['repeat']} runs, all "
-        f"systems in turn. Load average {on['load_before']} before, {on['load_after']} after. "
-        "What is measured and how: [README.md](README.md).",
-    ]
+    machine = f"{on['cpu']}, {on['cores']} cores, {on['system']}, Python {on['python']}, {versions}"
+    if "ops" in report:
+        page = [
+            "# Single operations, measured",
+            "",
+            f"Written by `scripts/bench ops --markdown` on {on['date']}: {machine}. {settings['parties']} parties, "
+            f"medians of {settings['repeat']} runs, all systems in turn. Load average {on['load_before']} before, "
+            f"{on['load_after']} after. What is measured and how: [README.md](README.md).",
+        ]
+    else:
+        page = [
+            "# Functions: how exact",
+            "",
+            f"Written by `scripts/bench accuracy --markdown` on {on['date']}: {machine}. Another system is right "
+            f"if it is within {settings['peer_slack']:g} tolerances on both ranges; ours has to be within one. "
+            "What is compared and how: [README.md](README.md#accuracy).",
+        ]
     for title, (header, lines) in tables(report):
         page += ["", f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         page += ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines]
     return "\n".join([*page, ""])
 
 
-def tables(report: Row) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
+def tables(report: Row) -> list[tuple[str, Table]]:
     """What is shown, with titles."""
     parties = report["settings"]["parties"]
-    shown = [(f"mpcinfer, {parties} parties", our_table(report))]
-    if report["ops"][0]["peers"]:
-        shown.append((f"Other systems, {parties} parties", peer_table(report)))
+    if "ops" in report:
+        shown = [(f"mpcinfer, {parties} parties", our_table(report))]
+        if report["ops"][0]["peers"]:
+            shown.append((f"Other systems, {parties} parties", peer_table(report)))
+        return shown
+    shown = [("Points and tolerances", points_table(report))]
+    for n in parties:
+        shown.append((f"mpcinfer, {n} parties", our_accuracy(report, n)))
+        if report["settings"]["peers"]:
+            shown.append((f"Largest errors, {n} parties", all_accuracy(report, n)))
     return shown

@@ -32,12 +32,16 @@ REACH = 32.0  # no residual goes further
 
 @dataclass(frozen=True)
 class Target:
-    """A function, its asymptotes (slope, offset) to the left and to the right, and how many thresholds it may have."""
+    """A function, its asymptotes (slope, offset) to the left and to the right, and how many thresholds it may have.
+
+    knots: where it has them, if it is a piecewise cubic itself.
+    """
 
     function: Function
     left: tuple[int, int]
     right: tuple[int, int]
     thresholds: int
+    knots: tuple[float, ...] = ()
 
 
 def of_torch(function: Callable[[torch.Tensor], torch.Tensor]) -> Function:
@@ -54,7 +58,7 @@ TARGETS = {
     "erf": Target(of_torch(torch.erf), (0, -1), (0, 1), 10),
     "softplus": Target(of_torch(functional.softplus), (0, 0), (1, 0), 10),
     "elu": Target(of_torch(functional.elu), (0, -1), (1, 0), 9),
-    "hardswish": Target(of_torch(functional.hardswish), (0, 0), (1, 0), 3),
+    "hardswish": Target(of_torch(functional.hardswish), (0, 0), (1, 0), 3, knots=(-3, 0, 3)),
     "mish": Target(of_torch(functional.mish), (0, 0), (1, 0), 11),
 }
 
@@ -136,17 +140,22 @@ def knots(target: Target, error: float, frac_bits: int) -> list[float]:
     return found
 
 
+def best_knots(target: Target, frac_bits: int) -> tuple[float, ...]:
+    """The knots with the smallest error for which the thresholds suffice, to 2 per cent."""
+    low, high = 1e-7, 1e-2
+    while high / low > 1.02:
+        error = math.sqrt(low * high)
+        if len(knots(target, error, frac_bits)) <= target.thresholds:
+            high = error
+        else:
+            low = error
+    return tuple(knots(target, high, frac_bits))
+
+
 def spline(target: Target) -> dict[str, object]:
     """The fitted function as plain data."""
     for frac_bits in (63, 62, 61, 60):
-        low, high = 1e-7, 1e-2
-        while high / low > 1.02:
-            error = math.sqrt(low * high)
-            if len(knots(target, error, frac_bits)) <= target.thresholds:
-                high = error
-            else:
-                low = error
-        at = [round(k * 2**ARGUMENT_BITS) for k in knots(target, high, frac_bits)]
+        at = [round(k * 2**ARGUMENT_BITS) for k in target.knots or best_knots(target, frac_bits)]
         ends = [k / 2**ARGUMENT_BITS for k in at]
         spans = list(zip(ends, ends[1:], strict=False))
         switch = _switch(target, spans)

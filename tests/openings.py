@@ -43,6 +43,7 @@ ALPHA = 1e-6
 SYMBOLS = 1 << 16
 SYMBOL_BITS = 8
 MAX_PAIRS = 24
+RUNS = 5  # of `assert_hides`: each has a symbol less of neighbours
 
 
 @dataclass(frozen=True)
@@ -252,3 +253,44 @@ def faulty_masks(
         return prg.derive(key, *(name(*parts) if name else parts))
 
     monkeypatch.setattr(correlation, "prg", SimpleNamespace(expand=expand, derive=derive))
+
+
+def assert_hides(
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: Protocol,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    difference: torch.Tensor | None = None,
+    width: int = 64,
+) -> None:
+    """Tests 2 and 3 of a protocol that first opens its only input (or else what differs by `difference`); each mask is
+    drawn under its own name, or test 3 would say so, as it would if those of `width` bits were one bit short.
+
+    x and y: as many elements as make SYMBOLS in RUNS runs. The protocol has two openings of one shape or more.
+    """
+    expected = [x - y if difference is None else difference]
+    assert_differences(observe(protocol, x), observe(protocol, y), expected)
+
+    def uniform() -> None:
+        assert_uniform([observe(protocol, x, key=seed(i)) for i in range(RUNS)])
+
+    uniform()
+    draws: list[int] = []
+
+    def unseeded(x: torch.Tensor, ring: Ring) -> torch.Tensor:
+        draws.append(1)
+        return ring.reduce(x + len(draws)) if not ring.xor else x
+
+    with monkeypatch.context() as patch:
+        faulty_masks(patch, unseeded)
+        with pytest.raises(AssertionError, match="not value"):
+            assert_differences(observe(protocol, x), observe(protocol, y), expected)
+    faults: list[dict[str, Any]] = [
+        {"change": lambda x, ring: x & (2 ** (width - 1) - 1) if ring == Ring(width) else x},
+        {"name": lambda name, field: (field,)},
+    ]
+    for fault in faults:
+        with monkeypatch.context() as patch:
+            faulty_masks(patch, **fault)
+            with pytest.raises(AssertionError, match="not uniform"):
+                uniform()

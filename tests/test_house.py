@@ -69,7 +69,7 @@ def banned_uses(source: str) -> Iterator[str]:
             yield f"line {node.lineno}: {full or node.attr}"
 
 
-@pytest.mark.parametrize("name", ["scripts/lint", "scripts/protos", "scripts/test", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/lint", "scripts/protos", "scripts/splines", "scripts/test", ".ci/run"])
 def test_buttons_exist_and_can_be_pressed(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
 

@@ -270,7 +270,7 @@ def _sum(
 ) -> torch.Tensor:
     """Output number `position`: the sum of all parties' shares, signed."""
     ring = Ring(spec.ring_bits)
-    shares = []
+    shares: list[torch.Tensor] = []
     for index, answer in enumerate(answers):
         message = answer.outputs[position] if position < len(answer.outputs) else tensor_pb2.Tensor()
         shape = tuple(message.shape)

@@ -83,9 +83,10 @@ class ModelOwner:
         example_inputs: a tensor per argument of the model (none for an ExportedProgram, which has its own), as large as
         real ones: from them, and the weights, comes the limit that clients' inputs must stay below.
         reveal: what clients learn: "logits", "probabilities", "top-k" (the indices of the `k` largest) or "argmax".
-        dynamic_shapes: the sizes that stay free, as `torch.export` takes them (by default the batch, if the model allows);
-        one called "batch" says that rows do not influence each other. frac_bits: precision, 8 to 24. public: names of constants that are no secret. progress: called with (bytes
-        sent, bytes to send), from another thread. timeout in seconds, for the upload and the parties' preparations.
+        dynamic_shapes: the sizes that stay free, as `torch.export` takes them (by default the batch, where the model
+        allows it); one called "batch" says that rows do not influence each other. frac_bits: precision, 8 to 24.
+        public: names of constants that are no secret. progress: called with (bytes sent, bytes to send), from another
+        thread. timeout in seconds, for the upload and the parties' preparations.
         The model is on all parties after this, or on none. Raises what `graph.capture.capture` does for a model that
         cannot be evaluated, InputError for a name the parties refuse, and UnavailableError if a party fails.
         """
@@ -93,6 +94,12 @@ class ModelOwner:
         captured = capture(
             model, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public, dynamic_shapes=dynamic_shapes
         )
+        return self.upload(captured, name=name, progress=progress, timeout=timeout)
+
+    def upload(
+        self, captured: Captured, *, name: str, progress: Progress | None = None, timeout: float = DEPLOY_TIMEOUT
+    ) -> Deployed:
+        """Share what `graph.capture.capture` made of a model, whose weights are taken out of it; else as `deploy`."""
         upload = _Upload(captured, name, self._connection.cluster.n, progress)
         try:
             answers = self._connection.call("Deploy", upload.streams(), timeout=timeout)

@@ -12,10 +12,9 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.errors import AgreementError, ForbiddenError
 from mpcinfer.wire import channel
+from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import peer_of, require
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc
-
-_CHUNK = 1 << 20
 
 
 class DealerService(dealer_pb2_grpc.DealerServiceServicer):
@@ -63,11 +62,12 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
             )
             pending = bytearray()
             for part in parts:
-                for start in range(0, len(part), _CHUNK):
-                    pending += part[start : start + _CHUNK]
-                    if len(pending) >= _CHUNK:
-                        yield dealer_pb2.DealResponse(chunk=bytes(pending))
-                        pending.clear()
+                while len(pending) + len(part) >= CHUNK:
+                    room = CHUNK - len(pending)
+                    yield dealer_pb2.DealResponse(chunk=bytes(pending + part[:room]))
+                    pending.clear()
+                    part = part[room:]
+                pending += part
             if pending:
                 yield dealer_pb2.DealResponse(chunk=bytes(pending))
         except Exception as error:

@@ -6,8 +6,8 @@ has the weights, works out at deploy below which power of two every input must s
 Started from all that inputs below a limit can be, an evaluation over intervals shows that nothing leaves its domain:
 the limit is *proven*. Networks are deep, and so many layers of worst cases may leave no useful limit. Then the
 evaluation starts from the example inputs, scaled up to the limit, and every value must stay below a quarter of its
-domain (a sixteenth for products of two secrets): the limit is *calibrated*. Free sizes, such as batches and
-lengths, are as large as the examples'.
+domain (a sixteenth for products of two secrets): the limit is *calibrated*. Free sizes, such as batches and lengths,
+are as large as the examples'.
 """
 
 from __future__ import annotations

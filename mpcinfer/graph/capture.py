@@ -20,10 +20,10 @@ from mpcinfer.graph.bounds import with_limits
 from mpcinfer.graph.export import Axes, exported_program, free_size
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.join import join_linears
-from mpcinfer.graph.plan import plan_inference
+from mpcinfer.graph.probe import with_output_shapes
 from mpcinfer.graph.program import REVEALS, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
-from mpcinfer.graph.sizes import BATCH, Size, filled
+from mpcinfer.graph.sizes import BATCH, Size
 from mpcinfer.nn import lookup, public, supported, takes_integers, yields_integers
 from mpcinfer.nn.shape import moves
 from mpcinfer.ring.codec import FixedPoint
@@ -36,6 +36,8 @@ _WEIGHT_AT = {
     "aten.conv1d.padding": 1,
     "aten.conv2d.default": 1,
     "aten.conv2d.padding": 1,
+    "aten.conv_transpose1d.default": 1,
+    "aten.conv_transpose2d.input": 1,
     "aten.matmul.default": 1,
     "aten.mm.default": 1,
     "aten.mul.Tensor": 1,
@@ -93,8 +95,9 @@ def capture(
     embeddings, such as token ids. dynamic_shapes: the sizes that stay free, as `torch.export` takes them; a Dim called
     "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
     size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
-    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in
-    the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are None are left out.
+    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in the model's code, and
+    what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are
+    None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
     its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
@@ -136,8 +139,9 @@ class _Translator:
             if node.op == "call_function":
                 self._visit(node)
         if self.missing:
-            places = "; ".join(f"{op} at {', '.join(sorted(set(at)))}" for op, at in sorted(self.missing.items()))
-            raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}")
+            missing = {op: sorted(set(at)) for op, at in sorted(self.missing.items())}
+            places = "; ".join(f"{op} at {', '.join(at)}" for op, at in missing.items())
+            raise UnsupportedError(f"no protocol for: {places}. Supported: {', '.join(supported())}", missing)
         useless = [v.name for v in self.inputs if not v.frac_bits and not v.limit]
         if useless:
             raise UnsupportedError(f"input {useless[0]!r} has integers, but is no index of an embedding")
@@ -183,7 +187,7 @@ class _Translator:
             for axis, size in enumerate(meta.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr not in found:
                     symbol = size.node.expr
-                    if symbol not in exported.range_constraints:
+                    if not symbol.is_Symbol or symbol not in exported.range_constraints:
                         raise UnsupportedError(f"input {name!r} has a size that depends on another one: {symbol}")
                     found[symbol] = free_size(symbol, exported, dims.get(axis), len(found) + 1)
         symbols = sorted(found, key=lambda symbol: found[symbol].name != BATCH)
@@ -259,7 +263,7 @@ class _Translator:
         if moves(op) and integers and integers[0] in self.indices:
             self.indices[node.name] = self.indices[integers[0]]
         if op == _EMBEDDING and integers and integers[0] in self.indices:
-            self._limit(self.indices[integers[0]], int(node.args[0].meta["val"].shape[0]))
+            self._limit(self.indices[integers[0]], int(node.all_input_nodes[0].meta["val"].shape[0]))
 
     def _limit(self, name: str, rows: int) -> None:
         """An input is the index of a table of so many rows."""
@@ -354,7 +358,7 @@ class _Translator:
             sizes=tuple(self.sizes),
         )
         draft.check()
-        return _with_output_shapes(draft)
+        return with_output_shapes(draft)
 
     def _logits(self, result: Ref) -> Ref:
         """The argument of a softmax that ends the model, which then goes: `reveal` applies its own or needs none, and
@@ -381,36 +385,6 @@ class _Translator:
             p.name: self.codec.encode(self.tensors[p.name], f"parameter {p.name}").contiguous()
             for p in program.parameters
         }
-
-
-def _with_output_shapes(draft: Program) -> Program:
-    """Trace the program for the smallest and for large sizes: refuses here what would fail at run time, and declares
-    the outputs."""
-    probes = _probes(draft.sizes)
-    traced = [plan_inference(draft, [filled(v.shape, at) for v in draft.inputs], parties=2)[2] for at in probes]
-    pairs = list(zip(*probes, strict=True))
-
-    def declared(output: int, axis: int) -> int:
-        small, large = (shapes[output][axis] for shapes in traced)
-        return -1 - pairs.index((small, large)) if (small, large) in pairs else small if small == large else 0
-
-    outputs = tuple(
-        replace(value, shape=tuple(declared(i, axis) for axis in range(len(traced[0][i]))))
-        for i, value in enumerate(draft.outputs)
-    )
-    return replace(draft, outputs=outputs)
-
-
-def _probes(sizes: Sequence[Size]) -> list[tuple[int, ...]]:
-    """Two values of every free size, the smallest and the largest if it has one, that no other size has both."""
-    small = tuple(size.low for size in sizes)
-    large: list[int] = []
-    for size in sizes:
-        value = size.high or size.low + 6
-        while value in large and value > size.low:
-            value += -1 if size.high else 1
-        large.append(value)
-    return [small, tuple(large)]
 
 
 def _name(target: Any) -> str:

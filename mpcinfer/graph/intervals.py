@@ -2,8 +2,8 @@
 
 Started from all that the inputs may be, it encloses every value of every request, up to float64's own rounding; from
 points, it is the plain forward pass. Either way each value is held against the domain of the protocol it goes through,
-in units in the last place: 2^62 for what is truncated, 2^59 for differences within a softmax, 2^61 for all else, so
-that any two values can be compared.
+in units in the last place: 2^62 for what is truncated, 2^(62 - frac_bits), the codec's limit, for all else, so that any
+two values can be compared, by `nn.elementwise.width` bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpcinfer.nn import public
 from mpcinfer.protocol.types import Public
 from mpcinfer.ring.codec import FixedPoint
 
-TRUNCATED, SOFTMAX, OTHERS = 62, 59, 61
+TRUNCATED = 62
 # by how many bits rows may be shifted before they are squared (see nn.normalise)
 LEAST_SHIFT, MOST_SHIFT = -5, 10
 
@@ -63,6 +63,10 @@ class Interval:
             return [Interval(*ends) for ends in zip(low, high, strict=True)]
         return Interval(low, high)
 
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Interval:
+        """As `map`, of a function with one value."""
+        return Interval.of(function(self.low)) if self.point else Interval(function(self.low), function(self.high))
+
     def times(self, factor: float) -> Interval:
         """All of it times a number."""
         if factor < 0 and not self.point:
@@ -99,6 +103,7 @@ class Evaluation:
         self, program: Program, weights: Tensors, *, rounding: bool, headroom: float = 1.0, most_shift: int = MOST_SHIFT
     ) -> None:
         self.frac_bits = program.frac_bits
+        self.numbers = TRUNCATED - program.frac_bits  # the domain of a number between operators, as of an encoded one
         self.rounding = rounding
         self._program = program
         self._weights = weights
@@ -120,7 +125,7 @@ class Evaluation:
             values[node.name] = self._value(node.op, args, kwargs)
             for x in values[node.name] if isinstance(values[node.name], list) else [values[node.name]]:
                 if isinstance(x, Interval):
-                    self.need(x, self.frac_bits, OTHERS)
+                    self.need(x, self.frac_bits, self.numbers)
             for name in references(node):
                 uses[name] -= 1
                 if not uses[name]:
@@ -148,7 +153,7 @@ class Evaluation:
         self.chosen[self.node.name] = {"shift": shift}
 
     def scores(self, products: Interval) -> None:
-        """Products of queries and keys, which are multiplied by a public factor: of as many bits as there is room for."""
+        """Products of queries and keys, which a public factor multiplies: of as many bits as there is room for."""
         size = math.log2(max(products.magnitude(), 2.0**-20) * self._headroom**2)
         self.chosen[self.node.name] = {"factor_bits": math.floor(TRUNCATED - 2 * self.frac_bits - size)}
 

@@ -1,8 +1,8 @@
 """Free sizes: which sizes of its inputs a model leaves open, and whether the shapes of a request fit.
 
-A shape entry of -k stands for the free size number k, counted from 1; in the shape of an output, 0 stands for a size that
-is computed from the free ones. A free size called "batch" says that what the model makes
-of a row depends on that row alone, so that a large batch may be cut into several requests.
+A shape entry of -k stands for the free size number k, counted from 1; in the shape of an output, 0 stands for a size
+that is computed from the free ones. A free size called "batch" says that what the model makes of a row depends on that
+row alone, so that a large batch may be cut into several requests.
 """
 
 from __future__ import annotations

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
-from mpcinfer.graph.intervals import RULES, SOFTMAX, TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.intervals import RULES, TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.nn.elementwise import encode, fraction
 from mpcinfer.nn.registry import supported
 from mpcinfer.nn.shape import moves
 
 # means are multiplied at this scale, whatever frac_bits (see nn.elementwise.divide)
 _MEAN_BITS = 48
+F = TypeVar("F", bound=Function)
 
 
-def bounds(*names: str) -> Callable[[Function], Function]:
-    def register(rule: Function) -> Function:
+def bounds(*names: str) -> Callable[[F], F]:
+    """Register what operators of these names make of intervals."""
+
+    def register(rule: F) -> F:
         RULES.update(dict.fromkeys(names, rule))
         return rule
 
@@ -57,7 +60,7 @@ for _name in (name for name in supported() if moves(name) and name.startswith("a
     bounds(_name)(_monotone(_name))
 for _name in """
     relu.default relu6.default max_pool1d.default max_pool2d.default adaptive_max_pool1d.default
-    adaptive_max_pool2d.default amax.default amin.default max.default
+    adaptive_max_pool2d.default upsample_nearest1d.vec upsample_nearest2d.vec amax.default amin.default max.default
     min.default sum.default sum.dim_IntList cat.default concat.default stack.default
 """.split():
     bounds(f"aten.{_name}")(_monotone(f"aten.{_name}"))
@@ -168,19 +171,21 @@ def _conv(op: str, dims: int) -> Function:
 for _dims in (1, 2):
     for _name in (f"aten.conv{_dims}d.default", f"aten.conv{_dims}d.padding"):
         bounds(_name)(_conv(_name, _dims))
+for _dims, _name in (1, "aten.conv_transpose1d.default"), (2, "aten.conv_transpose2d.input"):
+    bounds(_name)(_conv(_name, _dims))
 
 
 # means
 
 
-def _mean(run: Evaluation, means: Interval, counts: int, uniform: bool = True) -> Interval:
-    """Means of at most `counts` numbers, all of so many if `uniform`."""
+def _mean(run: Evaluation, means: Interval, counts: int, uniform: bool = True, least: int = 4) -> Interval:
+    """Means of at most `counts` numbers, all of so many if `uniform`, else of that over `least` or more."""
     run.need(means.times(counts), run.frac_bits, TRUNCATED)
     if uniform and counts & (counts - 1) == 0:
         return run.rounded(means)
     run.need(means, _MEAN_BITS, TRUNCATED)
-    # windows at the edge may hold a quarter of the others' numbers; the factor has a relative error of 2^-25
-    units = 1 + 2.0 ** (run.frac_bits - 21) + means.magnitude() * 2.0 ** (run.frac_bits - 25)
+    # the factor has a relative error of 2^-25
+    units = 1 + least * 2.0 ** (run.frac_bits - 23) + means.magnitude() * 2.0 ** (run.frac_bits - 25)
     return run.rounded(means, units)
 
 
@@ -206,7 +211,9 @@ def _avg_pool(pool: Function, dims: int) -> Function:
         sizes = [kernel] if isinstance(kernel, int) else kernel
         counts = divisor_override or math.prod(sizes * dims if len(sizes) == 1 else sizes)
         padded = padding if isinstance(padding, int) else any(padding)
-        return _mean(run, y, counts, bool(divisor_override) or count_include_pad or not padded)
+        uniform = bool(divisor_override) or (not ceil_mode and (count_include_pad or not padded))
+        # windows at a padded edge hold a quarter of the others' numbers, or more; with ceil_mode one number may be left
+        return _mean(run, y, counts, uniform, counts if ceil_mode else 4)
 
     return rule
 
@@ -263,7 +270,6 @@ def _leaky_relu(run: Evaluation, x: Interval, negative_slope: float = 0.01) -> I
 
 @bounds("mpc.softmax", "aten.softmax.int", "aten._softmax.default")
 def _softmax(run: Evaluation, x: Interval, dim: int = -1, *rest: Any) -> Interval:
-    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
     if x.point:
         return Interval.of(torch.softmax(x.low, dim))
     return run.rounded(Interval(torch.zeros_like(x.low), torch.ones_like(x.low)))
@@ -310,7 +316,7 @@ def _embedding(run: Evaluation, table: Interval, index: Interval, *rest: Any) ->
     """The rows looked up; those of any index where it is not known."""
     if index.point:
         rows = index.low.long()
-        return table.map(lambda t: t[rows])
+        return table.apply(lambda t: t[rows])
     shape = (*index.low.shape, table.low.shape[-1])
     return Interval(table.low.amin(0).expand(shape), table.high.amax(0).expand(shape))
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mpcinfer.graph.intervals import SOFTMAX, TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.graph.transfer import aten, bilinear, bounds, scaled, turning
 from mpcinfer.nn.activation import SELU_ALPHA, SELU_SCALE
 from mpcinfer.nn.elementwise import FACTOR_BITS
 from mpcinfer.nn.functions import INVERSE_BITS, encodable, highest_octave
 from mpcinfer.nn.public import MASKED, MASKED_FROM
-from mpcinfer.nn.shape import axes_of
+from mpcinfer.nn.shape import axes_of, common_shape
 from mpcinfer.protocol.exponential import CEILING
 
 # of the fitted functions, besides a unit in the last place
@@ -47,7 +47,7 @@ def _smooth(op: str, lowest_at: float | None) -> Function:
             y: torch.Tensor = function(t, *rest, **kwargs)
             return y
 
-        return _near(run, x.map(value) if lowest_at is None else turning(x, value, lowest_at))
+        return _near(run, x.apply(value) if lowest_at is None else turning(x, value, lowest_at))
 
     return rule
 
@@ -100,8 +100,8 @@ def _glu(run: Evaluation, x: Interval, dim: int = -1) -> Interval:
 
 @bounds("aten.prelu.default")
 def _prelu(run: Evaluation, x: Interval, weight: Interval) -> Interval:
-    column = weight.map(lambda t: t.reshape(-1, *([1] * max(0, x.low.dim() - 2))) if t.numel() > 1 else t)
-    return x.map(torch.relu) + bilinear(run, torch.mul, x.map(lambda t: t.clamp(max=0)), column)
+    column = weight.apply(lambda t: t.reshape(-1, *([1] * max(0, x.low.dim() - 2))) if t.numel() > 1 else t)
+    return x.apply(torch.relu) + bilinear(run, torch.mul, x.apply(lambda t: t.clamp(max=0)), column)
 
 
 @bounds("aten.exp.default")
@@ -111,7 +111,7 @@ def _exp(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.expm1.default")
 def _expm1(run: Evaluation, x: Interval) -> Interval:
-    return _exp(run, x).map(lambda t: t - 1)
+    return _exp(run, x).apply(lambda t: t - 1)
 
 
 def _positive(run: Evaluation, t: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
@@ -122,12 +122,12 @@ def _positive(run: Evaluation, t: torch.Tensor, smallest: float | None = None) -
 
 @bounds("aten.log.default")
 def _log(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.map(lambda t: _positive(run, t).log()))
+    return _near(run, x.apply(lambda t: _positive(run, t).log()))
 
 
 @bounds("aten.log1p.default")
 def _log1p(run: Evaluation, x: Interval) -> Interval:
-    return _log(run, x.map(lambda t: t + 1))
+    return _log(run, x.apply(lambda t: t + 1))
 
 
 @bounds("aten.sqrt.default")
@@ -156,7 +156,7 @@ def _inverse(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.reciprocal.default")
 def _reciprocal(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, _inverse(run, x), 0, 4e-5)
+    return _near(run, _inverse(run, x), 0, 5e-5)
 
 
 @bounds("aten.div.Tensor", "aten.div.Scalar")
@@ -166,7 +166,7 @@ def _div(run: Evaluation, x: Any, y: Any) -> Any:
     if not isinstance(x, Interval):
         x = Interval.of(torch.tensor(float(x), dtype=torch.float64), known=True)
     z = bilinear(run, torch.mul, x, _inverse(run, y), bits=INVERSE_BITS)
-    return _near(run, z, (2 + x.magnitude()) * 2.0 ** (1 - INVERSE_BITS) + 4e-5 * z.magnitude())
+    return _near(run, z, (2 + x.magnitude()) * 2.0 ** (1 - INVERSE_BITS) + 5e-5 * z.magnitude())
 
 
 @bounds("aten.square.default", "aten.pow.Tensor_Scalar", "_operator.pow")
@@ -211,7 +211,7 @@ def _comparison(name: str) -> Function:
     def rule(run: Evaluation, x: Any, y: Any) -> Interval:
         ends = [v.low if isinstance(v, Interval) else torch.tensor(float(v), dtype=torch.float64) for v in (x, y)]
         points = all(v.point for v in (x, y) if isinstance(v, Interval))
-        return _truth(run, torch.broadcast_shapes(*(t.shape for t in ends)), function(*ends) if points else None)
+        return _truth(run, common_shape(*(t.shape for t in ends)), function(*ends) if points else None)
 
     return rule
 
@@ -225,7 +225,7 @@ def _logic(name: str) -> Function:
 
     def rule(run: Evaluation, *operands: Interval) -> Interval:
         points = all(x.point for x in operands)
-        shape = torch.broadcast_shapes(*(x.low.shape for x in operands))
+        shape = common_shape(*(x.low.shape for x in operands))
         return _truth(run, shape, function(*(x.low != 0 for x in operands)) if points else None)
 
     return rule
@@ -239,7 +239,7 @@ for _name in "and or xor".split():
 
 @bounds("aten.sign.default")
 def _sign(run: Evaluation, x: Interval) -> Interval:
-    y: Interval = x.map(torch.sign)
+    y: Interval = x.apply(torch.sign)
     return y
 
 
@@ -255,7 +255,7 @@ def _where(run: Evaluation, condition: Interval, x: Any, y: Any, frac_bits: int 
     if condition.point:
         low = torch.where(condition.low != 0, x.low, y.low)
         return Interval(low, low if x.point and y.point else torch.where(condition.low != 0, x.high, y.high))
-    shape = torch.broadcast_shapes(condition.low.shape, x.low.shape, y.low.shape)
+    shape = common_shape(condition.low.shape, x.low.shape, y.low.shape)
     return Interval(torch.minimum(x.low, y.low).expand(shape), torch.maximum(x.high, y.high).expand(shape))
 
 
@@ -286,13 +286,13 @@ def _clamp(run: Evaluation, x: Interval, low: Any = None, high: Any = None) -> I
 @bounds("aten.max.dim", "aten.min.dim")
 def _extreme(run: Evaluation, x: Interval, dim: int, keepdim: bool = False) -> list[Interval]:
     function = torch.amax if run.node.op == "aten.max.dim" else torch.amin
-    values: Interval = x.map(lambda t: function(t, dim, keepdim))
+    values: Interval = x.apply(lambda t: function(t, dim, keepdim))
     return [values, _places(values, x.low.shape[dim])]
 
 
 @bounds("aten.topk.default")
 def _topk(run: Evaluation, x: Interval, k: int, dim: int = -1, largest: bool = True, *rest: Any) -> list[Interval]:
-    values: Interval = x.map(lambda t: t.topk(k, dim, largest).values)
+    values: Interval = x.apply(lambda t: t.topk(k, dim, largest).values)
     return [values, _places(values, x.low.shape[dim])]
 
 
@@ -314,6 +314,10 @@ def _squares(run: Evaluation, x: Interval, axes: Sequence[int]) -> torch.Tensor:
     total = largest.square().sum(tuple(axes), keepdim=True)
     run.squares(float(total.max()) if total.numel() else 0.0)
     return total
+
+
+def _low(x: Interval | None) -> torch.Tensor | None:
+    return None if x is None else x.low
 
 
 def _normalised(
@@ -347,9 +351,9 @@ def _layer_norm(
     *rest: Any,
     **options: Any,
 ) -> Interval:
-    parts = [None if v is None else v.low for v in (weight, bias)]
+    gain, offset = _low(weight), _low(bias)
     axes = range(-len(shape), 0)
-    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), *parts, eps), weight, bias)
+    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), gain, offset, eps), weight, bias)
 
 
 @bounds("aten.rms_norm.default")
@@ -361,14 +365,14 @@ def _rms_norm(
     eps: float | None = None,
     **options: Any,
 ) -> Interval:
-    part = None if weight is None else weight.low
+    part = _low(weight)
     eps = 2.0**-23 if eps is None else eps
     axes = range(-len(shape), 0)
     return _normalised(run, x, axes, lambda t: functional.rms_norm(t, list(shape), part, eps), weight, None)
 
 
 def _channels(x: Interval, parameter: Interval | None) -> Interval | None:
-    return None if parameter is None else parameter.map(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
+    return None if parameter is None else parameter.apply(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
 
 
 @bounds("aten.group_norm.default")
@@ -382,11 +386,10 @@ def _group_norm(
     *rest: Any,
     **options: Any,
 ) -> Interval:
-    parts = [None if v is None else v.low for v in (weight, bias)]
-    rows = x.map(lambda t: t.reshape(t.shape[0], groups, -1))
+    rows = x.apply(lambda t: t.reshape(t.shape[0], groups, -1))
     _squares(run, rows, [-1])
     if x.point:
-        return Interval.of(functional.group_norm(x.low, groups, *parts, eps))
+        return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
     largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
     return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias))
 
@@ -447,7 +450,6 @@ bounds("aten.std.dim", "aten.std.correction")(_spread(torch.std, True))
 
 @bounds("aten.log_softmax.int", "aten._log_softmax.default")
 def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval:
-    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
     if x.point:
         return Interval.of(x.low.log_softmax(dim))
     low = x.low - x.high.amax(dim, keepdim=True) - math.log(x.low.shape[dim])
@@ -456,8 +458,7 @@ def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval
 
 @bounds("aten.logsumexp.default")
 def _logsumexp(run: Evaluation, x: Interval, dim: list[int], keepdim: bool = False) -> Interval:
-    run.need(Interval.of(x.high.amax(dim) - x.low.amin(dim)), run.frac_bits, SOFTMAX)
-    return _near(run, x.map(lambda t: torch.logsumexp(t, dim, keepdim)))
+    return _near(run, x.apply(lambda t: torch.logsumexp(t, dim, keepdim)))
 
 
 @bounds("aten.scaled_dot_product_attention.default")
@@ -475,13 +476,13 @@ def _attention(
 ) -> Interval:
     factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
     if enable_gqa:
-        k, v = (x.map(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    scores = bilinear(run, torch.matmul, q, k.map(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
+        k, v = (x.apply(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
+    scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
     run.scores(scores)
     scores = scores.times(factor)
     if mask is not None and not mask.truth:
-        scores = scores + mask.map(lambda t: t.clamp(min=MASKED))
-    run.need(scores, run.frac_bits, SOFTMAX)
+        scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
+    run.need(scores, run.frac_bits, run.numbers)
     run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
     if not (q.point and k.point and v.point and (mask is None or mask.point)):
         shape = (*scores.low.shape[:-1], v.low.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import add_public, encode, product, scale
+from mpcinfer.nn.elementwise import add_public, encode, product, scale, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
@@ -18,7 +18,7 @@ SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 @operator("aten.relu.default")
 async def relu(ctx: Context, x: Shared) -> Shared:
     """max(x, 0)."""
-    return await select.relu(ctx, x)
+    return await select.relu(ctx, x, width(x))
 
 
 @operator("aten.hardtanh.default", "aten.clamp.default")
@@ -36,7 +36,7 @@ async def clamp(ctx: Context, x: Shared, low: Any = None, high: Any = None) -> S
     if high is not None:
         thresholds.append(encode(high, x.frac_bits))
         slopes, offsets = [*slopes, 0], [*offsets, thresholds[-1]]
-    return await select.piecewise_linear(ctx, x, tuple(thresholds), tuple(slopes), tuple(offsets))
+    return await select.piecewise_linear(ctx, x, tuple(thresholds), tuple(slopes), tuple(offsets), width(x))
 
 
 @operator("aten.clamp_min.default")
@@ -60,26 +60,26 @@ async def relu6(ctx: Context, x: Shared) -> Shared:
 @operator("aten.leaky_relu.default")
 async def leaky_relu(ctx: Context, x: Shared, negative_slope: float = 0.01) -> Shared:
     """x where x >= 0, exactly, else negative_slope * x: ReLU, and `scale` of what it took away."""
-    positive = await select.relu(ctx, x)
+    positive = await select.relu(ctx, x, width(x))
     return positive + await scale(ctx, x - positive, negative_slope)
 
 
 @operator("aten.abs.default")
 async def absolute(ctx: Context, x: Shared) -> Shared:
     """abs(x)."""
-    return await select.piecewise_linear(ctx, x, (0,), (-1, 1), (0, 0))
+    return await select.piecewise_linear(ctx, x, (0,), (-1, 1), (0, 0), width(x))
 
 
 @operator("aten.threshold.default")
 async def threshold(ctx: Context, x: Shared, limit: float, value: float) -> Shared:
     """x where x > limit, else value."""
     at = encode(limit, x.frac_bits) + 1
-    return await select.piecewise_linear(ctx, x, (at,), (0, 1), (encode(value, x.frac_bits), 0))
+    return await select.piecewise_linear(ctx, x, (at,), (0, 1), (encode(value, x.frac_bits), 0), width(x))
 
 
 def _smooth(name: str) -> Any:
     async def rule(ctx: Context, x: Shared) -> Shared:
-        return await piecewise(ctx, x, splines()[name])
+        return await piecewise(ctx, x, splines()[name], width(x))
 
     return rule
 
@@ -91,7 +91,7 @@ for _name in "silu sigmoid tanh erf hardswish mish".split():
 @operator("aten.gelu.default")
 async def gelu(ctx: Context, x: Shared, approximate: str = "none") -> Shared:
     """x times the normal distribution function of x, or torch's tanh approximation of that."""
-    return await piecewise(ctx, x, splines()["gelu_tanh" if approximate == "tanh" else "gelu"])
+    return await piecewise(ctx, x, splines()["gelu_tanh" if approximate == "tanh" else "gelu"], width(x))
 
 
 @operator("aten.hardsigmoid.default")
@@ -117,8 +117,8 @@ async def log_sigmoid(ctx: Context, x: Shared) -> Shared:
 async def elu(ctx: Context, x: Shared, alpha: float = 1, factor: float = 1, input_scale: float = 1) -> Shared:
     """factor * x where x >= 0, else factor * alpha * (e^(input_scale x) - 1)."""
     if alpha == factor == input_scale == 1:
-        return await piecewise(ctx, x, splines()["elu"])
-    positive = await select.relu(ctx, x)
+        return await piecewise(ctx, x, splines()["elu"], width(x))
+    positive = await select.relu(ctx, x, width(x))
     # of the other sign's part elu(z) is z for z >= 0, so min(x, 0) in, nothing but the exponential out
     exponential = await piecewise(ctx, await scale(ctx, x - positive, input_scale), splines()["elu"])
     return await scale(ctx, positive, factor) + await scale(ctx, exponential, factor * alpha)
@@ -149,6 +149,6 @@ async def glu(ctx: Context, x: Shared, dim: int = -1) -> Shared:
 async def prelu(ctx: Context, x: Shared, weight: Shared) -> Shared:
     """x where x >= 0, else weight * x, one weight a channel."""
     column = weight.map(lambda t: t.reshape(-1, *([1] * max(0, len(x.shape) - 2))) if t.numel() > 1 else t)
-    positive = await select.relu(ctx, x)
+    positive = await select.relu(ctx, x, width(x))
     y: Shared = await product(ctx, x - positive, column)
     return positive + y

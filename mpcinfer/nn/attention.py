@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale
+from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, width
 from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
-from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum
+from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum, powers_below
 from mpcinfer.protocol.context import Context, together
-from mpcinfer.protocol.exponential import exp_nonpositive
 from mpcinfer.protocol.inverse import reciprocal
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
@@ -121,16 +120,16 @@ async def _weights(
         x = await truncate(ctx, scores, bits)
         if added is not None:
             x = add_public(ctx, x, added)
-        top = (await maximum_along(ctx, x)).map(lambda t: t.unsqueeze(-1))
-        powers = await exp_nonpositive(ctx, x - top, max(EXP_BITS, x.frac_bits))
+        top = (await maximum_along(ctx, x, width(x))).map(lambda t: t.unsqueeze(-1))
+        powers = await powers_below(ctx, x - top)
         return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
     at = keep.reshape(-1).nonzero()[:, 0]
     x = await truncate(ctx, scores.map(lambda t: t.reshape(-1)[at.to(t.device)]), bits)
     if added is not None:
         x = add_public(ctx, x, added.reshape(-1)[at])
     groups = torch.unique_consecutive(at // scores.shape[-1], return_inverse=True)[1]
-    top = await maximum_of_groups(ctx, x, groups)
-    powers = await exp_nonpositive(ctx, x - top.map(lambda t: t[groups.to(t.device)]), max(EXP_BITS, x.frac_bits))
+    top = await maximum_of_groups(ctx, x, groups, width(x))
+    powers = await powers_below(ctx, x - top.map(lambda t: t[groups.to(t.device)]))
 
     def placed(t: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(scores.shape, dtype=torch.int64, device=t.device).reshape(-1)

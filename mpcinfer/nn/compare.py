@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mpcinfer.nn.elementwise import add_public, encode
+from mpcinfer.nn.elementwise import add_public, encode, width
 from mpcinfer.nn.registry import operator
-from mpcinfer.nn.shape import rows
+from mpcinfer.nn.shape import common_shape, rows
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.multiply import multiply
@@ -35,7 +35,7 @@ def public_at(x: Any, frac_bits: int) -> Any:
 
 def broadcast(*operands: Shared) -> list[Shared]:
     """The operands expanded to their common shape."""
-    shape = torch.broadcast_shapes(*(x.shape for x in operands))
+    shape = common_shape(*(x.shape for x in operands))
     return [x.map(lambda t: t.expand(shape)) for x in operands]
 
 
@@ -49,11 +49,11 @@ async def _compared(ctx: Context, x: Any, y: Any, thresholds: tuple[int, ...], v
         floor = math.floor(at)
         if not exact:  # [x < y] and [x <= y] are both [x < floor + 1]
             ends = values[0], values[-1]
-            return await select.step(ctx, x, (floor + 1,), ends)
-        return await select.step(ctx, x, tuple(floor + t for t in thresholds), values)
+            return await select.step(ctx, x, (floor + 1,), ends, width(x))
+        return await select.step(ctx, x, tuple(floor + t for t in thresholds), values, width(x))
     if not isinstance(x, Shared):
         x = number(ctx, x, y)
-    return await select.step(ctx, x - number(ctx, y, x), thresholds, values)
+    return await select.step(ctx, x - number(ctx, y, x), thresholds, values, width(x))
 
 
 _COMPARISONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -81,7 +81,7 @@ for _name, _steps in _COMPARISONS.items():
 async def sign(ctx: Context, x: Shared) -> Shared:
     """-1, 0 or 1."""
     one = 1 << x.frac_bits
-    return await select.piecewise_linear(ctx, x, (0, 1), (0, 0, 0), (-one, 0, one))
+    return await select.piecewise_linear(ctx, x, (0, 1), (0, 0, 0), (-one, 0, one), width(x))
 
 
 @operator("aten.logical_not.default", "aten.bitwise_not.default", takes_integers=True)
@@ -149,14 +149,14 @@ async def masked_fill(ctx: Context, x: Shared, mask: Any, value: Any) -> Shared:
 async def maximum(ctx: Context, x: Any, y: Any) -> Shared:
     """The larger one, element by element."""
     x, y = broadcast(*_aligned(ctx, x, y))
-    return (await select.maximum(ctx, x, y))[0]
+    return (await select.maximum(ctx, x, y, width=width(x)))[0]
 
 
 @operator("aten.minimum.default", "aten.min.other", "aten.clamp_max.Tensor")
 async def minimum(ctx: Context, x: Any, y: Any) -> Shared:
     """The smaller one, element by element: the sum minus the larger one."""
     x, y = broadcast(*_aligned(ctx, x, y))
-    return x + y - (await select.maximum(ctx, x, y))[0]
+    return x + y - (await select.maximum(ctx, x, y, width=width(x)))[0]
 
 
 @operator("aten.clamp.Tensor")
@@ -171,7 +171,7 @@ async def clamp_tensor(ctx: Context, x: Shared, low: Any = None, high: Any = Non
 async def amax(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) -> Shared:
     """The largest entry along `dim` (all axes if None)."""
     joined, place = rows(x, dim)
-    return place(await maximum_along(ctx, joined), keepdim)
+    return place(await maximum_along(ctx, joined, width(x)), keepdim)
 
 
 @operator("aten.amin.default", "aten.min.default")
@@ -184,7 +184,7 @@ async def amin(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) 
 async def max_dim(ctx: Context, x: Shared, dim: int, keepdim: bool = False) -> list[Shared]:
     """The largest entry and its index (the lowest among equals)."""
     joined, place = rows(x, dim)
-    return [place(y, keepdim) for y in await argmax_along(ctx, joined)]
+    return [place(y, keepdim) for y in await argmax_along(ctx, joined, width(x))]
 
 
 @operator("aten.min.dim")
@@ -200,7 +200,7 @@ async def topk(
 ) -> list[Shared]:
     """The k largest (or smallest) entries, in order, and their indices; the order among equals is unspecified."""
     last = x.map(lambda t: t.movedim(dim, -1))
-    values, indices = await top_along(ctx, last if largest else -last, k)
+    values, indices = await top_along(ctx, last if largest else -last, k, width(x))
     return [y.map(lambda t: t.movedim(-1, dim)) for y in (values if largest else -values, indices)]
 
 

@@ -22,6 +22,14 @@ Number = bool | int | float
 FACTOR_BITS = 24
 
 
+def width(x: Shared) -> int:
+    """How wide comparisons of a model's numbers must be: they and differences of two of them are below 2^(width - 1).
+
+    Bounds hold every value of a program below the codec's limit, 2^(62 - frac_bits) in units of its last place.
+    """
+    return 48 if x.frac_bits >= 16 else 64
+
+
 def encode(value: Number, frac_bits: int) -> int:
     """The integer nearest to value * 2^frac_bits; refuses what is not finite or does not fit."""
     if not math.isfinite(value):

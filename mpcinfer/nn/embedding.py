@@ -38,7 +38,8 @@ async def embedding(ctx: Context, table: Any, index: Any, *rest: Any, **options:
 
 def _gathered(x: Shared | Weight, indices: list[Public | None]) -> torch.Tensor:
     """This party's share of x[indices], None for an axis that stays whole."""
-    share, at, axis = x.share, [], 0
+    share, axis = x.share, 0
+    at: list[torch.Tensor | None] = []
     for index in indices:
         if index is None:
             at.append(None)

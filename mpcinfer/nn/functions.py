@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import Number, add_public, encode, product, scale
+from mpcinfer.nn.elementwise import Number, add_public, encode, product, scale, width
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import common_shape
 from mpcinfer.protocol import exponential, inverse, logarithm, root
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.multiply import multiply
@@ -50,7 +51,7 @@ async def inverse_of(ctx: Context, x: Shared, frac_bits: int = INVERSE_BITS) -> 
     x = x.map(compact)
     high = min(20, encodable(x.frac_bits))
     low = max(2 - x.frac_bits, high - inverse.MAX_OCTAVES)
-    negative, absolute = await sign_and_absolute(ctx, x)
+    negative, absolute = await sign_and_absolute(ctx, x, width(x))
     y = await inverse.reciprocal(ctx, absolute, low=low, high=high, frac_bits=frac_bits)
     sign = add_public(ctx, negative.times(-2), 1)
     return await multiply(ctx, y, sign)
@@ -81,7 +82,7 @@ async def div(ctx: Context, x: Any, y: Any) -> Any:
         z = await multiply(ctx, x, inverse_y)
     else:
         z = Shared(inverse_y.share * encode(x, y.frac_bits), INVERSE_BITS + y.frac_bits)
-    shape = torch.broadcast_shapes(y.shape, z.shape)
+    shape = common_shape(y.shape, z.shape)
     return (await truncate(ctx, z, z.frac_bits - y.frac_bits)).map(lambda t: t.expand(shape))
 
 

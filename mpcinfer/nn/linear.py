@@ -96,6 +96,52 @@ async def conv1d(
     return await _conv(ctx, x, w, bias, stride, padding, dilation, groups, 1)
 
 
+async def _conv_transpose(
+    ctx: Context, x: Shared, w: Any, bias: Any, sizes: Sequence[Any], groups: int, dims: int
+) -> Shared:
+    """sizes: stride, padding, output_padding, dilation."""
+    batched = len(x.shape) == dims + 2
+    if not batched:
+        x = x.map(lambda t: t.unsqueeze(0))
+    if bias is not None:
+        bias = bias.map(lambda t: t.reshape(-1, *([1] * dims)))
+    op = Bilinear("conv_transpose", (*(per_axis(size, dims) for size in sizes), int(groups)))
+    y = await _bilinear(ctx, x, w, bias, op)
+    return y if batched else y.map(lambda t: t.squeeze(0))
+
+
+@operator("aten.conv_transpose2d.input")
+async def conv_transpose2d(
+    ctx: Context,
+    x: Shared,
+    w: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Shared:
+    """Two-dimensional transposed convolution; x is opened as it is, without the zeros between its elements."""
+    return await _conv_transpose(ctx, x, w, bias, (stride, padding, output_padding, dilation), groups, 2)
+
+
+@operator("aten.conv_transpose1d.default")
+async def conv_transpose1d(
+    ctx: Context,
+    x: Shared,
+    w: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Shared:
+    """One-dimensional transposed convolution."""
+    return await _conv_transpose(ctx, x, w, bias, (stride, padding, output_padding, dilation), groups, 1)
+
+
 @operator("mpc.affine")
 async def affine(ctx: Context, x: Shared, w: Weight, bias: Shared) -> Shared:
     """x * w + bias, broadcasting: what batch normalisation is in evaluation mode."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import divide
+from mpcinfer.nn.elementwise import divide, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import per_axis
 from mpcinfer.protocol.context import Context
@@ -17,26 +17,46 @@ from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.kernels import pool_windows
 
-# below every encodable number, and its difference to any of them is far from the ring's edge
-_LOWEST = -(1 << 61)
 
-
-def _pad(ctx: Context, x: Shared, padding: tuple[int, ...], value: int) -> Shared:
-    if not any(padding):
+def _pad(ctx: Context, x: Shared, padding: tuple[int, ...], beyond: tuple[int, ...], value: int) -> Shared:
+    if not any(padding + beyond):
         return x
-    flat = [p for size in reversed(padding) for p in (size, size)]
+    flat = _flat(padding, beyond)
     return x.map(lambda t: functional.pad(t, flat, value=value if ctx.first else 0))
+
+
+def _flat(padding: tuple[int, ...], beyond: tuple[int, ...]) -> list[int]:
+    """The way torch takes them: from the last axis to the first, before and after."""
+    pairs = list(zip(padding, beyond, strict=True))
+    return [p for size, more in reversed(pairs) for p in (size, size + more)]
+
+
+def _beyond(
+    spatial: tuple[int, ...],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilations: tuple[int, ...],
+) -> tuple[int, ...]:
+    """How far windows reach beyond the padding with ceil_mode: one more, if it starts before the padding at the end."""
+    found = []
+    for size, kernel, stride, pad, dilation in zip(spatial, sizes, strides, padding, dilations, strict=True):
+        span, whole = dilation * (kernel - 1) + 1, size + 2 * pad
+        out = -(-(whole - span) // stride) + 1
+        out -= (out - 1) * stride >= size + pad
+        found.append(max(0, (out - 1) * stride + span - whole))
+    return tuple(found)
 
 
 async def _max_pool(
     ctx: Context, x: Shared, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, dims: int
 ) -> Shared:
-    if ceil_mode:
-        raise UnsupportedError("pooling with ceil_mode=True")
     sizes = per_axis(kernel, dims)
     strides = per_axis(stride, dims) if stride else sizes
-    dilations = per_axis(dilation, dims)
-    x = _pad(ctx, x, per_axis(padding, dims), _LOWEST)
+    dilations, pads = per_axis(dilation, dims), per_axis(padding, dims)
+    beyond = _beyond(x.shape[-dims:], sizes, strides, pads, dilations) if ceil_mode else (0,) * dims
+    # below every number of the model, and no further from them than they are from each other
+    x = _pad(ctx, x, pads, beyond, -1 << (62 - x.frac_bits))
     # a maximum is separable: one axis after the other compares less than whole windows
     for axis in range(dims):
         at = axis - dims
@@ -46,7 +66,7 @@ async def _max_pool(
             return pool_windows(moved, (sizes[axis],), (strides[axis],), (dilations[axis],))
 
         if sizes[axis] > 1 or strides[axis] > 1:
-            x = await maximum_along(ctx, x.map(windows))
+            x = await maximum_along(ctx, x.map(windows), width(x))
             x = x.map(lambda t, at=at: t.movedim(-1, at))  # type: ignore[misc]
     return x
 
@@ -90,20 +110,20 @@ async def _avg_pool(
     divisor: Any,
     dims: int,
 ) -> Shared:
-    if ceil_mode:
-        raise UnsupportedError("pooling with ceil_mode=True")
     sizes = per_axis(kernel, dims)
     strides = per_axis(stride, dims) if stride else sizes
     pads = per_axis(padding, dims)
     spatial = x.shape[-dims:]
     axes = tuple(range(-dims, 0))
     ones = (1,) * dims
-    sums = _pad(ctx, x, pads, 0).map(lambda t: pool_windows(t.contiguous(), sizes, strides, ones).sum(axes))
+    beyond = _beyond(spatial, sizes, strides, pads, ones) if ceil_mode else (0,) * dims
+    sums = _pad(ctx, x, pads, beyond, 0).map(lambda t: pool_windows(t.contiguous(), sizes, strides, ones).sum(axes))
     if divisor is not None:
         return await divide(ctx, sums, int(divisor))
-    if include_pad or not any(pads):
+    if (include_pad or not any(pads)) and not any(beyond):
         return await divide(ctx, sums, math.prod(sizes))
-    inside = functional.pad(torch.ones(spatial, dtype=torch.int64), [p for s in reversed(pads) for p in (s, s)])
+    counted = functional.pad(torch.ones(spatial, dtype=torch.int64), _flat(pads, (0,) * dims), value=int(include_pad))
+    inside = functional.pad(counted, _flat((0,) * dims, beyond))
     return await divide(ctx, sums, pool_windows(inside, sizes, strides, ones).sum(axes))
 
 

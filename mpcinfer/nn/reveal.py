@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpcinfer.errors import UnsupportedError
+from mpcinfer.nn.elementwise import width
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.tournament import argmax_along, top_along
@@ -12,7 +13,7 @@ from mpcinfer.protocol.types import Shared
 @operator("mpc.argmax", integer=True)
 async def argmax(ctx: Context, x: Shared) -> Shared:
     """The index of the largest entry of the last axis: an integer."""
-    return (await argmax_along(ctx, x))[1]
+    return (await argmax_along(ctx, x, width(x)))[1]
 
 
 @operator("mpc.top_k", integer=True)
@@ -20,7 +21,7 @@ async def top_k(ctx: Context, x: Shared, k: int) -> Shared:
     """The indices of the k largest entries of the last axis, largest first."""
     if not 1 <= k <= x.shape[-1]:
         raise UnsupportedError(f"top-k with k = {k} of {x.shape[-1]} classes")
-    return (await top_along(ctx, x, k))[1]
+    return (await top_along(ctx, x, k, width(x)))[1]
 
 
 @operator("aten.argmax.default", integer=True)

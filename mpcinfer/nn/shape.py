@@ -32,6 +32,11 @@ def per_axis(value: Any, dims: int) -> tuple[int, ...]:
     return sizes * dims if len(sizes) == 1 else sizes
 
 
+def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """What operands of these shapes are broadcast to."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def _aten(name: str) -> Any:
     packet, _, overload = name.partition(".")
     found = getattr(torch.ops.aten, packet, None)
@@ -166,6 +171,18 @@ def rows(x: Shared, dim: Any) -> tuple[Shared, Callable[[Shared, bool], Shared]]
         return y.map(lambda t: t.reshape(sizes))
 
     return x.map(lambda t: t.permute([*kept, *axes]).reshape([t.shape[d] for d in kept] + [-1])), place
+
+
+@operator("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec")
+async def upsample_nearest(ctx: Context, x: Shared, sizes: Any, factors: Any = None) -> Shared:
+    """Every element as often as torch repeats it: its own rule says which index of each axis comes from which."""
+    for i in range(len(sizes or factors)):
+        axis = 2 + i
+        indices = torch.arange(x.shape[axis], dtype=torch.float64).reshape(1, 1, -1)
+        size, factor = (sizes[i], None) if sizes else (None, factors[i])
+        at = functional.interpolate(indices, size=size, scale_factor=factor, mode="nearest").flatten().long()
+        x = x.map(lambda t, axis=axis, at=at: t.index_select(axis, at.to(t.device)))  # type: ignore[misc]
+    return x
 
 
 @operator("aten.sym_size.int", takes_integers=True)

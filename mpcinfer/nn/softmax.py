@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpcinfer.nn.elementwise import width
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import rows
 from mpcinfer.protocol.context import Context
@@ -12,6 +13,7 @@ from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
+from mpcinfer.ring.digits import DIGIT_BITS
 
 # exponentials keep this many fraction bits, so that a long row's sum does not gather their rounding errors
 EXP_BITS = 24
@@ -25,11 +27,17 @@ def octaves_of_sum(count: int) -> dict[str, int]:
     return {"low": 0, "high": max(1, (count - 1).bit_length())}
 
 
+async def powers_below(ctx: Context, x: Shared) -> Shared:
+    """e^x of differences x <= 0 of a model's numbers, with EXP_BITS fraction bits or more."""
+    # a scale that is refined leaves less room above
+    return await exp_nonpositive(ctx, x, max(EXP_BITS, x.frac_bits), 64 if x.frac_bits % DIGIT_BITS else width(x))
+
+
 async def _powers(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
     """e^(x - the row's largest) with EXP_BITS or more, and x minus the row's largest."""
-    top = await maximum_along(ctx, x)
+    top = await maximum_along(ctx, x, width(x))
     below = x - top.map(lambda t: t.unsqueeze(-1))
-    return await exp_nonpositive(ctx, below, max(EXP_BITS, x.frac_bits)), below
+    return await powers_below(ctx, below), below
 
 
 @operator("mpc.softmax")
@@ -67,7 +75,7 @@ async def log_softmax(ctx: Context, x: Shared, dim: int, dtype: object = None) -
 async def logsumexp(ctx: Context, x: Shared, dim: list[int], keepdim: bool = False) -> Shared:
     """torch.logsumexp over the axes `dim`."""
     joined, place = rows(x, dim)
-    top = await maximum_along(ctx, joined)
-    powers = await exp_nonpositive(ctx, joined - top.map(lambda t: t.unsqueeze(-1)), max(EXP_BITS, x.frac_bits))
+    top = await maximum_along(ctx, joined, width(x))
+    powers = await powers_below(ctx, joined - top.map(lambda t: t.unsqueeze(-1)))
     sums = powers.map(lambda t: t.sum(-1))
     return place(top + await log(ctx, sums, **octaves_of_sum(joined.shape[-1]), frac_bits=x.frac_bits), keepdim)

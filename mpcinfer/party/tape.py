@@ -12,7 +12,7 @@ from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expan
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
 from mpcinfer.wire import channel
-from mpcinfer.wire.mesh import GRPC_HEADER
+from mpcinfer.wire.frames import GRPC_HEADER
 from mpcinfer.wire.v1 import dealer_pb2
 
 

@@ -16,10 +16,11 @@ from mpcinfer.ring.domain import BIT, Z64, Ring
 @kind
 @dataclass(frozen=True)
 class Comparison(Kind):
-    """A mask r of x over Z_2^width, r's digit tables, and AND-block masks for each of `thresholds` thresholds.
+    """A mask r of x, tables of r's digits below `width` bits, and AND-block masks for each of `thresholds` thresholds.
 
-    With `products`, also for each threshold a bit beta that masks the outcome, and beta, beta r as numbers, for
-    bit * x; with `others` = k (and one threshold) masks s of k further values and beta s, for bit * value.
+    r is uniform on Z_2^width. With `products` it is on Z_2^64, and there is also for each threshold a bit beta that
+    masks the outcome, and beta, beta r as numbers, for bit * x; with `others` = k (and one threshold) masks s of k
+    further values and beta s, for bit * value.
     """
 
     shape: tuple[int, ...]
@@ -29,8 +30,6 @@ class Comparison(Kind):
     others: int = 0
 
     def __post_init__(self) -> None:
-        if (self.products or self.others) and self.width < 64:
-            raise ValueError("products with the outcome need r over Z_2^64: a narrower mask doesn't hide the operand")
         if self.others and self.thresholds != 1:
             raise ValueError("further values are multiplied by the outcome of one threshold")
 
@@ -40,7 +39,8 @@ class Comparison(Kind):
         inner, outer = digits.block(leaves, True), digits.block(blocks, False)
         many = (self.thresholds, *self.shape)
         fields = {
-            "r": Field(self.shape, Ring(self.width)),
+            # products with the outcome need all of x: a narrower mask doesn't hide that
+            "r": Field(self.shape, Z64 if self.products or self.others else Ring(self.width)),
             "leaf": Field((*many, blocks), Ring(inner.width, xor=True)),
             "top": Field(many, Ring(outer.width, xor=True)),
         }

@@ -72,6 +72,11 @@ class Kind(ABC):
         """What a party makes of its shares before any input is there; `opened` gives the public F of a weight."""
         return shares
 
+    def multiply_adds(self) -> tuple[int, int]:
+        """For estimates, of the large products that use it: those of a party online, and those before, one after the
+        other, of dealer and party. Work per element is not counted."""
+        return 0, 0
+
 
 _KINDS: dict[str, type[Kind]] = {}
 _MAX_ELEMENTS = 1 << 34  # of one field in a plan that somebody sent: 128 GiB is no honest request

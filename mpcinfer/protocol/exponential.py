@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
+from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from functools import cache
 
 import torch
@@ -34,7 +34,7 @@ _HALF_DEALT_BITS, _HALF_PUBLIC_BITS, _SQUARED_BITS = 39, 17, 25
 def _exact(numerators: range, denominator: int) -> tuple[torch.Tensor, torch.Tensor]:
     """e^(n / denominator) as 31-bit mantissas (2^30 to 2^31) and exponents, by decimal arithmetic: no host differs."""
     mantissas, exponents = [], []
-    with localcontext(prec=50):
+    with localcontext(prec=50, rounding=ROUND_HALF_EVEN):
         for n in numerators:
             value = int(((Decimal(n) / denominator).exp() * (1 << 64)).to_integral_value())
             spare = value.bit_length() - 31
@@ -80,9 +80,10 @@ class Exponential(Kind):
     frac_bits: int
     dealt_bits: int
     ceiling: bool = False
+    width: int = 64
 
     def _comparison(self) -> Comparison:
-        return Comparison(self.shape, 64, 2 if self.ceiling else 1)
+        return Comparison(self.shape, self.width, 2 if self.ceiling else 1)
 
     def free(self) -> dict[str, Field]:
         """r and block masks of the ends; block masks of the low bits; beta for all outcomes: wrap, clip, below."""
@@ -145,17 +146,19 @@ def _check(x: Shared) -> None:
         raise ValueError(f"no exponentials of numbers with {x.frac_bits} fraction bits")
 
 
-async def _power(ctx: Context, x: Shared, top: int, dealt_bits: int, public_bits: int, ceiling: bool) -> Shared:
+async def _power(
+    ctx: Context, x: Shared, top: int, dealt_bits: int, public_bits: int, *, ceiling: bool, width: int = 64
+) -> Shared:
     """Shares of e^(x + top), untruncated, for x <= 2^-4; with a ceiling e^(top + 2^-4) for larger x."""
     x = x.rescaled(-(-x.frac_bits // digits.DIGIT_BITS) * digits.DIGIT_BITS)
     f, window = x.frac_bits, x.frac_bits + _WINDOW_BITS
     slack = 1 << (f - _SLACK_BITS)
-    correlation = ctx.correlation(Exponential(x.shape, f, dealt_bits, ceiling))
+    correlation = ctx.correlation(Exponential(x.shape, f, dealt_bits, ceiling, width))
     c = (await ctx.open(Shared(x.share - slack if ctx.first else x.share), correlation.mask("r"))).value
     low = c & ((1 << window) - 1)
     wraps, ends = await together(
         _wrapped(ctx, low, correlation, window),
-        below(ctx, Masked(c), (-(1 << window), 0)[: 2 if ceiling else 1], correlation, 64),
+        below(ctx, Masked(c), (-(1 << window), 0)[: 2 if ceiling else 1], correlation, width),
     )
     bits = SharedBits(torch.cat([wraps.share, ends.share]), BIT)
     wrap, clip, *under = (await ctx.open(bits, correlation.mask("beta"))).value != 0
@@ -172,36 +175,38 @@ async def _power(ctx: Context, x: Shared, top: int, dealt_bits: int, public_bits
     return Shared(y + limit * bit_number(ctx.first, ~under[0], correlation["below"]), dealt_bits + public_bits)
 
 
-async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None) -> Shared:
+async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None, width: int = 64) -> Shared:
     """Shares of e^x for x <= 0, with `frac_bits` fraction bits (default: x's).
 
     Input: x at a scale of 8 to 24 fraction bits (ValueError otherwise: the tables and the digits of the low bits are
-    made for these) with -2^59 <= x < 2^59 (in units of its last place). Numbers up to
-    2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). Output: error below 1.3e-6 plus one
-    unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7 there).
+    made for these) with -2^(width-5) <= x < 2^(width-5) (in units of its last place; 2^(width-1) where it is a multiple
+    of 4). Numbers up to 2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). Output: error below
+    1.3e-6 plus one unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7 there).
     How: c = x + r. Modulo 16, x is c - r or c - r - 16, as w = [c < r mod 16] says, so e^x is the dealt e^-r times
     the public e^c or e^(c - 16). A scale that isn't a multiple of 4 bits is first refined to one (local, exact).
-    Opened: x - 2^-4 + r over Z_2^64; the words of `below` for the clip and those of the 20 low bits (2 blocks of 3
+    Opened: x - 2^-4 + r over Z_2^width; the words of `below` for the clip and those of the 20 low bits (2 blocks of 3
     digits: 5 bits each, then 2); w and the clip xor beta.
-    Rounds 5; online 22 bytes per element and peer (22.5 above 20 fraction bits); offline 91 bytes at f = 16;
+    Rounds 5; online 22 bytes per element and peer (22.5 above 20 fraction bits; 18.9 for width 48); offline 91 bytes at
+    f = 16;
     correlations `Exponential` and `Truncation`.
     Source: DESIGN, section 3; e^x from dealt powers of the mask as in Kelkar et al. 2022 (secure Poisson regression),
     with the borrow computed instead of a failure probability.
     """
     _check(x)
     # below 1.07 * 2^61, so it truncates safely
-    y = await _power(ctx, x, 0, _DEALT_BITS, _PUBLIC_BITS, ceiling=False)
+    y = await _power(ctx, x, 0, _DEALT_BITS, _PUBLIC_BITS, ceiling=False, width=width)
     return await truncate(ctx, y, y.frac_bits - (x.frac_bits if frac_bits is None else frac_bits))
 
 
 async def exp(ctx: Context, x: Shared) -> Shared:
     """Shares of e^x at x's scale, for x up to 8; above, e^8 (to within 13 %: the ceiling begins at 8.125).
 
-    Input: as `exp_nonpositive`, without its limit above. Output: relative error below 5e-5, plus 1.5 units in the last
-    place.
+    Input: as `exp_nonpositive`, without its limit above. Output: error below 2e-5 max(e^x, e^(x/2) / 2) plus one unit
+    in the last place.
     How: e^(x/2), with its own ceiling, squared by the opening that truncates it.
     Opened: as in `exp_nonpositive`, with one more threshold; the opening of `polynomial`.
-    Rounds 6; online 34.4 bytes per element and peer; correlations `Exponential`, `TruncatedPowers`, `Truncation`.
+    Rounds 6; online 34.4 bytes per element and peer (34.9 from 20 fraction bits on); offline 150 bytes at f = 16;
+    correlations `Exponential`, `TruncatedPowers`, `Truncation`.
     """
     _check(x)
     half = Shared(x.share - (CEILING << x.frac_bits) if ctx.first else x.share, x.frac_bits + 1)

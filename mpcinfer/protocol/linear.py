@@ -53,6 +53,11 @@ class FixedProduct(Kind):
         a = shares["a"]
         return {"a": a, "c": shares["c"] - self.op(a, opened(self.weight))}
 
+    def multiply_adds(self) -> tuple[int, int]:
+        """op(e, W) online; op(a, B) and op(a, F) before."""
+        product = self.op.multiply_adds(self.x, self.w)
+        return product, 2 * product
+
 
 async def mask_weight(ctx: Context, name: str, w: Shared) -> Weight:
     """Open F = W + B and keep it with the share: once per deployment and mesh session.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, localcontext
+from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
 from functools import cache
 
@@ -24,7 +24,7 @@ from mpcinfer.protocol.types import Shared
 
 def _exact(x: Fraction) -> Fraction:
     """log(x) to 40 digits, the same on every host."""
-    with localcontext(prec=50):
+    with localcontext(prec=50, rounding=ROUND_HALF_EVEN):
         return Fraction(Decimal(x.numerator).ln() - Decimal(x.denominator).ln())
 
 
@@ -44,13 +44,13 @@ async def log(ctx: Context, x: Shared, *, low: int = -16, high: int = 20, frac_b
 
     Input: as for `rsqrt`; below 2^low, zero and negative numbers included, the result is log(2^low), above 2^high
     log(2^high). ValueError for a range that 64 bits don't hold.
-    Output: absolute error below 1e-5, plus 1.5 units in the last place.
+    Output: absolute error below 1.5e-5, plus 1.5 units in the last place.
     How: `octaves`; the table has -log(gain), the polynomial is log(1 - h); their sum is the result.
     Opened: those of `octaves.normalise`, of `polynomial` and `truncate`.
     Rounds 6; online 24 + 4.375 T bytes per element and peer, T = 2 (high - low) + 1; correlations `Comparison`,
     `TruncatedPowers`, `Truncation`. Source: as `reciprocal`.
     """
-    if not -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits or not 0 <= frac_bits <= 48:
+    if not -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits or not 2 <= frac_bits <= 48:
         raise ValueError(f"no logarithms over 2^{low} to 2^{high} from {x.frac_bits} to {frac_bits} fraction bits")
     x = spread(x, high)
     pieces = octaves(x.frac_bits, low, high)

@@ -32,6 +32,11 @@ class Triple(Kind):
         """See `derived`."""
         return {"c": self.op(free["a"], free["b"])}
 
+    def multiply_adds(self) -> tuple[int, int]:
+        """op(a, f), op(e, b) and op(e, f) online, op(a, b) before."""
+        product = self.op.multiply_adds(self.x, self.y)
+        return 3 * product, product
+
 
 @kind
 @dataclass(frozen=True)

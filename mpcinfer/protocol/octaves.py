@@ -45,11 +45,11 @@ class Octaves:
     offsets: tuple[int, ...]
     gains: tuple[int, ...]
     frac_bits: int  # of h
-    gain_bits: int  # of the gains
+    gain_bits: int  # of the gains; negative for small ranges of small numbers
 
     def real(self, piece: int) -> Fraction:
         """A piece's gain."""
-        return Fraction(self.gains[piece], 1 << self.gain_bits)
+        return self.gains[piece] / Fraction(2) ** self.gain_bits
 
 
 @cache

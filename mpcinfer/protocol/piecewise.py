@@ -80,10 +80,11 @@ class Pieces(Kind):
     """A `Comparison` with products for T thresholds, and r^2, r^3, beta r^2, beta r^3."""
 
     shape: tuple[int, ...]
+    width: int
     thresholds: int
 
     def _comparison(self) -> Comparison:
-        return Comparison(self.shape, 64, self.thresholds, products=True)
+        return Comparison(self.shape, self.width, self.thresholds, products=True)
 
     def free(self) -> dict[str, Field]:
         """Those of the comparison."""
@@ -104,27 +105,27 @@ class Pieces(Kind):
         return values | {"powers": powers, "bit_powers": values["bit"] * powers.unsqueeze(1)}
 
 
-async def piecewise(ctx: Context, x: Shared, spline: Spline) -> Shared:
+async def piecewise(ctx: Context, x: Shared, spline: Spline, width: int = 64) -> Shared:
     """Shares of a fitted function of x, at x's scale.
 
-    Input: any x with -2^62 <= x < 2^62 (in units of its last place). Beyond the outer knots the value is the asymptote:
-    exact where that is linear, and never out of its range. Output: error below the fit's (splines.json; measured in
-    the tests) plus one unit in the last place; with more than 16 fraction bits the argument is truncated to 16 first
-    (one more round), with fewer the result is (one more round).
+    Input: -2^(width-2) <= x < 2^(width-2) in units of its last place or of 2^-16, whichever is smaller. Output: error
+    below the fit's (splines.json; measured in the tests) plus 1.5 units in the last place. Beyond the outer knots the
+    value is the asymptote, exactly. With more than 16 fraction bits the argument is truncated to 16 first (one more
+    round, and an error of 1.2 * 2^-16), with fewer the result is (one more round).
     How: x opened once serves T comparisons, the asymptotes (bit * value at x's scale) and the residual, which is zero
     outside the knots and a cubic between them, evaluated mod 2^64 at a high scale and truncated once.
     Opened: x + r over Z_2^64; the words of `below`; the outcome bits xor beta; then the opening of `truncate`.
-    Rounds 5; online 16 + 4.375 T bytes per element and peer (51 for GELU, T = 8; 59.8 for SiLU, T = 10); offline
-    62 + 45 T bytes; correlations `Pieces`, `Truncation`.
+    Rounds 5; online 16 + 4.375 T bytes per element and peer (51 for GELU, T = 8; 59.8 for SiLU, T = 10), 16 + 3.25 T
+    for width 48 (42 and 48.5); offline 60 + 44.9 T bytes (419 and 509); correlations `Pieces`, `Truncation`.
     Source: splines on masked values by the binomial theorem as in `polynomial`; the split into an asymptote, which no
     scale can make wrap around, and a bounded residual is our own.
     """
     frac_bits = x.frac_bits
     x = await truncate(ctx, x, max(0, frac_bits - ARGUMENT_BITS))
     x = x.rescaled(ARGUMENT_BITS)
-    correlation = ctx.correlation(Pieces(x.shape, len(spline.thresholds)))
+    correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds)))
     c = await ctx.open(x, correlation.mask("r"))
-    bits = await below(ctx, c, spline.thresholds, correlation, 64)
+    bits = await below(ctx, c, spline.thresholds, correlation, width)
     e = (await ctx.open(bits, correlation.mask("beta"))).value
     bit, bit_r, r = correlation["bit"], correlation["bit_r"], correlation["r"]
     residual = kernel.spline(

@@ -24,19 +24,25 @@ def bit_number(first: bool, e: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
 
 
 async def piecewise_linear(
-    ctx: Context, x: Shared, thresholds: tuple[int, ...], slopes: tuple[int, ...], offsets: tuple[int, ...]
+    ctx: Context,
+    x: Shared,
+    thresholds: tuple[int, ...],
+    slopes: tuple[int, ...],
+    offsets: tuple[int, ...],
+    width: int = 64,
 ) -> Shared:
     """Shares of a piecewise linear function with integer slopes; x's scale stays.
 
     For T increasing thresholds t_j (integers at x's scale), T + 1 slopes and offsets: slopes[0] x + offsets[0] below
-    t_0, slopes[j] x + offsets[j] on [t_(j-1), t_j), and so on. Exact for -2^63 <= x - t < 2^63.
+    t_0, slopes[j] x + offsets[j] on [t_(j-1), t_j), and so on. Exact for
+    -2^(width-1) <= x - t < 2^(width-1); a narrower comparison is cheaper.
     Opened: x + r over Z_2^64; the words of `below`; the outcome bits xor beta.
-    Rounds 4; online 8 + 4.4 T bytes per element and peer; correlation `Comparison` with products.
-    ReLU is thresholds (0,), slopes (0, 1): 12.4 bytes.
+    Rounds 4; online 8 + 4.4 T bytes per element and peer (8 + 3.25 T for width 48); correlation `Comparison` with
+    products. ReLU is thresholds (0,), slopes (0, 1): 12.4 bytes (11.25).
     """
-    correlation = ctx.correlation(Comparison(x.shape, 64, len(thresholds), products=True))
+    correlation = ctx.correlation(Comparison(x.shape, width, len(thresholds), products=True))
     c = await ctx.open(x, correlation.mask("r"))
-    bits = await below(ctx, c, thresholds, correlation, 64)
+    bits = await below(ctx, c, thresholds, correlation, width)
     e = (await ctx.open(bits, correlation.mask("beta"))).value
     y = x.share * slopes[-1]
     if ctx.first:
@@ -52,45 +58,47 @@ async def piecewise_linear(
     return Shared(y, x.frac_bits)
 
 
-async def step(ctx: Context, x: Shared, thresholds: tuple[int, ...], values: tuple[int, ...]) -> Shared:
+async def step(
+    ctx: Context, x: Shared, thresholds: tuple[int, ...], values: tuple[int, ...], width: int = 64
+) -> Shared:
     """Shares of the integers values[j] on [t_(j-1), t_j), T + 1 of them for T thresholds (see `piecewise_linear`)."""
-    y = await piecewise_linear(ctx, x, thresholds, (0,) * len(values), values)
+    y = await piecewise_linear(ctx, x, thresholds, (0,) * len(values), values, width)
     return Shared(y.share, 0)
 
 
-async def sign_and_absolute(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
+async def sign_and_absolute(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared, Shared]:
     """Shares of [x < 0] (an integer) and of abs(x); exact. Rounds, bytes and openings as `relu`."""
-    correlation = ctx.correlation(Comparison(x.shape, 64, 1, products=True))
+    correlation = ctx.correlation(Comparison(x.shape, width, 1, products=True))
     c = await ctx.open(x, correlation.mask("r"))
-    e = (await ctx.open(await below(ctx, c, (0,), correlation, 64), correlation.mask("beta"))).value[0]
+    e = (await ctx.open(await below(ctx, c, (0,), correlation, width), correlation.mask("beta"))).value[0]
     bit = correlation["bit"][0]
     negative = bit_product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
     return Shared(bit_number(ctx.first, e, bit), 0), Shared(x.share - 2 * negative, x.frac_bits)
 
 
-async def relu(ctx: Context, x: Shared) -> Shared:
+async def relu(ctx: Context, x: Shared, width: int = 64) -> Shared:
     """Shares of max(x, 0); exact. Cost and openings: `piecewise_linear` with one threshold (4 rounds, 12.4 bytes)."""
-    return await piecewise_linear(ctx, x, (0,), (0, 1), (0, 0))
+    return await piecewise_linear(ctx, x, (0,), (0, 1), (0, 0), width)
 
 
 async def maximum(
-    ctx: Context, left: Shared, right: Shared, carried: tuple[tuple[Shared, Shared], ...] = ()
+    ctx: Context, left: Shared, right: Shared, carried: tuple[tuple[Shared, Shared], ...] = (), width: int = 64
 ) -> list[Shared]:
     """max(left, right) and, for each pair carried along, the member on the winner's side. Left wins ties. Exact.
 
-    Valid where -2^63 <= left - right < 2^63. Every pair has left's shape.
+    Valid where -2^(width-1) <= left - right < 2^(width-1). Every pair has left's shape.
     Opened: d = left - right + r; for pairs l - r + s; the words of `below`; the outcome bit xor beta.
     Rounds 4; online 12.4 + 8 per pair bytes per element and peer; correlation `Comparison` with products and others.
     """
     d = left - right
-    kind = Comparison(d.shape, 64, 1, products=True, others=len(carried))
+    kind = Comparison(d.shape, width, 1, products=True, others=len(carried))
     correlation = ctx.correlation(kind)
     if carried:
         differences = torch.stack([(a - b).share for a, b in carried])
         c, u = await together(ctx.open(d, correlation.mask("r")), ctx.open(Shared(differences), correlation.mask("s")))
     else:
         c, u = await ctx.open(d, correlation.mask("r")), Masked(torch.empty(0), Z64)
-    bits = await below(ctx, c, (0,), correlation, 64)
+    bits = await below(ctx, c, (0,), correlation, width)
     e = (await ctx.open(bits, correlation.mask("beta"))).value[0]
     bit = correlation["bit"][0]
     # the left one, minus the difference where it is below the right one

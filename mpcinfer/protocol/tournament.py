@@ -24,19 +24,19 @@ def _append(x: Shared, rest: Shared) -> Shared:
     return Shared(torch.cat([x.share, rest.share], dim=-1), x.frac_bits) if rest.shape[-1] else x
 
 
-async def maximum_along(ctx: Context, x: Shared) -> Shared:
+async def maximum_along(ctx: Context, x: Shared, width: int = 64) -> Shared:
     """Shares of the maximum over the last axis: [*S, k] -> [*S]. Exact.
 
     Rounds 4 ceil(log2 k); online 12.4 (k - 1) bytes per result and peer; openings: those of `select.maximum`.
     """
     while x.shape[-1] > 1:
         left, right, rest = _halves(x)
-        (winners,) = await maximum(ctx, left, right)
+        (winners,) = await maximum(ctx, left, right, width=width)
         x = _append(winners, rest)
     return x.map(lambda t: t[..., 0])
 
 
-async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor) -> Shared:
+async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor, width: int = 64) -> Shared:
     """Shares of the maximum of each group of elements: [P] -> [G], for public groups of any sizes. Exact.
 
     groups: for each element the number of its group, int64 [P], ascending from 0 without gaps.
@@ -52,7 +52,7 @@ async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor) -> Sh
         even = place % 2 == 0
         paired = even & (place + 1 < sizes[groups])
         left, alone = paired.nonzero()[:, 0], (even & ~paired).nonzero()[:, 0]
-        (winners,) = await maximum(ctx, _picked(x, left), _picked(x, left + 1))
+        (winners,) = await maximum(ctx, _picked(x, left), _picked(x, left + 1), width=width)
         order = torch.cat([left, alone]).argsort()
         x = _picked(_append(winners, _picked(x, alone)), order)
         groups = groups[torch.cat([left, alone])[order]]
@@ -62,7 +62,7 @@ def _picked(x: Shared, at: torch.Tensor) -> Shared:
     return x.map(lambda t: t[at.to(t.device)])
 
 
-async def argmax_along(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
+async def argmax_along(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared, Shared]:
     """Shares of the maximum over the last axis and of its index (an integer, frac_bits 0); lowest index among equals.
 
     Rounds 4 ceil(log2 k); online about 20.4 (k - 1) bytes per result and peer; openings: those of `select.maximum`.
@@ -72,7 +72,7 @@ async def argmax_along(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
     while x.shape[-1] > 1:
         left, right, rest = _halves(x)
         index_left, index_right, index_rest = _halves(index)
-        winners, indices = await maximum(ctx, left, right, ((index_left, index_right),))
+        winners, indices = await maximum(ctx, left, right, ((index_left, index_right),), width)
         x, index = _append(winners, rest), _append(indices, index_rest)
     return x.map(lambda t: t[..., 0]), index.map(lambda t: t[..., 0])
 
@@ -97,7 +97,7 @@ def _sorting_layers(n: int) -> list[list[tuple[int, int]]]:
     return layers
 
 
-async def top_along(ctx: Context, x: Shared, k: int) -> tuple[Shared, Shared]:
+async def top_along(ctx: Context, x: Shared, k: int, width: int = 64) -> tuple[Shared, Shared]:
     """Shares of the k largest values over the last axis and of their indices, largest first.
 
     The order among equal values is unspecified. Rounds 4 a layer of Batcher's sorting network, log2(n)(log2(n)+1)/2
@@ -110,7 +110,7 @@ async def top_along(ctx: Context, x: Shared, k: int) -> tuple[Shared, Shared]:
         lower = [j for _, j in layer]
         a, b = x.map(lambda t, at=upper: t[..., at]), x.map(lambda t, at=lower: t[..., at])  # type: ignore[misc]
         ia, ib = index.map(lambda t, at=upper: t[..., at]), index.map(lambda t, at=lower: t[..., at])  # type: ignore[misc]
-        winner, winning = await maximum(ctx, a, b, ((ia, ib),))
+        winner, winning = await maximum(ctx, a, b, ((ia, ib),), width)
         x, index = (
             _placed(x, upper, lower, winner, a + b - winner),
             _placed(index, upper, lower, winning, ia + ib - winning),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from mpcinfer.errors import InputError, ProtocolError
 from mpcinfer.protocol.context import Context, Opening, drive
 from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, canonical, correction_bytes, from_json, to_json
 from mpcinfer.protocol.types import Mask, Weight
+
+_SEPARATORS = re.compile("[/#]")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ class Cost:
     rounds: int = 0
     bytes_sent: int = 0
     openings: Counter[str] = field(default_factory=Counter)
+    # of each round, the bytes one peer is sent, by the outermost scope whose openings they are
+    messages: list[Counter[str]] = field(default_factory=list)
+
+
+def outermost_scope(name: str) -> str:
+    """The scope under which a correlation, or a mask's label, was named first: of a model, the node; "" for none."""
+    return _SEPARATORS.split(name, maxsplit=1)[0]
 
 
 class _Recorder:
@@ -118,10 +128,13 @@ def trace(
 
     def exchange(batch: list[Opening]) -> list[torch.Tensor]:
         cost.rounds += 1
+        message: Counter[str] = Counter()
         for opening in batch:
             check(opening)
-            cost.bytes_sent += opening.ring.packed_bytes(opening.masked.numel()) * (parties - 1)
+            message[outermost_scope(opening.label)] += opening.ring.packed_bytes(opening.masked.numel())
             cost.openings[opening.label.partition(":")[2]] += 1
+        cost.messages.append(message)
+        cost.bytes_sent += message.total() * (parties - 1)
         return [torch.empty(o.masked.shape, dtype=o.ring.dtype, device="meta") for o in batch]
 
     result = drive(protocol(TracingContext(recorder, parties, weights or {})), exchange)

@@ -107,6 +107,32 @@ def conv(
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
 
 
+def conv_transpose(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
+    """Transposed convolution mod 2^64: x [N, C, *S], w [C, O/groups, *K] -> [N, O, *S'].
+
+    It is a convolution of x, with zeros between its elements, with the kernel turned around.
+    """
+    d = w.dim() - 2
+    axes = tuple(range(2, 2 + d))
+    spread = x.new_zeros(
+        (*x.shape[:2], *((size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)))
+    )
+    spread[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = x
+    edges = [step * (k - 1) - p for step, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
+    pairs = list(zip(edges, output_padding, strict=True))
+    spread = functional.pad(spread, [p for edge, more in reversed(pairs) for p in (edge, edge + more)])
+    turned = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2).reshape(-1, w.shape[0] // groups, *w.shape[2:])
+    return conv(spread, turned.flip(axes), (1,) * d, (0,) * d, dilation, groups)
+
+
 def _product(sizes: tuple[int, ...]) -> int:
     total = 1
     for size in sizes:
@@ -116,9 +142,10 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Bilinear:
-    """A bilinear map as data. `name`: "mul" (element-wise, broadcasting), "matmul" or "conv".
+    """A bilinear map as data. `name`: "mul" (element-wise, broadcasting), "matmul", "conv" or "conv_transpose".
 
-    `args` of conv: (stride, padding, dilation, groups), each but the last a tuple per dimension.
+    `args` of conv: (stride, padding, dilation, groups), each but the last a tuple per dimension; conv_transpose has
+    output_padding after padding.
     """
 
     name: str
@@ -133,12 +160,22 @@ class Bilinear:
         if self.name == "conv":
             stride, padding, dilation, groups = self.args
             return conv(x, w, tuple(stride), tuple(padding), tuple(dilation), groups)
+        if self.name == "conv_transpose":
+            stride, padding, more, dilation, groups = self.args
+            return conv_transpose(x, w, tuple(stride), tuple(padding), tuple(more), tuple(dilation), groups)
         raise ValueError(f"unknown bilinear map {self.name!r}")
 
     def shape(self, x: tuple[int, ...], w: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the value for arguments of shapes x and w."""
         meta = self(_meta(x), _meta(w))
         return tuple(meta.shape)
+
+    def multiply_adds(self, x: tuple[int, ...], w: tuple[int, ...]) -> int:
+        """How many multiplications the value takes for arguments of shapes x and w."""
+        if self.name == "conv_transpose":  # each element of x meets the kernels of one group
+            return _product(x) * _product(w[1:])
+        terms = {"mul": (), "matmul": x[-1:], "conv": w[1:]}[self.name]
+        return _product(self.shape(x, w)) * _product(tuple(terms))
 
 
 def _meta(shape: tuple[int, ...]) -> torch.Tensor:

@@ -64,7 +64,7 @@ def spline(
     bit_r [T, *S], of beta r^2 and beta r^3 as bit_powers [2, T, *S]. steps: the 4 integer coefficients of each q_k,
     lowest first.
     """
-    out = torch.empty_like(c)
+    out = torch.empty(c.shape, dtype=torch.int64, device=c.device)
     if c.device.type == "meta":
         return out
     n, t = c.numel(), len(steps)

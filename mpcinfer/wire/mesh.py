@@ -16,14 +16,12 @@ import grpc
 
 from mpcinfer.errors import AbortedError, ConfigError, IdentityError, MpcInferError, ProtocolError
 from mpcinfer.wire import channel
+from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
 
 HELLO = mesh_pb2.FRAME_KIND_HELLO
 CONTROL = mesh_pb2.FRAME_KIND_CONTROL
 OPENING = mesh_pb2.FRAME_KIND_OPENING
-
-_CHUNK = 1 << 20
-GRPC_HEADER = 5  # length prefix of a gRPC message
 
 
 class Link:
@@ -49,12 +47,12 @@ class Link:
 
     def send(self, kind: int, payload: bytes) -> None:
         """Queue a message; never blocks."""
-        for start in range(0, len(payload) or 1, _CHUNK):
-            part = payload if len(payload) <= _CHUNK else payload[start : start + _CHUNK]
+        for start in range(0, len(payload) or 1, CHUNK):
+            part = payload if len(payload) <= CHUNK else payload[start : start + CHUNK]
             frame = mesh_pb2.Frame(
                 sequence=self._sent,
                 kind=kind,  # type: ignore[arg-type]
-                more=start + _CHUNK < len(payload),
+                more=start + CHUNK < len(payload),
                 payload=part,
             )
             self._sent += 1

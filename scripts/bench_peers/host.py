@@ -33,13 +33,19 @@ class PeerFailed(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """What to install (steps of pip arguments, one after the other) and how to start party `rank`."""
+    """What to install (steps of pip arguments, one after the other), and what of it can be run.
+
+    `package` names the environment and the runner; peers of one package are configurations of it.
+    """
 
     name: str
+    package: str
     version: str
     python: str
+    frac_bits: int
     steps: tuple[tuple[str, ...], ...]
     variants: dict[str, tuple[str, ...]]  # ways to do an operation that has more than one; what counts is the fastest
+    lacks: tuple[str, ...] = ()  # functions it does not have
 
     def ways(self, operation: str) -> tuple[str, ...]:
         """The variants of an operation."""
@@ -50,32 +56,52 @@ PEERS = {
     # its wheels are for CPython 3.10 and 3.11
     "spu": Peer(
         "spu",
+        "spu",
         "0.9.5",
         "3.11",
+        18,
         (("spu==0.9.5", "numpy"),),
         {"matmul": ("default", "cached"), "conv": ("default", "cached"), "maxpool": ("default", "pairs")},
     ),
     # it asks for `sklearn`, a package that refuses to be installed, so what it needs is listed here
     "crypten": Peer(
         "crypten",
+        "crypten",
         "0.4.1",
         "3.11",
+        16,
         (
             tuple("torch>=2.13,<2.14 numpy scipy omegaconf pyyaml future onnx tensorboard scikit-learn pandas".split()),
             ("--no-deps", "crypten==0.4.1"),
         ),
         {"maxpool": ("default", "pairs")},
+        lacks=("softplus", "hardswish", "elu", "mish"),
     ),
+    # one peer for each of its modes: they share no method; its parties are one process, see run_prix.py
+    **{
+        f"prix-{mode}": Peer(
+            f"prix-{mode}",
+            "prix",
+            "0.2.0",
+            "3.11",
+            16,
+            (("prix-jax==0.2.0", "numpy"),),
+            {},
+            lacks=("softplus", "hardswish", "elu", "mish"),
+        )
+        for mode in ("lut", "shaft", "crypten")
+    },
 }
+TIMED = ("spu", "crypten")  # what runs over sockets, as we do
 
 
 def install(peer: Peer) -> Path:
     """The interpreter of the peer's environment, which is made if it is not there yet. PeerFailed if that fails."""
-    home = CACHE / "peers" / peer.name
+    home = CACHE / "peers" / peer.package
     interpreter, stamp = home / "bin" / "python", home / ".installed"
     wanted = json.dumps(peer.steps)
     home.parent.mkdir(parents=True, exist_ok=True)
-    with (home.parent / f"{peer.name}.lock").open("w") as lock:
+    with (home.parent / f"{peer.package}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two benchmarks must not install into one environment at once
         if stamp.exists() and stamp.read_text() == wanted:
             return interpreter
@@ -108,13 +134,16 @@ def _quietly(*command: str) -> None:
 
 
 class Parties:
-    """The parties of one peer, a process each. `call` asks all of them; after a PeerFailed they are gone.
+    """The parties of one peer, a process each; PriX's are one process that forks them.
+
+    `call` asks all of them; after a PeerFailed they are gone.
 
     A context manager; processes are started by the first call and again by the first after a failure.
     """
 
     def __init__(self, peer: Peer, parties: int) -> None:
         self.peer, self.n = peer, parties
+        self._count = 1 if peer.package == "prix" else parties
         self._interpreter: Path | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._received: list[bytes] = []
@@ -144,7 +173,7 @@ class Parties:
                 with contextlib.suppress(BrokenPipeError):  # it has ended: reading its answer tells how
                     process.stdin.write(request)
                     process.stdin.flush()
-            return [self._answer(rank, do, deadline, timeout) for rank in range(self.n)]
+            return [self._answer(rank, do, deadline, timeout) for rank in range(self._count)]
         except BaseException:
             self.stop()
             raise
@@ -174,18 +203,19 @@ class Parties:
     def _start(self) -> None:
         interpreter = self.install()
         self._directory = directory = Path(tempfile.mkdtemp(prefix=f"bench-{self.peer.name}-"))
-        self._received = [b""] * self.n
+        self._received = [b""] * self._count
         ports = ",".join(str(port) for port in _free_ports(self.n))
-        for rank in range(self.n):
+        for rank in range(self._count):
             log = directory / f"{rank}.log"
             arguments = {
                 "spu": [str(rank), ports, str(log)],
                 "crypten": [str(rank), str(self.n), str(directory / "rendezvous")],
-            }[self.peer.name]
+                "prix": [self.peer.name.partition("-")[2], str(self.n)],
+            }[self.peer.package]
             with log.open("ab") as errors:
                 self._processes.append(
                     subprocess.Popen(
-                        [str(interpreter), str(HERE / f"run_{self.peer.name}.py"), *arguments],
+                        [str(interpreter), str(HERE / f"run_{self.peer.package}.py"), *arguments],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=errors,

@@ -53,8 +53,56 @@ OPERATIONS: dict[str, Any] = {
     "maxpool": _pool,
     "argmax": lambda x: jnp.argmax(x, axis=-1),
 }
+
+
+def _scaled(x: Any) -> Any:
+    """x over the root of its mean square."""
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+
+
+FUNCTIONS: dict[str, Any] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "erf": lax.erf,
+    "exp": jnp.exp,
+    "reciprocal": lambda x: 1.0 / x,
+    "rsqrt": lax.rsqrt,
+    "softmax": lambda x: jax.nn.softmax(x, axis=-1),
+    "layernorm": lambda x, weight, bias: _scaled(x - jnp.mean(x, -1, keepdims=True)) * weight + bias,
+    "rmsnorm": lambda x, weight: _scaled(x) * weight,
+    "log": jnp.log,
+    "sqrt": jnp.sqrt,
+    "softplus": jax.nn.softplus,
+    "hardswish": jax.nn.hard_swish,
+    "elu": jax.nn.elu,
+    "mish": jax.nn.mish,
+}
 # SPU computes convolutions and pooling in NHWC; what is private is laid out so beforehand
 _LAYOUT = {"x": (0, 2, 3, 1), "w": (2, 3, 1, 0)}
+
+
+def _ordered(inputs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """By name, x first: x, weight, bias."""
+    return sorted(inputs.items(), reverse=True)
+
+
+def _compiled(function: Any, name: str, inputs: dict[str, Any]) -> Any:
+    """SPU's executable of a function of private `inputs`, whose result it calls out0."""
+
+    def called(*args: Any) -> Any:
+        return function(*args)
+
+    called.__name__ = re.sub(r"\W", "_", name)
+    names, examples = zip(*_ordered(inputs), strict=True)
+    executable, _ = frontend.compile(
+        frontend.Kind.JAX, called, list(examples), {}, list(names), [libspu.Visibility.VIS_SECRET] * len(names),
+        lambda outputs: [f"out{i}" for i in range(len(outputs))],
+    )  # fmt: skip
+    return executable
 
 
 class Runner:
@@ -81,20 +129,15 @@ class Runner:
             inputs = {k: stored[k].astype(np.float32) for k in stored.files}
         if operation in ("conv", "maxpool"):
             inputs = {k: np.ascontiguousarray(v.transpose(_LAYOUT[k])) for k, v in inputs.items()}
-        names = sorted(inputs, reverse=True)  # x before w
 
         def function(*args: Any) -> Any:
             if variant == "cached":  # keeps the opened, masked weight for the products to come
                 args = args[0], make_cached_var(args[1])
             return (_pool_in_pairs if variant == "pairs" else OPERATIONS[operation])(*args)
 
-        function.__name__ = re.sub(r"\W", "_", case)
-        executable, _ = frontend.compile(
-            frontend.Kind.JAX, function, [inputs[k] for k in names], {}, names,
-            [libspu.Visibility.VIS_SECRET] * len(names), lambda outputs: [f"out{i}" for i in range(len(outputs))],
-        )  # fmt: skip
+        executable = _compiled(function, case, inputs)
         compiled = time.perf_counter()
-        shares = {name: self._share(inputs[name]) for name in names}
+        shares = {name: self._share(x) for name, x in _ordered(inputs)}
         shared = time.perf_counter()
         counted = self._runtime(shares, profile=True)
         first = self._timed(counted, executable)
@@ -119,15 +162,31 @@ class Runner:
     def finish(self, case: str, output: str) -> dict[str, int]:
         """Forget the case; rank 0 writes its last result, revealed, to the file `output`."""
         runtime, _ = self.cases.pop(case)
+        value = self._reveal(runtime)
+        if value is not None:
+            np.save(output, value.transpose(0, 3, 1, 2) if value.ndim == 4 else value)
+        return {"peak_rss_bytes": peak_memory()}
+
+    def evaluate(self, function: str, arrays: str, output: str) -> None:
+        """Share the arrays, evaluate a function once; rank 0 writes the result, revealed, to the file `output`."""
+        with np.load(arrays) as stored:
+            inputs = {k: stored[k].astype(np.float32) for k in stored.files}
+        executable = _compiled(FUNCTIONS[function], function, inputs)
+        runtime = self._runtime({name: self._share(x) for name, x in _ordered(inputs)}, profile=False)
+        runtime.run(executable)
+        value = self._reveal(runtime)
+        if value is not None:
+            np.save(output, value)
+
+    def _reveal(self, runtime: Any) -> Any:
+        """The result, float64, at rank 0; None at the others."""
         result = runtime.get_var("out0")
         own = [result.meta, *result.share_chunks]
         if self.rank:
             self._send(0, own)
-        else:
-            value = self.io.reconstruct([self._build(s) for s in [own, *(self._receive(i) for i in range(1, self.n))]])
-            value = np.asarray(value, np.float64)
-            np.save(output, value.transpose(0, 3, 1, 2) if value.ndim == 4 else value)
-        return {"peak_rss_bytes": peak_memory()}
+            return None
+        every = [own, *(self._receive(peer) for peer in range(1, self.n))]
+        return np.asarray(self.io.reconstruct([self._build(parts) for parts in every]), np.float64)
 
     def _config(self, profile: bool) -> Any:
         config = libspu.RuntimeConfig(protocol=libspu.ProtocolKind.SEMI2K, field=libspu.FieldType.FM64)

@@ -64,7 +64,6 @@ def test_products_with_a_parameter_open_nothing_of_it() -> None:
     ("function", "why"),
     [
         (lambda m, x: F.conv2d(x, m.even, padding="same"), "even kernel"),
-        (lambda m, x: F.conv_transpose2d(x, m.even), "no protocol for: aten.conv_transpose2d"),
         (lambda m, x: F.conv3d(x[:, None], m.even[:, :, None]), "no protocol for: aten.conv3d"),
         (lambda m, x: torch.einsum("nchw,cd->ndhw", x, m.even[0, :, 0]), "no protocol for: aten.einsum"),
     ],

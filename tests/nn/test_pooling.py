@@ -45,10 +45,6 @@ def test_averages_of_equal_numbers_at_other_scales() -> None:
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        (lambda m, x: F.max_pool2d(x, 2, ceil_mode=True), "aten.max_pool2d.default at .*ceil_mode"),
-        (lambda m, x: F.max_pool1d(x[:, 0], 2, ceil_mode=True), "aten.max_pool1d.default at .*ceil_mode"),
-        (lambda m, x: F.avg_pool2d(x, 2, ceil_mode=True), "aten.avg_pool2d.default at .*ceil_mode"),
-        (lambda m, x: F.avg_pool1d(x[:, 0], 2, ceil_mode=True), "aten.avg_pool1d.default at .*ceil_mode"),
         (lambda m, x: F.adaptive_max_pool2d(x, 3), "aten.adaptive_max_pool2d.default at .*unequal size"),
         (lambda m, x: F.adaptive_max_pool1d(x[:, 0], 2), "aten.adaptive_max_pool1d.default at .*unequal size"),
         (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], "no protocol for: aten.max_pool2d_with_indices"),

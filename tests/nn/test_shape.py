@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.graph.capture import capture
@@ -52,7 +51,6 @@ def overwritten(m: object, x: torch.Tensor) -> torch.Tensor:
         (lambda m, x: x.to(torch.bool), "torch.bool"),
         (lambda m, x: x.take(torch.tensor([0, 2])), "no protocol for: aten.take"),
         (lambda m, x: x.sort(1).values, "no protocol for: aten.sort"),
-        (lambda m, x: F.interpolate(x, scale_factor=2), "no protocol for: aten.upsample"),
         (overwritten, "no protocol for: .*scatter"),
     ],
 )

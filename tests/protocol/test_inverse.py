@@ -13,11 +13,11 @@ from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.inverse import inverse_polynomial, reciprocal
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.types import Shared
-from tests.openings import assert_differences, assert_uniform, observe, seed
+from tests.openings import assert_hides
 from tests.protocol.conftest import Ran
 
 Worlds = Callable[..., LocalWorld]
-RELATIVE = 4e-5
+RELATIVE, FEWER_OCTAVES = 4.5e-5, 3.5e-5
 
 
 def over(low: int, high: int, frac_bits: int = 30) -> Callable[[Context, Shared], object]:
@@ -29,9 +29,11 @@ def decoded(world: LocalWorld, protocol: Callable[..., object], x: torch.Tensor,
     return world.reveal(shares).double() / 2.0 ** shares[0].frac_bits
 
 
-def assert_close(got: torch.Tensor, x: torch.Tensor, frac_bits: int, out_bits: int = 30) -> None:
+def assert_close(
+    got: torch.Tensor, x: torch.Tensor, frac_bits: int, out_bits: int = 30, relative: float = FEWER_OCTAVES
+) -> None:
     want = 2.0**frac_bits / x.double()
-    assert float(((got - want).abs() - RELATIVE * want).max()) <= 2.0**-out_bits
+    assert float(((got - want).abs() - relative * want).max()) <= 2.0**-out_bits
 
 
 def grid(low: int, high: int, frac_bits: int, count: int) -> torch.Tensor:
@@ -80,7 +82,8 @@ def test_default_range(world: Worlds, parties: int) -> None:
 )
 def test_other_ranges_and_scales(world: Worlds, frac_bits: int, low: int, high: int, out_bits: int) -> None:
     x = grid(low, high, frac_bits, 3000)
-    assert_close(decoded(world(2), over(low, high, out_bits), x, frac_bits), x, frac_bits, out_bits)
+    relative = FEWER_OCTAVES if high - low <= 34 else RELATIVE
+    assert_close(decoded(world(2), over(low, high, out_bits), x, frac_bits), x, frac_bits, out_bits, relative)
 
 
 def test_every_number_of_an_octave(world: Worlds) -> None:
@@ -114,7 +117,7 @@ def test_a_wider_range_would_be_wrong(world: Worlds, monkeypatch: pytest.MonkeyP
         decoded(world(2), over(-16, 28), x, 16)
     monkeypatch.setattr(inverse, "MAX_OCTAVES", 44)
     with pytest.raises(AssertionError):
-        assert_close(decoded(world(2, "wider"), over(-16, 28), x, 16), x, 16)
+        assert_close(decoded(world(2, "wider"), over(-16, 28), x, 16), x, 16, relative=RELATIVE)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +150,11 @@ def test_costs(run: Callable[..., Ran]) -> None:
     ]
     assert run(over(0, 7), (x, 16)).transcript.rounds == 8
     assert run(reciprocal, (torch.zeros((0, 3), dtype=torch.int64), 16)).value.shape == (0, 3)
-    assert abs(int(run(reciprocal, (torch.tensor(1 << 16), 16)).value) - (1 << 30)) <= RELATIVE * 2**30
+    assert abs(int(run(reciprocal, (torch.tensor(1 << 16), 16)).value) - (1 << 30)) <= FEWER_OCTAVES * 2**30
 
 
-def test_openings() -> None:
+def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
     async def protocol(ctx: Context, x: Shared) -> Shared:
         return await reciprocal(ctx, Shared(x.share, 16), low=-2, high=2)
 
-    x, y = torch.arange(1, 1001) << 8, torch.full((1000,), 1 << 16)
-    assert_differences(observe(protocol, x), observe(protocol, y), [x - y])
-    assert_uniform([observe(protocol, x, key=seed(i)) for i in range(70)])
+    assert_hides(monkeypatch, protocol, torch.arange(1, 14_001) << 6, torch.full((14_000,), 1 << 16))

@@ -16,6 +16,7 @@ from mpcinfer.protocol.context import Context, Opening
 from mpcinfer.protocol.correlation import Field, Kind
 from mpcinfer.protocol.linear import fixed_product, mask_weight
 from mpcinfer.protocol.local import LocalWorld
+from mpcinfer.protocol.lookup import index_bits, one_hot
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.select import relu
 from mpcinfer.protocol.tournament import argmax_along
@@ -42,6 +43,8 @@ from tests.openings import (
 ONE = 1 << 16
 WEIGHT = torch.tensor([[3, -2], [1, 5], [-4, 7]]) * ONE
 WORD = Ring(7, xor=True)
+ROWS = 11
+INDEX = Ring(index_bits(ROWS))
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ async def _less(ctx: Context, x: Shared) -> Any:
     return await less_than(ctx, x, (0,), 36)
 
 
+async def _one_hot(ctx: Context, x: Shared) -> Any:
+    return await one_hot(ctx, x, ROWS)
+
+
 def _duel(x: torch.Tensor) -> list[torch.Tensor]:
     return [x[..., :1] - x[..., 1:2], torch.full((1, len(x), 1), -1)]
 
@@ -89,6 +96,7 @@ CASES = {
     "fixed_product": Case(_fixed, ((3,),), lambda x: [x], weight=True),
     "argmax": Case(_argmax, ((3,),), _duel),
     "less_than, 36 bits": Case(_less, ((),), lambda x: [x], bound=2**34),
+    "one_hot": Case(_one_hot, ((),), lambda x: [x]),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -158,6 +166,10 @@ def shortened(bits: int) -> Callable[[torch.Tensor, Ring], torch.Tensor]:
 
 def index_mask(x: torch.Tensor, ring: Ring) -> torch.Tensor:
     return (x & (2**62 - 1)) % 1000 if ring == Z64 else x
+
+
+def below_rows(x: torch.Tensor, ring: Ring) -> torch.Tensor:
+    return x % ROWS if ring == INDEX else x
 
 
 def short_word(x: torch.Tensor, ring: Ring) -> torch.Tensor:
@@ -403,6 +415,13 @@ class TestUniformity:
                 with pytest.raises(AssertionError, match="not uniform"):
                     assert_uniform(pooled(_relu, x))
 
+    def test_catches_an_index_under_a_mask_below_the_number_of_rows(
+        self, parties: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        faulty_masks(monkeypatch, below_rows)
+        with pytest.raises(AssertionError, match="not uniform"):
+            assert_uniform(pooled(_one_hot, torch.zeros(RUNS, dtype=torch.int64), parties))
+
     def test_catches_words_under_a_short_mask(self, monkeypatch: pytest.MonkeyPatch) -> None:
         async def protocol(ctx: Context, x: Shared) -> None:
             words = torch.zeros(x.shape, dtype=torch.uint8)
@@ -483,6 +502,12 @@ class TestDistinguisher:
         a, b = observe(multiply, x, y, key=seed("a")), observe(multiply, y, y, key=seed("b"))
         with pytest.raises(AssertionError, match="distinguishable"):
             assert_indistinguishable(a, b, TRANSCRIPTS)
+
+    def test_catches_an_index_under_a_mask_below_the_number_of_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert_indistinguishable(*self.views(_one_hot, 0, 10), TRANSCRIPTS)
+        faulty_masks(monkeypatch, below_rows)
+        with pytest.raises(AssertionError, match="distinguishable"):
+            assert_indistinguishable(*self.views(_one_hot, 0, 10), TRANSCRIPTS)
 
     def test_catches_short_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         faulty_masks(monkeypatch, lambda x, ring: x & 0 if ring == WORD else x)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mpcinfer.protocol.select import maximum, piecewise_linear, relu
+from mpcinfer.protocol.select import maximum, piecewise_linear, relu, sign_and_absolute, step
 from mpcinfer.protocol.types import Shared
+from tests.openings import assert_hides
 
 Run = Callable[..., Any]
 RNG = torch.Generator().manual_seed(1)
@@ -131,3 +132,72 @@ def test_maximum_costs_and_openings(run: Run, carried: int) -> None:
     ran = run(protocol, zeros, zeros)
     ran.costs(rounds=4, sent=12_375 + 8000 * carried, dealt=59_000 + 8000 * carried)
     assert sorted(ran.opened()) == sorted([*COMPARISON, ("Comparison.s", 64)][: 5 if carried else 4])
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "values"), [((0,), (0, 1)), ((-5, 5), (-1, 0, 1)), ((-9, 3, 4, 10), (7, 7, -(2**60), 0, 2**62))]
+)
+def test_step(run: Run, thresholds: Ints, values: Ints) -> None:
+    x = numbers(*thresholds)
+    x = x[(x.abs() <= 2**62) & (x != -(2**63))]
+    ran = run(lambda ctx, s: step(ctx, s, thresholds, values), (x, 16))
+    assert torch.equal(ran.value, torch.tensor(values)[torch.bucketize(x, torch.tensor(thresholds), right=True)])
+    assert ran.frac_bits == 0
+
+
+def test_step_costs_and_openings(run: Run) -> None:
+    ran = run(lambda ctx, s: step(ctx, s, (0, 5, 9), (1, 2, 3, 4)), (torch.zeros(1000, dtype=torch.int64), 16))
+    ran.costs(rounds=4, sent=8000 + 4375 * 3, dealt=30_125 + 28_875 * 3)
+    assert ran.opened() == COMPARISON
+
+
+def test_sign_and_absolute(run: Run) -> None:
+    x = numbers()
+    ran = run(sign_and_absolute, (x, 16))
+    assert torch.equal(ran.value[0], (x < 0).to(torch.int64))
+    assert torch.equal(ran.value[1], x.abs())  # of -2^63 itself, as ever
+    assert ran.frac_bits == [0, 16]
+    assert run(sign_and_absolute, torch.zeros((0, 3), dtype=torch.int64)).value[1].shape == (0, 3)
+
+
+def test_sign_and_absolute_costs_and_openings(run: Run) -> None:
+    ran = run(sign_and_absolute, torch.zeros(1000, dtype=torch.int64))
+    ran.costs(rounds=4, sent=12_375, dealt=59_000)
+    assert ran.opened() == COMPARISON
+
+
+def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def both(ctx: Any, x: Shared) -> None:
+        await sign_and_absolute(ctx, x)
+        await step(ctx, x.times(-5), (0,), (-1, 1), 48)
+
+    x = torch.arange(-7000, 7000) << 40
+    assert_hides(monkeypatch, both, x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("width", [48, 36, 32])
+def test_narrow_comparisons(run: Run, width: int) -> None:
+    """To the ends of their domain, which is half a bit less where a threshold or a number is subtracted."""
+    edge = 1 << (width - 1)
+    x = torch.cat(
+        [torch.tensor([-edge, edge - 1, 1 - edge, 0, 1, -1]), torch.randint(-edge, edge, (200,), generator=RNG)]
+    )
+    assert torch.equal(run(lambda ctx, s: relu(ctx, s, width), x).value, x.clamp(min=0))
+    signs, absolute = run(lambda ctx, s: sign_and_absolute(ctx, s, width), x).value
+    assert torch.equal(signs, (x < 0).to(torch.int64)) and torch.equal(absolute, x.abs())
+    x = x >> 1
+    ran = run(lambda ctx, s: step(ctx, s, (-3, 7), (5, -5, 9), width), x)
+    assert torch.equal(ran.value, torch.tensor([5, -5, 9])[torch.bucketize(x, torch.tensor((-3, 7)), right=True)])
+    y = x.roll(1)
+    assert torch.equal(run(lambda ctx, a, b: maximum(ctx, a, b, (), width), x, y).value[0], torch.maximum(x, y))
+
+
+def test_narrow_comparisons_are_wrong_beyond_their_domain(run: Run) -> None:
+    x = torch.tensor([1 << 47, -(1 << 47) - 1])
+    assert run(lambda ctx, s: relu(ctx, s, 48), x).value.tolist() == [0, -(1 << 47) - 1]
+
+
+def test_narrow_comparisons_cost_less(run: Run) -> None:
+    ran = run(lambda ctx, s: relu(ctx, s, 48), torch.zeros(1000, dtype=torch.int64))
+    assert ran.transcript.rounds == 4 and ran.transcript.bytes_sent == 11_250 * (ran.parties - 1)
+    assert ran.opened()[0] == ("Comparison.r", 64)  # its product with the outcome needs all of it

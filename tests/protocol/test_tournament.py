@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpcinfer.protocol.tournament import argmax_along, maximum_along, top_along
+from mpcinfer.protocol.tournament import argmax_along, maximum_along, maximum_of_groups, top_along
+from mpcinfer.protocol.types import Shared
+from tests.openings import assert_hides
 
 Run = Callable[..., Any]
 RNG = torch.Generator().manual_seed(1)
@@ -83,3 +85,49 @@ def test_any_leading_shape(run: Run, shape: tuple[int, ...]) -> None:
     value, index = run(argmax_along, x).value
     assert torch.equal(value, x.amax(-1))
     assert torch.equal(index, torch.from_numpy(np.asarray(x.numpy().argmax(-1))))
+
+
+def groups_of(*sizes: int) -> torch.Tensor:
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1, 1), (5,), (3, 1, 4, 2, 7, 1), (2, 9, 16, 1), ()])
+def test_maximum_of_groups(run: Run, sizes: tuple[int, ...]) -> None:
+    groups = groups_of(*sizes)
+    for x in rows(max(1, sum(sizes)))[::9]:
+        x = x[: sum(sizes)]
+        ran = run(lambda ctx, s: maximum_of_groups(ctx, s, groups), (x, 16))
+        assert ran.value.tolist() == [int(part.max()) for part in x.split(list(sizes))] if sizes else not len(ran.value)
+        assert ran.frac_bits == 16
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_groups_cost_a_comparison_for_each_loser(run: Run, k: int) -> None:
+    groups = groups_of(*[k, 1] * 1000)
+    ran = run(lambda ctx, s: maximum_of_groups(ctx, s, groups), torch.zeros(len(groups), dtype=torch.int64))
+    ran.costs(4 * ceil(log2(k)), sent=12_375 * (k - 1), dealt=59_000 * (k - 1))
+    level = [("Comparison.r", 64), ("Comparison.leaf", 7), ("Comparison.top", 6), ("Comparison.beta", 1)]
+    assert ran.opened() == level * ceil(log2(k))
+
+
+def test_openings_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three: the first two meet, and the winner meets the third."""
+    groups = groups_of(*[3] * 14_000)
+
+    async def protocol(ctx: Any, x: Shared) -> Shared:
+        return await maximum_of_groups(ctx, x, groups)
+
+    x, y = torch.arange(42_000) << 30, torch.arange(42_000) % 5
+    duels = [(v[0::3] - v[1::3]) for v in (x, y)]
+    assert_hides(monkeypatch, protocol, x, y, duels[0] - duels[1])
+
+
+def test_narrow_comparisons(run: Run) -> None:
+    x = torch.randint(-(1 << 46), 1 << 46, (30, 6), generator=RNG)
+    values, indices = x.max(-1).values, torch.from_numpy(x.numpy().argmax(-1))
+    assert torch.equal(run(lambda ctx, s: maximum_along(ctx, s, 48), x).value, values)
+    assert torch.equal(run(lambda ctx, s: argmax_along(ctx, s, 48), x).value[1], indices)
+    assert torch.equal(run(lambda ctx, s: top_along(ctx, s, 2, 48), x).value[0], x.topk(2, -1).values)
+    ran = run(lambda ctx, s: maximum_of_groups(ctx, s, groups_of(*[6] * 30), 48), x.reshape(-1))
+    assert torch.equal(ran.value, values)
+    assert ran.transcript.bytes_sent < 12 * 150 * (ran.parties - 1)

@@ -166,3 +166,25 @@ def test_pool_windows() -> None:
     assert torch.equal(windows, expected)
     view = kernels.pool_windows(x[:, 1:, 2:], (2, 2), (1, 1), (1, 1))
     assert torch.equal(view, x[:, 1:, 2:].unfold(1, 2, 1).unfold(2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("xs", "ws", "args"),
+    [
+        ((2, 4, 7), (4, 3, 3), ((1,), (0,), (0,), (1,), 1)),
+        ((2, 4, 7), (4, 3, 4), ((3,), (2,), (1,), (2,), 2)),
+        ((2, 3, 5, 4), (3, 2, 3, 2), ((2, 3), (1, 0), (1, 2), (1, 2), 1)),
+        ((1, 4, 5, 4), (4, 1, 3, 3), ((1, 1), (2, 2), (0, 0), (1, 1), 4)),
+        ((1, 2, 3, 3), (2, 2, 2, 2), ((2, 2), (1, 1), (1, 1), (1, 1), 1)),  # padded by as much as the kernel spans
+    ],
+)
+def test_transposed_convolution(xs: Ints, ws: Ints, args: tuple[Ints, Ints, Ints, Ints, int]) -> None:
+    x, w = small(xs), small(ws)
+    stride, padding, output_padding, dilation, groups = args
+    torch_conv = functional.conv_transpose1d if len(ws) == 3 else functional.conv_transpose2d
+    expected = torch_conv(x.double(), w.double(), None, stride, padding, output_padding, groups, dilation)
+    op = Bilinear("conv_transpose", args)
+    assert torch.equal(op(x, w), expected.long())
+    assert op.shape(xs, ws) == tuple(expected.shape)
+    # what wraps around is what is left of it modulo 2^64
+    assert torch.equal(op(x + (1 << 40), w << 40) - op(torch.full_like(x, 1 << 40), w << 40), op(x, w) << 40)

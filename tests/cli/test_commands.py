@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -10,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +18,13 @@ import torch
 
 import mpcinfer
 from mpcinfer import cli
+from mpcinfer.cli.output import progress
 from mpcinfer.client.local import LocalCluster
 from mpcinfer.config import Cluster, Node
 from mpcinfer.errors import AbortedError, BusyError
 from mpcinfer.wire.identity import Identity, key_pin
-from tests.client.fakes import FakeCluster, info, running, spec
-
-
-@dataclass
-class Done:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Shell:
-    """Runs commands in this process, in a directory of its own."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys = capsys
-        self.monkeypatch = monkeypatch
-
-    def __call__(self, *arguments: object) -> Done:
-        self.monkeypatch.setattr(sys, "argv", ["mpcinfer", *map(str, arguments)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        said = self.capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Done(exit_.value.code, said.out, said.err)
-
-
-@pytest.fixture
-def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    for variable in ("MPCINFER_CLUSTER", "MPCINFER_IDENTITY"):
-        monkeypatch.delenv(variable, raising=False)
-    return Shell(capsys, monkeypatch)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[FakeCluster]:
-    """Two fake parties, with cluster file and keys in the working directory."""
-    for fake in running(2):
-        fake.write(tmp_path, "client/a", "owner/o")
-        fake.deploy(info("same", [spec("x", -1, 3)], [spec("y", -1, 3)], parameters=12))
-        yield fake
-
+from tests.cli.conftest import Done, Shell
+from tests.client.fakes import FakeCluster, info, spec
 
 # --- usage and errors ------------------------------------------------------------------------------------------------
 
@@ -82,7 +33,7 @@ def test_version_and_help(shell: Shell) -> None:
     assert shell("--version") == Done(0, f"mpcinfer {mpcinfer.__version__}\n", "")
     helped = shell("--help")
     assert helped.code == 0
-    for command in ("party", "dealer", "up", "deploy", "models", "infer", "status", "certs"):
+    for command in ("party", "dealer", "up", "explain", "deploy", "models", "infer", "status", "certs"):
         assert command in helped.out
     assert "stop-at-eof" not in shell("party", "--help").out
 
@@ -225,59 +176,13 @@ def test_unavailable_parties(shell: Shell, world: FakeCluster) -> None:
     assert done.code == 3 and done.json["error"]["type"] == "UnavailableError" and "party/1" in done.err
 
 
-BUILD = """
-import torch
-from helper import SIZE
-
-def build():
-    return torch.nn.Linear(SIZE, 2).eval(), torch.zeros(1, SIZE)
-
-def broken():
-    return torch.nn.Linear(3, 2).eval() + 1
-
-number = 3
-"""
-
-
-def test_deploying_a_function(shell: Shell, world: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    Path("recipe.py").write_text(BUILD)
-    Path("helper.py").write_text("SIZE = 3\n")
-    done = shell("deploy", "recipe.py:build", "--name", "m", "--reveal", "argmax")
-    assert done.code == 0 and done.out == "deployed m version 1 (8 secret parameters)\n"
-    assert json.loads(world.parties[0].uploads[0][0].program)["reveal"] == "argmax"
-    done = shell("deploy", "recipe:build", "--name", "m", "--json", "--frac-bits", 12)
-    assert done.code == 0 and (done.json["name"], done.json["version"]) == ("m", 1)
-    np.save("x.npy", np.zeros((4, 3), dtype=np.float32))
-    assert shell("deploy", "recipe.py:build", "--name", "m", "--inputs", "x.npy").code == 0
-    for wrong in (
-        "recipe.py:missing",
-        "recipe.py:broken",
-        "recipe.py:number",
-        "gone.py:build",
-        "recipe.py",
-        "gone.pt2",
-    ):
-        done = shell("deploy", wrong, "--name", "m")
-        assert done.code == 2 and wrong.partition(":")[0] in done.err and done.err.count("\n") == 1, wrong
-    done = shell("deploy", "recipe.py:build", "--name", "m", "--reveal", "everything")
-    assert done.code == 2 and "reveal" in done.err
-    assert len(world.parties[0].uploads) == 3
-
-
-def test_deploying_an_exported_program(shell: Shell, world: FakeCluster) -> None:
-    torch.export.save(torch.export.export(torch.nn.Linear(3, 2).eval(), (torch.zeros(1, 3),)), "m.pt2")
-    assert shell("deploy", "m.pt2", "--name", "m").code == 0
-    assert len(world.parties[1].uploads) == 1
-
-
 def test_progress_is_for_people_only(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._progress(as_json=False) as report:
+    with progress(as_json=False) as report:
         assert report is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli._progress(as_json=True) as report:
+    with progress(as_json=True) as report:
         assert report is None
-    with cli._progress(as_json=False) as report:
+    with progress(as_json=False) as report:
         report(0, 100)
         report(100, 100)
 
@@ -395,7 +300,7 @@ def test_a_process_that_cannot_start_says_why(tmp_path: Path, shell: Shell) -> N
 
 # --- templates -------------------------------------------------------------------------------------------------------
 
-LOCAL = Path(__file__).parents[1] / "parties" / "local"
+LOCAL = Path(__file__).parents[2] / "parties" / "local"
 
 
 def test_the_templates_are_what_the_processes_read(shell: Shell, tmp_path: Path) -> None:

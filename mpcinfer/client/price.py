@@ -1,0 +1,18 @@
+"""What a request will cost as the parties will count it: the trace's prices in the frames of the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpcinfer.graph.explain import Explanation, explain
+from mpcinfer.graph.program import Program
+from mpcinfer.wire.frames import dealt_bytes, round_bytes
+
+
+def price(program: Program, shapes: Sequence[tuple[int, ...]], *, parties: int = 2) -> Explanation:
+    """The price of one request with inputs of these shapes, layer by layer; its total is what `last_cost` will say.
+
+    But `last_cost` also counts the few bytes of the parties' vote on the offline phase, and time as it is, not as the
+    cost model of `graph.explain` expects it. ShapeError for shapes that the program does not take.
+    """
+    return explain(program, shapes, parties=parties, round_bytes=round_bytes, dealt_bytes=dealt_bytes)

@@ -1,0 +1,46 @@
+"""Our side of a benchmark: a cluster on this machine, used through the SDK, and what this machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+
+from bench_peers.host import PEERS
+from bench_report import Row
+
+from mpcinfer import Client, ModelOwner
+from mpcinfer.client.local import LocalCluster
+
+
+class Ours:
+    """A local cluster, parties and dealer as separate processes over mTLS gRPC, used through the SDK."""
+
+    def __init__(self, parties: int, stack: ExitStack) -> None:
+        self.cluster = stack.enter_context(LocalCluster(parties=parties))
+        path = self.cluster.cluster_path
+        self.owner = stack.enter_context(ModelOwner.connect(path, self.cluster.identity("owner/owner")))
+        self.client = stack.enter_context(Client.connect(path, self.cluster.identity("client/client")))
+        self.roles = ["dealer", *(endpoint.role for endpoint in self.cluster.cluster.parties)]
+
+
+def machine(load_before: tuple[float, float, float], peers: Iterable[str]) -> Row:
+    """What this ran on, and how busy it was."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")] if cpuinfo.exists() else []
+    return {
+        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("mpcinfer", "torch", "grpcio")}
+        | {PEERS[name].package: PEERS[name].version for name in peers},
+        "load_before": round(load_before[0], 2),
+        "load_after": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d"),
+    }
