@@ -45,18 +45,24 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     real = [x for v, x in zip(program.inputs, points, strict=True) if v.frac_bits]
     reach = [float(x.abs().max()) for x in real]
 
-    def inputs(scales: Sequence[float]) -> list[Interval]:
+    def scaled(factors: Sequence[float]) -> list[Interval]:
         """The examples, the numbers among them times these."""
-        factors = iter(scales)
-        return [
-            Interval.of(x * next(factors) if v.frac_bits else x) for v, x in zip(program.inputs, points, strict=True)
-        ]
+        left = iter(factors)
+        return [Interval.of(x * next(left) if v.frac_bits else x) for v, x in zip(program.inputs, points, strict=True)]
 
     measured = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
-    if not _stays(measured, inputs([1.0] * len(real))):
+    if not _stays(measured, scaled([1.0] * len(real))):
         raise _too_large(program, measured)
+    above = [math.frexp(size)[1] for size in reach]  # of the smallest power of two above each input
+
+    def grown(by: int) -> list[Interval]:
+        """The examples scaled up to such a power of two, and by another one."""
+        return scaled([2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)])
+
     # room for squares costs precision, so limits may not ask for more of it than the examples do
-    shift = max([0, *(chosen.get("shift", 0) for chosen in measured.chosen.values())])
+    roomy = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
+    _stays(roomy, grown(0))
+    shift = max([0, *(chosen.get("shift", 0) for chosen in roomy.chosen.values())])
     proof = Evaluation(program, weights, rounding=True, most_shift=shift)
 
     # a proof is for the largest sizes that are free, batches aside, whose rows have nothing to do with each other
@@ -86,11 +92,8 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     if not any(reach):
         raise RangeError("the example inputs are all zero, which says nothing about real ones; pass some of those")
 
-    above = [math.frexp(size)[1] for size in reach]  # of the smallest power of two above each input
-
     def fits(by: int) -> bool:
-        scales = [2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)]
-        return _stays(trial, inputs(scales))
+        return _stays(trial, grown(by))
 
     by = _last(fits, range(top - max(above) + 1))
     if by >= 0 and 2.0 ** (max(above) + by) > limit:

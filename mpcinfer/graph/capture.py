@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,10 +47,18 @@ _WEIGHT_AT = {
 _TAKES_PUBLIC = """
     aten.add.Tensor aten.sub.Tensor aten.rsub.Tensor aten.mul.Tensor
     aten.embedding.default aten.index.Tensor aten.index_select.default aten.gather.default
-    aten.masked_fill.Scalar aten.masked_fill.Tensor aten.where.self aten.scaled_dot_product_attention.default
+    aten.masked_fill.Scalar aten.masked_fill.Tensor aten.where.self aten.where.ScalarSelf aten.where.ScalarOther
+    aten.lt.Tensor aten.le.Tensor aten.gt.Tensor aten.ge.Tensor aten.eq.Tensor aten.ne.Tensor
+    aten.logical_and.default aten.logical_or.default aten.logical_xor.default
+    aten.bitwise_and.Tensor aten.bitwise_or.Tensor aten.bitwise_xor.Tensor
+    aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor
+    aten.maximum.default aten.minimum.default aten.max.other aten.min.other
+    aten.clamp.Tensor aten.clamp_min.Tensor aten.clamp_max.Tensor aten.scaled_dot_product_attention.default
 """.split()
 # where very negative numbers stand for minus infinity, that is for "masked"
 _MASKS = ("aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+# of truth values only
+_LOGIC = re.compile(r"aten\.(logical_|bitwise_|__and__|__or__|__xor__)")
 _EMBEDDING = "aten.embedding.default"
 _ITEM = "_operator.getitem"
 _NO_MODULE = "_empty_nn_module_stack"  # what export writes where it knows none
@@ -225,6 +234,8 @@ class _Translator:
             kwargs["rank"] = node.args[0].meta["val"].dim()
         if op in _SOFTMAX and args[1] in (-1, node.meta["val"].dim() - 1):
             op, args, kwargs = "mpc.softmax", args[:1], {}
+        if op.startswith("aten.where.") and not computed:
+            kwargs["frac_bits"] = 0 if node.name in self.integers else self.codec.frac_bits
         if op in _CASTS and not is_open and sources[0] in self.integers and node.name not in self.integers:
             op, args, kwargs = "mpc.number", (args[0], self.codec.frac_bits), {}
         self.nodes.append(Node(node.name, op, args, kwargs, path))
@@ -234,6 +245,12 @@ class _Translator:
         integers = [source.name for source in node.all_input_nodes if source.name in self.integers]
         if integers and not takes_integers(op):
             raise UnsupportedError(f"{op} at {path}: takes no secret integers or truth values")
+        truths = [source for source in node.all_input_nodes if _is_truth(source)]
+        if (_LOGIC.match(op) or (op in _CASTS and _is_truth(node))) and len(truths) < len(node.all_input_nodes):
+            raise UnsupportedError(f"{op} at {path}: truth values of numbers; compare them with 0")
+        # parameters are encoded as numbers, which may be multiplied, but choose nothing
+        if takes_integers(op) and any(t.name in self.known and t.name not in self.public for t in truths):
+            raise UnsupportedError(f"{op} at {path}: truth values of parameters, which `public` should name then")
         meta = node.meta.get("val")
         made = [m for m in (meta if isinstance(meta, list | tuple) else [meta]) if isinstance(m, torch.Tensor)]
         if made and not any(m.dtype.is_floating_point for m in made):
@@ -379,6 +396,10 @@ def _made(node: fx.Node) -> Any:
     """What a node yields, or the first of several results."""
     meta = node.meta.get("val")
     return meta[0] if isinstance(meta, list | tuple) and meta else meta
+
+
+def _is_truth(node: fx.Node) -> bool:
+    return getattr(_made(node), "dtype", None) == torch.bool
 
 
 def _kind(dtype: torch.dtype) -> str:

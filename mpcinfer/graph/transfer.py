@@ -282,7 +282,7 @@ def _indices(like: torch.Tensor, size: int) -> Interval:
     return Interval(torch.zeros_like(like, dtype=torch.float64), torch.full_like(like, size - 1, dtype=torch.float64))
 
 
-@bounds("aten.argmax.default")
+@bounds("aten.argmax.default", "aten.argmin.default")
 def _argmax(run: Evaluation, x: Interval, dim: int | None = None, keepdim: bool = False) -> Interval:
     size = x.low.numel() if dim is None else x.low.shape[dim]
     return _indices(torch.argmax(x.low, dim, keepdim), size)

@@ -11,18 +11,23 @@ from torch.nn import functional
 
 from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.graph.transfer import aten, bilinear, bounds, scaled, turning
-from mpcinfer.nn.functions import INVERSE_BITS
+from mpcinfer.nn.activation import SELU_ALPHA, SELU_SCALE
+from mpcinfer.nn.elementwise import FACTOR_BITS
+from mpcinfer.nn.functions import INVERSE_BITS, encodable, highest_octave
 from mpcinfer.nn.public import MASKED, MASKED_FROM
-from mpcinfer.nn.shape import common_shape
+from mpcinfer.nn.shape import axes_of, common_shape
 from mpcinfer.protocol.exponential import CEILING
 
 # of the fitted functions, besides a unit in the last place
 _SPLINE_ERROR = 2e-4
 
 
-def _near(run: Evaluation, y: Interval, error: float = _SPLINE_ERROR) -> Interval:
-    """What an approximation may make of it."""
-    return run.rounded(y, 2 + error * 2.0**run.frac_bits)
+def _near(run: Evaluation, y: Interval, error: float = _SPLINE_ERROR, relative: float = 0.0) -> Interval:
+    """What an approximation may make of it, besides two units in the last place."""
+    if not run.rounding:
+        return y
+    down, up = (error + relative * t.abs() for t in (y.low, y.high))
+    return run.rounded(Interval(y.low - down, y.high + up), 2)
 
 
 def _decreasing(x: Interval, function: Function) -> Interval:
@@ -49,18 +54,51 @@ def _smooth(op: str, lowest_at: float | None) -> Function:
 
 for _name, _at in {
     "gelu": -0.7518, "silu": -1.2785, "mish": -1.1924, "hardswish": -1.5, "sigmoid": None, "tanh": None, "erf": None,
-    "log_sigmoid": None, "elu": None, "selu": None, "celu": None, "hardsigmoid": None, "softplus": None,
 }.items():  # fmt: skip
     bounds(f"aten.{_name}.default")(_smooth(f"aten.{_name}.default", _at))
+
+
+@bounds("aten.hardsigmoid.default")
+def _hardsigmoid(run: Evaluation, x: Interval) -> Interval:
+    y: Interval = scaled(run, x, 1 / 6).map(lambda t: (t + 0.5).clamp(0, 1))
+    return y
+
+
+@bounds("aten.softplus.default")
+def _softplus(run: Evaluation, x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
+    y = _near(run, scaled(run, x, beta).map(lambda t: torch.logaddexp(t, torch.zeros_like(t))))
+    return scaled(run, y, 1 / beta)
+
+
+@bounds("aten.log_sigmoid.default")
+def _log_sigmoid(run: Evaluation, x: Interval) -> Interval:
+    return _softplus(run, x.times(-1)).times(-1)
+
+
+@bounds("aten.elu.default")
+def _elu(run: Evaluation, x: Interval, alpha: float = 1, factor: float = 1, input_scale: float = 1) -> Interval:
+    negative = scaled(run, x.map(lambda t: t.clamp(max=0)), input_scale)
+    exponential = _near(run, negative.map(functional.elu))
+    return scaled(run, x.map(torch.relu), factor) + scaled(run, exponential, factor * alpha)
+
+
+@bounds("aten.selu.default")
+def _selu(run: Evaluation, x: Interval) -> Interval:
+    return _elu(run, x, SELU_ALPHA, SELU_SCALE)
+
+
+@bounds("aten.celu.default")
+def _celu(run: Evaluation, x: Interval, alpha: float = 1) -> Interval:
+    return _elu(run, x, alpha, 1, 1 / alpha)
 
 
 @bounds("aten.glu.default")
 def _glu(run: Evaluation, x: Interval, dim: int = -1) -> Interval:
     value, gate = x.map(lambda t: t.chunk(2, dim))
-    return bilinear(run, torch.mul, value, gate.apply(torch.sigmoid))
+    return bilinear(run, torch.mul, value, _near(run, gate.map(torch.sigmoid)))
 
 
-@bounds("aten.prelu.default", "aten._prelu_kernel.default")
+@bounds("aten.prelu.default")
 def _prelu(run: Evaluation, x: Interval, weight: Interval) -> Interval:
     column = weight.apply(lambda t: t.reshape(-1, *([1] * max(0, x.low.dim() - 2))) if t.numel() > 1 else t)
     return x.apply(torch.relu) + bilinear(run, torch.mul, x.apply(lambda t: t.clamp(max=0)), column)
@@ -68,7 +106,7 @@ def _prelu(run: Evaluation, x: Interval, weight: Interval) -> Interval:
 
 @bounds("aten.exp.default")
 def _exp(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.apply(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0.1)
+    return _near(run, x.map(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0, 1e-4)
 
 
 @bounds("aten.expm1.default")
@@ -76,8 +114,10 @@ def _expm1(run: Evaluation, x: Interval) -> Interval:
     return _exp(run, x).apply(lambda t: t - 1)
 
 
-def _positive(run: Evaluation, t: torch.Tensor) -> torch.Tensor:
-    return t.clamp(min=2.0**-run.frac_bits)
+def _positive(run: Evaluation, t: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
+    """The numbers that logarithms and roots are right for, and for others the end next to them."""
+    highest = 2.0 ** highest_octave(run.frac_bits)
+    return t.clamp(min=2.0**-run.frac_bits if smallest is None else smallest, max=highest)
 
 
 @bounds("aten.log.default")
@@ -92,22 +132,20 @@ def _log1p(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.sqrt.default")
 def _sqrt(run: Evaluation, x: Interval) -> Interval:
-    y: Interval = x.apply(lambda t: t.clamp(min=0).sqrt())
-    return _near(run, y, 3e-5 * y.magnitude())
+    return _near(run, x.map(lambda t: _positive(run, t, 0).sqrt()), 0, 3e-5)
 
 
 @bounds("aten.rsqrt.default")
 def _rsqrt(run: Evaluation, x: Interval) -> Interval:
-    y = _decreasing(x, lambda t: _positive(run, t).rsqrt())
-    return _near(run, y, 3e-5 * y.magnitude())
+    return _near(run, _decreasing(x, lambda t: _positive(run, t).rsqrt()), 0, 3e-5)
 
 
 def _inverse(run: Evaluation, x: Interval) -> Interval:
     """1/x with the ends that `nn.functions.inverse_of` gives it."""
-    largest = 2.0 ** (run.frac_bits - 2)
+    largest, farthest = 2.0 ** (run.frac_bits - 2), 2.0 ** min(20, encodable(run.frac_bits))
 
     def value(t: torch.Tensor) -> torch.Tensor:
-        return torch.where(t < 0, -1.0, 1.0) / t.abs().clamp(min=1 / largest)
+        return torch.where(t < 0, -1.0, 1.0) / t.abs().clamp(1 / largest, farthest)
 
     if x.point:
         return Interval.of(value(x.low))
@@ -118,8 +156,7 @@ def _inverse(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.reciprocal.default")
 def _reciprocal(run: Evaluation, x: Interval) -> Interval:
-    y = _inverse(run, x)
-    return _near(run, y, 5e-5 * y.magnitude())
+    return _near(run, _inverse(run, x), 0, 5e-5)
 
 
 @bounds("aten.div.Tensor", "aten.div.Scalar")
@@ -129,7 +166,7 @@ def _div(run: Evaluation, x: Any, y: Any) -> Any:
     if not isinstance(x, Interval):
         x = Interval.of(torch.tensor(float(x), dtype=torch.float64), known=True)
     z = bilinear(run, torch.mul, x, _inverse(run, y), bits=INVERSE_BITS)
-    return _near(run, z, 5e-5 * z.magnitude())
+    return _near(run, z, (2 + x.magnitude()) * 2.0 ** (1 - INVERSE_BITS) + 5e-5 * z.magnitude())
 
 
 @bounds("aten.square.default", "aten.pow.Tensor_Scalar", "_operator.pow")
@@ -145,12 +182,18 @@ def _power(run: Evaluation, x: Any, exponent: float = 2) -> Any:
     whole, rest = divmod(exponent, 1)
     if rest not in (0, 0.5):
         ceiling = math.exp(CEILING + 0.125)
-        return _near(run, x.apply(lambda t: _positive(run, t).pow(exponent).clamp(max=ceiling)), 0.01 * ceiling)
-    if rest:
-        root = _sqrt(run, x)
-        return bilinear(run, torch.mul, root, _power(run, x, whole)) if whole else root
-    y = turning(x, lambda t: t**exponent, 0.0) if whole % 2 == 0 else x.apply(lambda t: t**exponent)
-    return run.truncated(y, run.frac_bits, 2)
+        y = x.map(lambda t: _positive(run, t).pow(exponent).clamp(max=ceiling))
+        return _near(run, y, 0, 1e-4 + 2e-5 * exponent)
+    # step by step, as it is computed: rounding errors grow with the powers
+    result = _sqrt(run, x) if rest else None
+    base, left = x, int(whole)
+    while left:
+        if left & 1:
+            result = base if result is None else bilinear(run, torch.mul, result, base)
+        left >>= 1
+        if left:
+            base = bilinear(run, torch.mul, base, base)
+    return result
 
 
 # comparisons and choices
@@ -188,8 +231,10 @@ def _logic(name: str) -> Function:
     return rule
 
 
-for _name, _other in {"and": "and.Tensor", "or": "or.Tensor", "xor": "xor.Tensor", "not": "not.default"}.items():
-    bounds(f"aten.logical_{_name}.default", f"aten.bitwise_{_other}")(_logic(f"logical_{_name}"))
+bounds("aten.logical_not.default", "aten.bitwise_not.default")(_logic("logical_not"))
+for _name in "and or xor".split():
+    _names = f"aten.logical_{_name}.default", f"aten.bitwise_{_name}.Tensor", f"aten.__{_name}__.Tensor"
+    bounds(*_names)(_logic(f"logical_{_name}"))
 
 
 @bounds("aten.sign.default")
@@ -201,12 +246,12 @@ def _sign(run: Evaluation, x: Interval) -> Interval:
 def _operand(x: Any) -> Interval:
     if isinstance(x, Interval):
         return x
-    return Interval.of(torch.tensor(x if math.isfinite(x) else MASKED, dtype=torch.float64), known=True)
+    return Interval.of(torch.tensor(float(x), dtype=torch.float64), known=True)
 
 
 @bounds("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
 def _where(run: Evaluation, condition: Interval, x: Any, y: Any, frac_bits: int = 0) -> Interval:
-    x, y = _operand(x), _operand(y)
+    x, y = (v if isinstance(v, Interval) else run.rounded(_operand(v), 0.5) for v in (x, y))  # numbers are encoded
     if condition.point:
         low = torch.where(condition.low != 0, x.low, y.low)
         return Interval(low, low if x.point and y.point else torch.where(condition.low != 0, x.high, y.high))
@@ -228,8 +273,8 @@ def _both(function: Function) -> Function:
     return rule
 
 
-bounds("aten.maximum.default", "aten.clamp_min.Tensor")(_both(torch.maximum))
-bounds("aten.minimum.default", "aten.clamp_max.Tensor")(_both(torch.minimum))
+bounds("aten.maximum.default", "aten.max.other", "aten.clamp_min.Tensor")(_both(torch.maximum))
+bounds("aten.minimum.default", "aten.min.other", "aten.clamp_max.Tensor")(_both(torch.minimum))
 
 
 @bounds("aten.clamp.Tensor")
@@ -283,10 +328,16 @@ def _normalised(
         return Interval.of(exact(x.low))
     count = math.prod(x.low.shape[a] for a in axes)
     largest = torch.full_like(x.low, math.sqrt(max(1, count)))
-    y = Interval(-largest, largest)
+    return _affine(run, Interval(-largest, largest), gain, bias)
+
+
+def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None) -> Interval:
+    """What norms make of standardised rows: times the gain, plus the bias."""
     if gain is not None:
         y = bilinear(run, torch.mul, y, gain)
-    return _near(run, y if bias is None else y + bias, 1e-3)
+    y = y if bias is None else y + bias
+    run.need(y, run.frac_bits + INVERSE_BITS, TRUNCATED)
+    return _near(run, y, 1e-3, 1e-3)
 
 
 @bounds("aten.layer_norm.default")
@@ -340,9 +391,7 @@ def _group_norm(
     if x.point:
         return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
     largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
-    y, gain, shift = Interval(-largest, largest), _channels(x, weight), _channels(x, bias)
-    y = y if gain is None else bilinear(run, torch.mul, y, gain)
-    return _near(run, y if shift is None else y + shift, 1e-3)
+    return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias))
 
 
 @bounds("aten.instance_norm.default")
@@ -362,16 +411,12 @@ def _instance_norm(
     return _group_norm(run, x, x.low.shape[1], weight, bias, eps)
 
 
-def _axes(x: Interval, dim: Any) -> list[int]:
-    rank = x.low.dim()
-    return sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
-
-
 @bounds("aten.linalg_vector_norm.default")
 def _vector_norm(
     run: Evaluation, x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = False, **options: Any
 ) -> Interval:
-    total, axes = _squares(run, x, _axes(x, dim)), _axes(x, dim)
+    axes = axes_of(dim, x.low.dim())
+    total = _squares(run, x, axes)
     y = total.sqrt() if keepdim else total.sqrt().amax(axes)
     return Interval.of(y) if x.point else _near(run, Interval(torch.zeros_like(y), y), 1e-4 * float(y.max()))
 
@@ -381,9 +426,11 @@ def _spread(function: Function, root: bool) -> Function:
         run: Evaluation, x: Interval, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
         correction: Any = None, **options: Any,
     ) -> Interval:  # fmt: skip
-        axes = _axes(x, dim)
+        axes = axes_of(dim, x.low.dim())
         total = _squares(run, x, axes)
         less = int(unbiased) if correction is None else correction
+        if root:  # which is divided by the root of the count, a factor of 24 bits, with 4 bits more than it keeps
+            run.need(Interval.of(total.sqrt()), run.frac_bits + 4 + FACTOR_BITS, TRUNCATED)
         if x.point:
             return Interval.of(function(x.low, axes, correction=less, keepdim=keepdim))
         high = total / (math.prod(x.low.shape[a] for a in axes) - less)

@@ -12,7 +12,7 @@ from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.piecewise import piecewise, splines
 from mpcinfer.protocol.types import Shared
 
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 @operator("aten.relu.default")
@@ -127,7 +127,7 @@ async def elu(ctx: Context, x: Shared, alpha: float = 1, factor: float = 1, inpu
 @operator("aten.selu.default")
 async def selu(ctx: Context, x: Shared) -> Shared:
     """torch.selu."""
-    return await elu(ctx, x, _SELU_ALPHA, _SELU_SCALE)
+    return await elu(ctx, x, SELU_ALPHA, SELU_SCALE)
 
 
 @operator("aten.celu.default")
@@ -145,7 +145,7 @@ async def glu(ctx: Context, x: Shared, dim: int = -1) -> Shared:
     return y
 
 
-@operator("aten.prelu.default", "aten._prelu_kernel.default")
+@operator("aten.prelu.default")
 async def prelu(ctx: Context, x: Shared, weight: Shared) -> Shared:
     """x where x >= 0, else weight * x, one weight a channel."""
     column = weight.map(lambda t: t.reshape(-1, *([1] * max(0, len(x.shape) - 2))) if t.numel() > 1 else t)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mpcinfer.nn.elementwise import add_public, encode, width
-from mpcinfer.nn.public import MASKED
 from mpcinfer.nn.registry import operator
-from mpcinfer.nn.shape import common_shape
+from mpcinfer.nn.shape import common_shape, rows
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.multiply import multiply
@@ -23,12 +21,16 @@ def number(ctx: Context, x: Any, like: Shared) -> Shared:
     """An operand as shares at the scale of `like`: shares as they are, public numbers and tensors held by one party."""
     if isinstance(x, Shared):
         return x.rescaled(max(x.frac_bits, like.frac_bits))
+    frac_bits = max(like.frac_bits, x.frac_bits if isinstance(x, Public) else 0)
+    value = torch.as_tensor(public_at(x, frac_bits), dtype=torch.int64).to(like.share.device)
+    return Shared(value if ctx.first else torch.zeros_like(value), frac_bits)
+
+
+def public_at(x: Any, frac_bits: int) -> Any:
+    """A public number or tensor as integers at a scale."""
     if isinstance(x, Public):
-        value = x.value.to(like.share.device) << (like.frac_bits - x.frac_bits)
-    else:
-        fits = math.isfinite(x) and abs(x) < 2.0 ** (61 - like.frac_bits)
-        value = torch.full((), encode(x if fits or x > 0 else MASKED, like.frac_bits), device=like.share.device)
-    return Shared(value if ctx.first else torch.zeros_like(value), like.frac_bits)
+        return x.value.to(torch.int64) << (frac_bits - x.frac_bits)
+    return encode(x, frac_bits)
 
 
 def broadcast(*operands: Shared) -> list[Shared]:
@@ -88,28 +90,29 @@ async def logical_not(ctx: Context, x: Shared) -> Shared:
     return add_public(ctx, -x, 1)
 
 
-@operator("aten.logical_and.default", "aten.bitwise_and.Tensor", takes_integers=True)
+@operator("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor", takes_integers=True)
 async def logical_and(ctx: Context, x: Any, y: Any) -> Shared:
     """x y."""
-    x, y = _booleans(ctx, x, y)
+    x, y = _aligned(ctx, x, y)
     return await multiply(ctx, x, y)
 
 
-@operator("aten.logical_or.default", "aten.bitwise_or.Tensor", takes_integers=True)
+@operator("aten.logical_or.default", "aten.bitwise_or.Tensor", "aten.__or__.Tensor", takes_integers=True)
 async def logical_or(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - x y."""
-    a, b = _booleans(ctx, x, y)
-    return a + b - await multiply(ctx, a, b)
+    x, y = _aligned(ctx, x, y)
+    return x + y - await multiply(ctx, x, y)
 
 
-@operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor", takes_integers=True)
+@operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor", "aten.__xor__.Tensor", takes_integers=True)
 async def logical_xor(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - 2 x y."""
-    a, b = _booleans(ctx, x, y)
-    return a + b - (await multiply(ctx, a, b)).times(2)
+    x, y = _aligned(ctx, x, y)
+    return x + y - (await multiply(ctx, x, y)).times(2)
 
 
-def _booleans(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
+def _aligned(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
+    """Both as shares, one of which is secret."""
     secret = x if isinstance(x, Shared) else y
     return number(ctx, x, secret), number(ctx, y, secret)
 
@@ -120,48 +123,40 @@ def _booleans(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
 async def where(ctx: Context, condition: Any, x: Any, y: Any, frac_bits: int = 0) -> Shared:
     """x where the condition holds, else y; condition and values may be secret or public. One round, or none.
 
-    frac_bits: of the result where both values are public.
+    frac_bits: at least that many has the result, which values that are all public or integers do not tell.
     """
-    like = next((v for v in (x, y) if isinstance(v, Shared)), None)
-    if like is None:
-        like = Shared(condition.share, frac_bits)
-        return Shared(_times_public(condition, x, y, frac_bits), frac_bits) + number(ctx, y, like)
+    secret = next(v for v in (x, y, condition) if isinstance(v, Shared))
+    like = Shared(secret.share, frac_bits)
+    if isinstance(condition, Shared) and not isinstance(x, Shared) and not isinstance(y, Shared):
+        both = [public_at(v, frac_bits) for v in (x, y)]
+        step = torch.as_tensor(both[0] - both[1]).to(secret.share.device)
+        return add_public(ctx, Shared(condition.share * step, frac_bits), both[1])
     chosen, other = number(ctx, x, like), number(ctx, y, like)
     if isinstance(condition, Public):
-        mask = condition.value.to(like.share.device) != 0
+        mask = condition.value.to(secret.share.device) != 0
         scale = max(chosen.frac_bits, other.frac_bits)
         return Shared(torch.where(mask, chosen.rescaled(scale).share, other.rescaled(scale).share), scale)
     return other + await multiply(ctx, chosen - other, condition)
 
 
-def _times_public(condition: Shared, x: Any, y: Any, frac_bits: int) -> torch.Tensor:
-    a, b = (
-        v.value.to(condition.share.device) << (frac_bits - v.frac_bits)
-        if isinstance(v, Public)
-        else encode(v, frac_bits)
-        for v in (x, y)
-    )
-    return condition.share * (a - b)
-
-
 @operator("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", takes_integers=True)
 async def masked_fill(ctx: Context, x: Shared, mask: Any, value: Any) -> Shared:
-    """x where the mask is 0, else the value; -inf and what cannot be encoded become -2^15."""
-    return await where(ctx, mask, value, x)
+    """x where the mask is 0, else the value."""
+    return await where(ctx, mask, value, x, x.frac_bits)
 
 
-@operator("aten.maximum.default", "aten.clamp_min.Tensor")
+@operator("aten.maximum.default", "aten.max.other", "aten.clamp_min.Tensor")
 async def maximum(ctx: Context, x: Any, y: Any) -> Shared:
     """The larger one, element by element."""
-    x, y = broadcast(*_booleans(ctx, x, y))
+    x, y = broadcast(*_aligned(ctx, x, y))
     return (await select.maximum(ctx, x, y, width=width(x)))[0]
 
 
-@operator("aten.minimum.default", "aten.clamp_max.Tensor")
+@operator("aten.minimum.default", "aten.min.other", "aten.clamp_max.Tensor")
 async def minimum(ctx: Context, x: Any, y: Any) -> Shared:
     """The smaller one, element by element: the sum minus the larger one."""
-    a, b = broadcast(*_booleans(ctx, x, y))
-    return a + b - (await select.maximum(ctx, a, b, width=width(a)))[0]
+    x, y = broadcast(*_aligned(ctx, x, y))
+    return x + y - (await select.maximum(ctx, x, y, width=width(x)))[0]
 
 
 @operator("aten.clamp.Tensor")
@@ -172,29 +167,11 @@ async def clamp_tensor(ctx: Context, x: Shared, low: Any = None, high: Any = Non
     return x if high is None else await minimum(ctx, x, high)
 
 
-def _rows(x: Shared, dims: Sequence[int]) -> Shared:
-    """The axes `dims` joined into a last one."""
-    axes = sorted(d % len(x.shape) for d in dims) or list(range(len(x.shape)))
-    kept = [d for d in range(len(x.shape)) if d not in axes]
-    return x.map(lambda t: t.permute(*kept, *axes).reshape([t.shape[d] for d in kept] + [-1]))
-
-
-def _kept(y: Shared, rank: int, dims: Sequence[int], keepdim: bool) -> Shared:
-    axes = sorted(d % rank for d in dims) or list(range(rank))
-    for axis in axes if keepdim else []:
-        y = y.map(lambda t, axis=axis: t.unsqueeze(axis))  # type: ignore[misc]
-    return y
-
-
-def _dims(dim: Any) -> list[int]:
-    return [dim] if isinstance(dim, int) else list(dim or [])
-
-
 @operator("aten.amax.default", "aten.max.default")
 async def amax(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) -> Shared:
     """The largest entry along `dim` (all axes if None)."""
-    top = await maximum_along(ctx, _rows(x, _dims(dim)), width(x))
-    return _kept(top, len(x.shape), _dims(dim), keepdim)
+    joined, place = rows(x, dim)
+    return place(await maximum_along(ctx, joined, width(x)), keepdim)
 
 
 @operator("aten.amin.default", "aten.min.default")
@@ -206,8 +183,8 @@ async def amin(ctx: Context, x: Shared, dim: Any = None, keepdim: bool = False) 
 @operator("aten.max.dim")
 async def max_dim(ctx: Context, x: Shared, dim: int, keepdim: bool = False) -> list[Shared]:
     """The largest entry and its index (the lowest among equals)."""
-    found = await argmax_along(ctx, _rows(x, [dim]), width(x))
-    return [_kept(y, len(x.shape), [dim], keepdim) for y in found]
+    joined, place = rows(x, dim)
+    return [place(y, keepdim) for y in await argmax_along(ctx, joined, width(x))]
 
 
 @operator("aten.min.dim")
@@ -222,8 +199,8 @@ async def topk(
     ctx: Context, x: Shared, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> list[Shared]:
     """The k largest (or smallest) entries, in order, and their indices; the order among equals is unspecified."""
-    rows = x.map(lambda t: t.movedim(dim, -1))
-    values, indices = await top_along(ctx, rows if largest else -rows, k, width(x))
+    last = x.map(lambda t: t.movedim(dim, -1))
+    values, indices = await top_along(ctx, last if largest else -last, k, width(x))
     return [y.map(lambda t: t.movedim(-1, dim)) for y in (values if largest else -values, indices)]
 
 

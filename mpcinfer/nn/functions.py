@@ -28,6 +28,11 @@ def encodable(frac_bits: int) -> int:
     return 62 - 2 * frac_bits
 
 
+def highest_octave(frac_bits: int) -> int:
+    """The exponent of the power of two up to which roots and logarithms are right: the codec's limit, at most 2^40."""
+    return min(encodable(frac_bits), root.MAX_OCTAVES - frac_bits)
+
+
 def compact(t: torch.Tensor) -> torch.Tensor:
     """The tensor with size 1 along axes that it was expanded along: what is worth computing."""
     index = tuple(
@@ -83,32 +88,28 @@ async def div(ctx: Context, x: Any, y: Any) -> Any:
 
 @operator("aten.sqrt.default")
 async def sqrt(ctx: Context, x: Shared) -> Shared:
-    """sqrt(x) for all that can be encoded; 0 for negative x."""
-    return await root.sqrt(ctx, x, low=-x.frac_bits, high=_top(x), frac_bits=x.frac_bits)
+    """sqrt(x), of negative numbers 0, of those beyond `highest_octave` that of its end."""
+    return await root.sqrt(ctx, x, low=-x.frac_bits, high=highest_octave(x.frac_bits), frac_bits=x.frac_bits)
 
 
 @operator("aten.rsqrt.default")
 async def rsqrt(ctx: Context, x: Shared) -> Shared:
-    """1/sqrt(x) for all positive numbers that can be encoded; for x <= 0 that of the smallest of them."""
+    """1/sqrt(x); for x <= 0 that of the smallest positive number, beyond `highest_octave` that of its end."""
     x, shape = x.map(compact), x.shape
-    y = await root.rsqrt(ctx, x, low=-x.frac_bits, high=_top(x), frac_bits=x.frac_bits)
+    y = await root.rsqrt(ctx, x, low=-x.frac_bits, high=highest_octave(x.frac_bits), frac_bits=x.frac_bits)
     return y.map(lambda t: t.expand(shape))
 
 
 @operator("aten.log.default")
 async def log(ctx: Context, x: Shared) -> Shared:
-    """log(x) for all positive numbers that can be encoded; for x <= 0 that of the smallest of them."""
-    return await logarithm.log(ctx, x, low=-x.frac_bits, high=_top(x), frac_bits=x.frac_bits)
+    """log(x); for x <= 0 that of the smallest positive number, beyond `highest_octave` that of its end."""
+    return await logarithm.log(ctx, x, low=-x.frac_bits, high=highest_octave(x.frac_bits), frac_bits=x.frac_bits)
 
 
 @operator("aten.log1p.default")
 async def log1p(ctx: Context, x: Shared) -> Shared:
     """log(1 + x)."""
     return await log(ctx, add_public(ctx, x, 1 << x.frac_bits))
-
-
-def _top(x: Shared) -> int:
-    return min(encodable(x.frac_bits), root.MAX_OCTAVES - x.frac_bits)
 
 
 @operator("aten.exp.default")
@@ -139,7 +140,7 @@ async def power(ctx: Context, x: Any, exponent: Number = 2) -> Any:
         return Shared(torch.full_like(x.share, (1 << x.frac_bits) if ctx.first else 0), x.frac_bits)
     whole, rest = divmod(exponent, 1)
     if rest not in (0, 0.5):
-        y = await logarithm.log(ctx, x, low=-x.frac_bits, high=_top(x), frac_bits=_LOG_BITS)
+        y = await logarithm.log(ctx, x, low=-x.frac_bits, high=highest_octave(x.frac_bits), frac_bits=_LOG_BITS)
         y = await exponential.exp(ctx, await scale(ctx, y, exponent))
         return await truncate(ctx, y, _LOG_BITS - x.frac_bits)
     result = await sqrt(ctx, x) if rest else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from mpcinfer.nn.elementwise import add_public, scale
+from mpcinfer.errors import UnsupportedError
+from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, scale
 from mpcinfer.nn.functions import INVERSE_BITS
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import rows
 from mpcinfer.protocol import root
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.multiply import multiply
@@ -20,6 +22,8 @@ from mpcinfer.protocol.types import Shared
 SHIFT = 0
 # of a sum of squares, below 2^62, before its octave is found: what that needs to fit
 _SUM_BITS = 8
+# of such a sum, that its product with a public factor does without at first
+_HALF_BITS = 24
 
 
 async def _squares(ctx: Context, x: Shared, shift: int, centred: bool) -> tuple[Shared, Shared, float]:
@@ -162,6 +166,8 @@ async def instance_norm(
     shift: int = SHIFT,
 ) -> Shared:
     """torch.instance_norm by the statistics of the input: a group norm with a group for each channel."""
+    if not use_input_stats:
+        raise UnsupportedError("instance norm by running statistics: write it as a batch norm")
     return await group_norm(ctx, x, x.shape[1], weight, bias, eps, shift=shift)
 
 
@@ -170,8 +176,10 @@ async def vector_norm(
     ctx: Context, x: Shared, ord: float = 2, dim: Any = None, keepdim: bool = False, *, shift: int = SHIFT
 ) -> Shared:
     """The Euclidean norm along `dim` (all axes if None)."""
-    rows, place = _rows(x, dim)
-    _, total, _ = await _squares(ctx, rows, shift, centred=False)
+    if ord != 2:
+        raise UnsupportedError("norms are Euclidean, of order 2")
+    joined, place = rows(x, dim)
+    _, total, _ = await _squares(ctx, joined, shift, centred=False)
     return place(await root.sqrt(ctx, total, **_octaves(total), frac_bits=x.frac_bits), keepdim)
 
 
@@ -181,11 +189,18 @@ async def var(
     shift: int = SHIFT,
 ) -> Shared:  # fmt: skip
     """The variance along `dim` (all axes if None)."""
-    rows, place = _rows(x, dim)
-    _, total, rho = await _squares(ctx, rows, shift, centred=True)
-    count = rows.shape[-1] - (int(unbiased) if correction is None else correction)
-    y = await scale(ctx, total, 1 / (rho**2 * count))
-    return place(await truncate(ctx, y, y.frac_bits - x.frac_bits) if y.frac_bits > x.frac_bits else y, keepdim)
+    joined, place = rows(x, dim)
+    _, total, rho = await _squares(ctx, joined, shift, centred=True)
+    count = joined.shape[-1] - (int(unbiased) if correction is None else correction)
+    factor = 1 / (rho**2 * count)
+    d = FACTOR_BITS - math.frexp(factor)[1]
+    n = round(math.ldexp(factor, d))
+    # there is no room for the factor's 24 bits next to the sum's 54, so each half of the sum is multiplied by itself
+    high = await truncate(ctx, total, _HALF_BITS)
+    low = Shared(total.share - (high.share << _HALF_BITS), total.frac_bits)
+    y = high.times(n) + (await truncate(ctx, low.times(n), _HALF_BITS))
+    y = Shared(y.share, y.frac_bits + d).rescaled(max(y.frac_bits + d, x.frac_bits))
+    return place(await truncate(ctx, y, y.frac_bits - x.frac_bits), keepdim)
 
 
 @operator("aten.std.dim", "aten.std.correction")
@@ -194,22 +209,9 @@ async def std(
     shift: int = SHIFT,
 ) -> Shared:  # fmt: skip
     """The standard deviation along `dim` (all axes if None)."""
-    rows, place = _rows(x, dim)
-    _, total, rho = await _squares(ctx, rows, shift, centred=True)
-    count = rows.shape[-1] - (int(unbiased) if correction is None else correction)
+    joined, place = rows(x, dim)
+    _, total, rho = await _squares(ctx, joined, shift, centred=True)
+    count = joined.shape[-1] - (int(unbiased) if correction is None else correction)
     y = await root.sqrt(ctx, total, **_octaves(total), frac_bits=x.frac_bits + 4)
     y = await scale(ctx, y, 1 / (rho * math.sqrt(count)))
     return place(await truncate(ctx, y, 4), keepdim)
-
-
-def _rows(x: Shared, dim: Any) -> tuple[Shared, Callable[[Shared, bool], Shared]]:
-    """The axes `dim` joined into a last one, and how a result with one number a row gets its shape."""
-    rank = len(x.shape)
-    axes = sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
-    kept = [d for d in range(rank) if d not in axes]
-
-    def place(y: Shared, keepdim: bool) -> Shared:
-        shape = [1 if d in axes else x.shape[d] for d in range(rank)] if keepdim else [x.shape[d] for d in kept]
-        return y.map(lambda t: t.reshape(shape))
-
-    return x.map(lambda t: t.permute(*kept, *axes).reshape([t.shape[d] for d in kept] + [-1])), place

@@ -39,7 +39,8 @@ _OTHERS = """
     eq.Scalar eq.Tensor ne.Scalar ne.Tensor lt.Scalar lt.Tensor le.Scalar le.Tensor
     gt.Scalar gt.Tensor ge.Scalar ge.Tensor
     logical_and.default logical_or.default logical_not.default logical_xor.default
-    bitwise_and.Tensor bitwise_or.Tensor bitwise_not.default bitwise_xor.Tensor any.default any.dim all.default all.dim
+    bitwise_and.Tensor bitwise_or.Tensor bitwise_not.default bitwise_xor.Tensor __and__.Tensor __or__.Tensor
+    __xor__.Tensor any.default any.dim all.default all.dim
     where.self where.Scalar where.ScalarOther where.ScalarSelf masked_fill.Scalar masked_fill.Tensor
     tril.default triu.default embedding.default index.Tensor index_select.default gather.default
     cat.default stack.default split.Tensor split_with_sizes.default unbind.int

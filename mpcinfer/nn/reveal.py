@@ -32,3 +32,9 @@ async def aten_argmax(ctx: Context, x: Shared, dim: int | None = None, keepdim: 
         return index.map(lambda t: t.reshape([1] * len(x.shape))) if keepdim else index
     index = await argmax(ctx, x.map(lambda t: t.movedim(dim, -1).contiguous()))
     return index.map(lambda t: t.unsqueeze(dim)) if keepdim else index
+
+
+@operator("aten.argmin.default", integer=True)
+async def aten_argmin(ctx: Context, x: Shared, dim: int | None = None, keepdim: bool = False) -> Shared:
+    """torch.argmin; the lowest index among equals."""
+    return await aten_argmax(ctx, -x, dim, keepdim)

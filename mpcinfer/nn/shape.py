@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,6 +153,24 @@ def _indexed_pad(t: torch.Tensor, padding: list[int], mode: str) -> torch.Tensor
             raise UnsupportedError(f"padding mode {mode!r}")
         t = t.index_select(axis, at.to(t.device))
     return t
+
+
+def axes_of(dim: Any, rank: int) -> list[int]:
+    """What operators call `dim`, one axis or several or None for all, as ascending numbers from 0."""
+    return sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
+
+
+def rows(x: Shared, dim: Any) -> tuple[Shared, Callable[[Shared, bool], Shared]]:
+    """The axes `dim` joined into a last one, and what gives a result of one number a row its shape (y, keepdim)."""
+    rank, shape = len(x.shape), x.shape
+    axes = axes_of(dim, rank)
+    kept = [d for d in range(rank) if d not in axes]
+
+    def place(y: Shared, keepdim: bool) -> Shared:
+        sizes = [1 if d in axes else shape[d] for d in range(rank)] if keepdim else [shape[d] for d in kept]
+        return y.map(lambda t: t.reshape(sizes))
+
+    return x.map(lambda t: t.permute([*kept, *axes]).reshape([t.shape[d] for d in kept] + [-1])), place
 
 
 @operator("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec")

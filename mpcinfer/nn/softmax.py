@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpcinfer.nn.elementwise import width
 from mpcinfer.nn.registry import operator
+from mpcinfer.nn.shape import rows
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.exponential import exp_nonpositive
 from mpcinfer.protocol.inverse import reciprocal
@@ -72,11 +73,9 @@ async def log_softmax(ctx: Context, x: Shared, dim: int, dtype: object = None) -
 
 @operator("aten.logsumexp.default")
 async def logsumexp(ctx: Context, x: Shared, dim: list[int], keepdim: bool = False) -> Shared:
-    """torch.logsumexp over one axis."""
-    (axis,) = dim
-    moved = x.map(lambda t: t.movedim(axis, -1))
-    top = await maximum_along(ctx, moved, width(x))
-    powers = await powers_below(ctx, moved - top.map(lambda t: t.unsqueeze(-1)))
+    """torch.logsumexp over the axes `dim`."""
+    joined, place = rows(x, dim)
+    top = await maximum_along(ctx, joined, width(x))
+    powers = await powers_below(ctx, joined - top.map(lambda t: t.unsqueeze(-1)))
     sums = powers.map(lambda t: t.sum(-1))
-    y = top + await log(ctx, sums, **octaves_of_sum(moved.shape[-1]), frac_bits=x.frac_bits)
-    return y.map(lambda t: t.unsqueeze(axis)) if keepdim else y
+    return place(top + await log(ctx, sums, **octaves_of_sum(joined.shape[-1]), frac_bits=x.frac_bits), keepdim)

@@ -54,6 +54,24 @@ def test_operators_stay_inside_up_to_the_limit_of_their_inputs(group: str) -> No
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_operators_stay_inside_of_small_intervals(group: str) -> None:
+    """Of all sizes, one for each element: a bound that is loose at the limit may be wrong near by."""
+    cases, model, captured = prepared(group)
+    centres = cases.inputs()
+    widths = [torch.exp2(-16 + 18 * torch.rand(x.shape, generator=seeded(i))) for i, x in enumerate(centres)]
+    ends = [[torch.round((x + s * w) / UNIT) * UNIT for x, w in zip(centres, widths, strict=True)] for s in (-1, 1)]
+    boxes = [Interval(low, high) for low, high in zip(*ends, strict=True)]
+    results = Evaluation(captured.program, captured.weights, rounding=True).run(boxes)
+    for inputs in (centres, *ends):
+        assert_inside(plaintext(model, inputs), results, list(cases.functions), 1e-4)
+        assert_inside(run_local(captured, inputs, 2)[0], results, list(cases.functions), 1e-12)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_points_are_the_plain_forward_pass(group: str) -> None:
     cases, model, captured = prepared(group)
     inputs = cases.inputs()

@@ -5,10 +5,7 @@ Inputs and parameters are numbers that fixed point holds exactly, so that what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,29 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from mpcinfer.graph.capture import Captured, capture
-from tests.models_local import Outputs, assert_agrees, grid, on_grid
+from tests.models_local import assert_agrees, grid
+from tests.nn.group import Group
+from tests.nn.operators_of_functions import FUNCTION_GROUPS, below
 
 A = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Group:
-    """Functions of one kind, what they are called with, and how far off they may be, in units in the last place."""
-
-    functions: dict[str, Callable[..., Any]]
-    shapes: Sequence[tuple[int, ...]]
-    ulps: float
-    state: Callable[[], dict[str, Any]] = dict
-    exceptions: dict[str, float] = field(default_factory=dict)
-
-    def model(self) -> nn.Module:
-        return on_grid(Outputs(self.functions, **self.state()))
-
-    def inputs(self) -> list[torch.Tensor]:
-        xs = [grid(*shape, seed=i) for i, shape in enumerate(self.shapes)]
-        for x in xs:  # thresholds, their neighbours, zeros, equals
-            x.reshape(-1)[:8] = torch.tensor([0, 2.0**-16, -(2.0**-16), 1, 1, 6, -1, 0.5], dtype=torch.float64)
-        return xs
 
 
 @cache
@@ -250,7 +229,7 @@ CONV1D = Group(
         "same": lambda m, x: m.same(x),
         "causal": lambda m, x: m.plain(F.pad(x, (2, 0))),
         "transposed": lambda m, x: m.transposed(x),
-        "unbatched": lambda m, x: m.plain(x[1]),
+        "unbatched": lambda m, x: m.plain(x[0]),
     },
     shapes=[(2, 4, 17)],
     ulps=1.01,
@@ -389,17 +368,14 @@ INDICES = Group(
         "first axis": lambda m, x: x.argmax(1, keepdim=True),
         "all": lambda m, x: x.argmax(),
         "all, kept": lambda m, x: torch.argmax(x, keepdim=True),
+        "argmin": lambda m, x: x.argmin(2),
+        "argmin of all": lambda m, x: x.argmin(),
         "moved": lambda m, x: x.argmax(1).transpose(1, 2)[:, :2],
         "logits too": lambda m, x: x * 2,
     },
     shapes=[(2, 5, 3, 4)],
     ulps=0,
 )
-
-
-def below(n: int) -> torch.Tensor:
-    """A causal mask of n positions."""
-    return torch.arange(n)[None] <= torch.arange(n)[:, None]
 
 
 EMBEDDING = Group(
@@ -433,6 +409,11 @@ SOFTMAX = Group(
         "last axis": lambda m, x: F.softmax(x, -1),
         "first axis": lambda m, x: torch.softmax(x, 1),
         "decomposed": lambda m, x: A._softmax(x, 1, False),
+        "logarithm": lambda m, x: F.log_softmax(x, -1),
+        "logarithm, first axis": lambda m, x: F.log_softmax(x, 1),
+        "logarithm, decomposed": lambda m, x: A._log_softmax(x, 1, False),
+        "logsumexp": lambda m, x: x.logsumexp(1),
+        "logsumexp of all but the first axis": lambda m, x: torch.logsumexp(x, (1, -1), keepdim=True),
     },
     shapes=[(2, 5, 7)],
     ulps=6,
@@ -451,4 +432,5 @@ GROUPS = {
     "indices": INDICES,
     "softmax": SOFTMAX,
     "embedding": EMBEDDING,
+    **FUNCTION_GROUPS,
 }

@@ -1,4 +1,4 @@
-"""Piecewise linear activations, and dropout in evaluation mode."""
+"""Activations, and dropout in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models_local import Outputs, assert_agrees, grid, run_local
 from tests.nn.operators import check
 
 
-@pytest.mark.parametrize("group", ["activation", "leaky"])
+@pytest.mark.parametrize("group", ["activation", "leaky", "smooth"])
 def test_agrees(group: str, parties: int) -> None:
     check(group, parties)
 
@@ -63,11 +63,61 @@ def test_other_scales(frac_bits: int) -> None:
         (lambda m, x: x.clamp(2, -1), "aten.clamp.default at .*low > high"),
         (lambda m, x: x.clamp(max=float("inf")), "aten.clamp.default at .*not a finite number"),
         (lambda m, x: F.dropout(x, 0.5, training=True), "native_dropout"),
-        (lambda m, x: F.gelu(x), "no protocol for: aten.gelu.default"),
-        (lambda m, x: F.prelu(x, m.slopes), "no protocol for: aten.prelu.default"),
-        (lambda m, x: torch.where(x > 0, x, 2 * x), "aten.gt.Scalar"),
+        (lambda m, x: F.rrelu(x, training=True), "rrelu"),
     ],
 )
 def test_refusals(function: Callable[..., torch.Tensor], why: str) -> None:
     with pytest.raises(UnsupportedError, match=why):
-        capture(Outputs({"f": function}, slopes=nn.Parameter(torch.ones(8))).double().eval(), [grid(2, 8)])
+        capture(Outputs({"f": function}).double().eval(), [grid(2, 8)])
+
+
+SMOOTH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "log_sigmoid": F.logsigmoid,
+    "elu": F.elu,
+    "selu": F.selu,
+}
+
+
+@pytest.mark.parametrize("frac_bits", [8, 16, 20])
+def test_the_whole_range(frac_bits: int, parties: int) -> None:
+    """What lies outside the fitted interval takes its asymptote."""
+    ends = torch.tensor([32.0, 64, 100, 1000, 20_000])
+    x = torch.cat([torch.linspace(-9, 9, 181), ends, -ends]).double()[None]
+    x = torch.round(x * 2**frac_bits) / 2**frac_bits
+    model = Outputs({name: lambda m, x, f=f: f(x) for name, f in SMOOTH.items()}).eval()
+    ulps = max(2, 5e-4 * 2**frac_bits)
+    # a factor has 24 significant bits, which 20,000 uses up; an ulp of x counts for a function's slope
+    factors = {"hardsigmoid": ulps, "selu": ulps + 2.0**frac_bits * 2e-3}
+    assert_agrees(model, capture(model, [x], frac_bits=frac_bits), [x], parties, ulps + 1, list(SMOOTH), factors)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "sigmoid", "tanh", "erf"])
+def test_smooth_functions_take_at_most_six_rounds_and_sixty_bytes(name: str) -> None:
+    x = grid(4, 50)
+    captured = capture(Outputs({name: lambda m, x: SMOOTH[name](x)}).eval(), [x])
+    _, seen = run_local(captured, [x], 2)
+    assert seen.rounds <= 6
+    assert seen.bytes_sent <= 60 * x.numel()
+    assert seen.dealer_bytes <= 600 * x.numel()
+
+
+def test_shapes_of_activations() -> None:
+    functions = {
+        "0-d": lambda m, x: F.gelu(x[0, 0]),
+        "one element": lambda m, x: torch.tanh(x[:1, :1]),
+        "halves of one": lambda m, x: F.glu(x[:, :2]),
+        "slopes of a row": lambda m, x: F.prelu(x, m.slopes),
+    }
+    x = grid(3, 6)
+    model = Outputs(functions, slopes=nn.Parameter(torch.full((6,), 0.25))).double().eval()
+    assert_agrees(model, capture(model, [x], dynamic_shapes=({},)), [x], 2, 140, list(functions))

@@ -123,3 +123,19 @@ def test_softmax_over_another_axis_or_inside_a_model_stays() -> None:
         node.op for node in capture(nn.Softmax(1).eval(), [torch.zeros(2, 3, 4)], reveal="probabilities").program.nodes
     ]
     assert ops == ["aten.softmax.int", "mpc.softmax"]
+
+
+@pytest.mark.parametrize("parties", [2, 3])
+@pytest.mark.parametrize("frac_bits", [8, 16, 20])
+def test_logarithms(parties: int, frac_bits: int) -> None:
+    """Of rows of all sizes, of equal scores and of scores far apart."""
+    x = torch.cat([numbers(6, 12, spread=s) for s in (0.1, 3, 200)])
+    x[0], x[7] = 0, torch.arange(12) << F
+    x = x >> (F - frac_bits) if frac_bits <= F else x << (frac_bits - F)
+    for name, want in (("aten.log_softmax.int", torch.log_softmax), ("aten.logsumexp.default", torch.logsumexp)):
+        rule, world = lookup(name), LocalWorld(parties, seed(name))
+        assert rule is not None
+        dim: object = -1 if name == "aten.log_softmax.int" else [-1]
+        shares = world.run(lambda ctx, s, rule=rule, dim=dim: rule(ctx, s, dim), world.share(x, frac_bits))
+        got = world.reveal(shares).double() / 2**frac_bits
+        assert float((got - want(x.double() / 2**frac_bits, -1)).abs().max()) <= 1e-4 + 2 * 2.0**-frac_bits
