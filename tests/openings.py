@@ -169,18 +169,25 @@ def _streams(view: View) -> list[tuple[str, Seen]]:
 
 
 def assert_uniform(views: Sequence[View], alpha: float = ALPHA, symbols: int = SYMBOLS) -> None:
-    """No k-bit symbol of any opening deviates from uniform, pooled over runs with different seeds."""
+    """No k-bit symbol of any opening deviates from uniform, pooled over runs with different seeds.
+
+    symbols: how many of SYMBOL_BITS are enough to judge by; of fewer bits, in proportion to their values.
+    """
+
+    def enough(ring: Ring) -> int:
+        return symbols >> (SYMBOL_BITS - min(SYMBOL_BITS, ring.bits))
+
     pooled: dict[tuple[str, str, Ring], list[torch.Tensor]] = {}
     for view in views:
         for what, seen in _streams(view):
             pooled.setdefault((what, seen.label, seen.ring), []).append(seen.value.reshape(-1))
-    small = {key: values for key, values in pooled.items() if sum(v.numel() for v in values) < symbols}
+    small = {key: values for key, values in pooled.items() if sum(v.numel() for v in values) < enough(key[2])}
     for what, label, ring in small:  # too few to judge alone: with all others of that ring
         pooled.setdefault((what, "other openings", ring), []).extend(pooled.pop((what, label, ring)))
     found: list[tuple[float, str]] = []
     for (what, label, ring), values in pooled.items():
         x = torch.cat(values).to(torch.int64).numpy()
-        assert x.size >= symbols, f"{x.size} symbols of {label} over {ring} are too few: pool more runs"
+        assert x.size >= enough(ring), f"{x.size} symbols of {label} over {ring} are too few: pool more runs"
         width = min(SYMBOL_BITS, ring.bits)
         for low in sorted({*range(0, ring.bits - width + 1, width), ring.bits - width}):
             counts = np.bincount((x >> low) & ((1 << width) - 1), minlength=1 << width)

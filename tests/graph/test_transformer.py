@@ -1,0 +1,133 @@
+"""Transformers at their extremes, beside float64, and what one of BERT-base's size costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional
+
+from mpcinfer.graph.capture import capture
+from mpcinfer.models.encoder import Attention, Encoder, EncoderConfig
+from tests.models_local import assert_agrees
+
+LENGTH = 8
+TINY = EncoderConfig(vocabulary=40, positions=12, width=32, layers=2, heads=4, hidden=64, activation="gelu", eps=1e-5)
+IDS = torch.tensor([3, 39, 0, 17, 17, 8, 25, 11])
+QUANTUM = 2.0**-16
+
+
+def tiny() -> Encoder:
+    """Two layers; its outputs, of a LayerNorm, reach about 3."""
+    torch.manual_seed(0)
+    model = Encoder(TINY, nn.Identity()).eval().requires_grad_(False)
+    nn.init.normal_(model.positions)
+    return model
+
+
+def deploy_and_compare(model: nn.Module, ids: torch.Tensor, parties: int, tolerance: float) -> None:
+    """Every output for `ids` is within `tolerance` of float64."""
+    captured = capture(model, [ids], dynamic_shapes=[{0: Dim("length", max=TINY.positions)}])
+    assert_agrees(model, captured, [ids], parties, tolerance / QUANTUM)
+
+
+@contextmanager
+def seen(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What goes into a module."""
+    inputs: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].double()))
+    yield inputs
+    hook.remove()
+
+
+def scores(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """The scores of the attention, [heads, length, length], in float64."""
+    qkv = functional.linear(x, attention.qkv.weight.double(), attention.qkv.bias.double())
+    q, k, _ = (part.unflatten(-1, (attention.heads, -1)).transpose(0, 1) for part in qkv.chunk(3, -1))
+    return q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+
+
+def test_an_ordinary_one(parties: int) -> None:
+    deploy_and_compare(tiny(), IDS, parties, 1e-3)
+
+
+def test_activations_of_20000_in_some_channels(parties: int) -> None:
+    """In hidden channels, where they pass GELU, and from there in the sums that are normalised."""
+    model = tiny()
+    for block in model.blocks:
+        block.up.weight[:4] *= 40_000
+        block.down.weight[:, :4] = 0
+        for channel in range(4):
+            block.down.weight[7 * channel, channel] = (-1) ** channel
+    with seen(model.blocks[1].activation) as hidden, seen(model.blocks[1].norm) as sums:
+        model(IDS)
+    for x in (*hidden, *sums):
+        assert 20_000 <= x.abs().max() <= 100_000 and x.abs().median() < 10
+    assert hidden[0].min() <= -20_000
+    deploy_and_compare(model, IDS, parties, 2e-3)
+
+
+@pytest.mark.parametrize("which", ["none of them sees a difference", "the same word everywhere"])
+def test_rows_of_identical_scores(which: str, parties: int) -> None:
+    model, ids = tiny(), IDS
+    if which == "the same word everywhere":
+        model.positions.zero_()
+        ids = torch.full_like(IDS, 17)
+    else:
+        for block in model.blocks:
+            block.attention.qkv.weight[32:64] = 0  # keys are their bias
+    with seen(model.blocks[0].attention) as x:
+        model(ids)
+    rows = scores(model.blocks[0].attention, x[0])
+    assert rows.abs().min() > QUANTUM and (rows - rows[..., :1]).abs().max() < 1e-6
+    deploy_and_compare(model, ids, parties, 1e-3)
+
+
+@pytest.mark.parametrize("level", [0.0, 50.0])
+def test_scores_within_one_quantum(level: float, parties: int) -> None:
+    """All scores of a row are about `level`, and differ by less than the last place of fixed point."""
+    model = tiny()
+    for block in model.blocks:
+        block.attention.qkv.weight[:64] *= 1e-6 if level else 1e-3
+        block.attention.qkv.bias[:64] = math.sqrt(level / math.sqrt(8))
+    with seen(model.blocks[0].attention) as x:
+        model(IDS)
+    rows = scores(model.blocks[0].attention, x[0])
+    assert (rows - level).abs().max() < 1e-3
+    assert 0 < (rows.amax(-1) - rows.amin(-1)).max() <= QUANTUM
+    deploy_and_compare(model, IDS, parties, 1e-3)
+
+
+class Masked(nn.Module):
+    """A layer of attention in which a public mask says who may look at whom."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.words, self.inner = nn.Embedding(TINY.vocabulary, TINY.width), Attention(TINY.width, TINY.heads)
+        self.norm = nn.LayerNorm(TINY.width)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        for _ in range(2):
+            q, k, v = (p.unflatten(-1, (TINY.heads, -1)).transpose(-2, -3) for p in self.inner.qkv(x).chunk(3, -1))
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+            x = self.norm(x + self.inner.out(mixed.transpose(-2, -3).flatten(-2)))
+        return x
+
+
+def test_a_fully_masked_row(parties: int) -> None:
+    """It mixes nothing, as in torch, and the other rows are right."""
+    torch.manual_seed(0)
+    mask = torch.rand(LENGTH, LENGTH) < 0.5
+    mask[3], mask[5] = False, True
+    model = Masked(mask).eval().requires_grad_(False)
+    q = torch.ones(1, LENGTH, 4)
+    assert functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)[0, 3].tolist() == [0.0] * 4
+    assert_agrees(model, capture(model, [IDS]), [IDS], parties, 1e-3 / QUANTUM)
