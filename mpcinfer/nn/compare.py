@@ -100,15 +100,15 @@ async def logical_and(ctx: Context, x: Any, y: Any) -> Shared:
 @operator("aten.logical_or.default", "aten.bitwise_or.Tensor", "aten.__or__.Tensor", takes_integers=True)
 async def logical_or(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - x y."""
-    x, y = _aligned(ctx, x, y)
-    return x + y - await multiply(ctx, x, y)
+    a, b = _aligned(ctx, x, y)
+    return a + b - await multiply(ctx, a, b)
 
 
 @operator("aten.logical_xor.default", "aten.bitwise_xor.Tensor", "aten.__xor__.Tensor", takes_integers=True)
 async def logical_xor(ctx: Context, x: Any, y: Any) -> Shared:
     """x + y - 2 x y."""
-    x, y = _aligned(ctx, x, y)
-    return x + y - (await multiply(ctx, x, y)).times(2)
+    a, b = _aligned(ctx, x, y)
+    return a + b - (await multiply(ctx, a, b)).times(2)
 
 
 def _aligned(ctx: Context, x: Any, y: Any) -> tuple[Shared, Shared]:
@@ -155,8 +155,8 @@ async def maximum(ctx: Context, x: Any, y: Any) -> Shared:
 @operator("aten.minimum.default", "aten.min.other", "aten.clamp_max.Tensor")
 async def minimum(ctx: Context, x: Any, y: Any) -> Shared:
     """The smaller one, element by element: the sum minus the larger one."""
-    x, y = broadcast(*_aligned(ctx, x, y))
-    return x + y - (await select.maximum(ctx, x, y, width=width(x)))[0]
+    a, b = broadcast(*_aligned(ctx, x, y))
+    return a + b - (await select.maximum(ctx, a, b, width=width(a)))[0]
 
 
 @operator("aten.clamp.Tensor")
