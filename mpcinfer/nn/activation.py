@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.elementwise import add_public, encode, product, scale, width
+from mpcinfer.nn.elementwise import add_public, encode, product, reachable, scale, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
@@ -31,11 +31,11 @@ async def clamp(ctx: Context, x: Shared, low: Any = None, high: Any = None) -> S
     thresholds: list[int] = []
     slopes, offsets = [1], [0]
     if low is not None:
-        thresholds.append(encode(low, x.frac_bits))
-        slopes, offsets = [0, 1], [thresholds[0], 0]
+        thresholds.append(encode(reachable(x, low), x.frac_bits))
+        slopes, offsets = [0, 1], [encode(low, x.frac_bits), 0]
     if high is not None:
-        thresholds.append(encode(high, x.frac_bits))
-        slopes, offsets = [*slopes, 0], [*offsets, thresholds[-1]]
+        thresholds.append(encode(reachable(x, high), x.frac_bits))
+        slopes, offsets = [*slopes, 0], [*offsets, encode(high, x.frac_bits)]
     return await select.piecewise_linear(ctx, x, tuple(thresholds), tuple(slopes), tuple(offsets), width(x))
 
 
@@ -73,7 +73,7 @@ async def absolute(ctx: Context, x: Shared) -> Shared:
 @operator("aten.threshold.default")
 async def threshold(ctx: Context, x: Shared, limit: float, value: float) -> Shared:
     """x where x > limit, else value."""
-    at = encode(limit, x.frac_bits) + 1
+    at = encode(reachable(x, limit), x.frac_bits) + 1
     return await select.piecewise_linear(ctx, x, (at,), (0, 1), (encode(value, x.frac_bits), 0), width(x))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mpcinfer.nn.elementwise import add_public, encode, width
+from mpcinfer.nn.elementwise import add_public, encode, reachable, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import common_shape, rows
 from mpcinfer.protocol import select
@@ -43,7 +43,7 @@ async def _compared(ctx: Context, x: Any, y: Any, thresholds: tuple[int, ...], v
     """A step function of x - y, in units of the last place; a number y may lie between two of them."""
     if isinstance(y, int | float) and not isinstance(y, bool):
         at = y * 2.0**x.frac_bits
-        if math.isinf(at) or abs(at) >= 2.0**61:
+        if math.isinf(at) or abs(y) > abs(reachable(x, y)):
             return number(ctx, values[-1] if at < 0 else values[0], Shared(x.share)).map(lambda t: t.expand(x.shape))
         exact = at.is_integer()
         floor = math.floor(at)

@@ -30,6 +30,12 @@ def width(x: Shared) -> int:
     return 48 if x.frac_bits >= 16 else 64
 
 
+def reachable(x: Shared, value: Number) -> Number:
+    """The public number nearest to value that a model's x can be compared with: no x lies beyond it."""
+    end = 2.0 ** (min(width(x) - 2, 60) - x.frac_bits)
+    return max(-end, min(end, value))
+
+
 def encode(value: Number, frac_bits: int) -> int:
     """The integer nearest to value * 2^frac_bits; refuses what is not finite or does not fit."""
     if not math.isfinite(value):

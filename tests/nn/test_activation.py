@@ -121,3 +121,14 @@ def test_shapes_of_activations() -> None:
     x = grid(3, 6)
     model = Outputs(functions, slopes=nn.Parameter(torch.full((6,), 0.25))).double().eval()
     assert_agrees(model, capture(model, [x], dynamic_shapes=({},)), [x], 2, 140, list(functions))
+
+
+def test_limits_beyond_all_secrets() -> None:
+    functions = {
+        "high": lambda m, x: x.clamp(max=2.0**40),
+        "low": lambda m, x: x.clamp(min=-(2.0**40)),
+        "threshold": lambda m, x: F.threshold(x, -(2.0**40), 1.0),
+    }
+    x = torch.tensor([[0.0, 2.0**25, -(2.0**25)]], dtype=torch.float64)
+    model = Outputs(functions).eval()
+    assert_agrees(model, capture(model, [x]), [x], 2, 0, list(functions))
