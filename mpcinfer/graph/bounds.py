@@ -45,19 +45,14 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     real = [x for v, x in zip(program.inputs, points, strict=True) if v.frac_bits]
     reach = [float(x.abs().max()) for x in real]
 
-    def scaled(factors: Sequence[float]) -> list[Interval]:
-        """The examples, the numbers among them times these."""
-        left = iter(factors)
-        return [Interval.of(x * next(left) if v.frac_bits else x) for v, x in zip(program.inputs, points, strict=True)]
-
-    measured = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
-    if not _stays(measured, scaled([1.0] * len(real))):
-        raise _too_large(program, measured)
     above = [math.frexp(size)[1] for size in reach]  # of the smallest power of two above each input
 
     def grown(by: int) -> list[Interval]:
-        """The examples scaled up to such a power of two, and by another one."""
-        return scaled([2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)])
+        """The examples, the numbers among them scaled up to such a power of two, and by another one."""
+        scales = iter([2.0 ** (exponent + by) / (size or 1.0) for exponent, size in zip(above, reach, strict=True)])
+        return [
+            Interval.of(x * next(scales) if v.frac_bits else x) for v, x in zip(program.inputs, points, strict=True)
+        ]
 
     # room for squares costs precision, so limits may not ask for more of it than the examples do
     roomy = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
@@ -80,7 +75,11 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
 
     trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM, most_shift=shift)
     if not real:
-        return _declared(program, [], proof) if proves(0) else _declared(program, [], measured)
+        if proves(0):
+            return _declared(program, [], proof)
+        if _stays(trial, grown(0)):
+            return _declared(program, [], trial)
+        raise _too_large(program, trial)
 
     exponents = range(2 - program.frac_bits, top + 1)
     exponent = _last(proves, exponents)
