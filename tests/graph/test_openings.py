@@ -20,6 +20,7 @@ from mpcinfer.ring.codec import FixedPoint
 from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.kernels import conv
 from tests.graph.conftest import Digits
+from tests.models_local import deploy_local
 from tests.openings import (
     View,
     assert_differences,
@@ -30,7 +31,6 @@ from tests.openings import (
     observe,
     seed,
 )
-from tests.models_local import deploy_local
 
 CODEC = FixedPoint()
 BATCH = 128

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from torch.export import Dim
 from torch.nn import functional
 
-from mpcinfer.graph.capture import capture
+from mpcinfer.graph.capture import Captured, capture
+from mpcinfer.graph.explain import explain
+from mpcinfer.graph.plan import plan_inference
 from mpcinfer.models.encoder import Attention, Encoder, EncoderConfig
-from tests.models_local import assert_agrees
+from tests.models_local import assert_agrees, run_local
 
 LENGTH = 8
 TINY = EncoderConfig(vocabulary=40, positions=12, width=32, layers=2, heads=4, hidden=64, activation="gelu", eps=1e-5)
@@ -31,10 +34,17 @@ def tiny() -> Encoder:
     return model
 
 
-def deploy_and_compare(model: nn.Module, ids: torch.Tensor, parties: int, tolerance: float) -> None:
-    """Every output for `ids` is within `tolerance` of float64."""
-    captured = capture(model, [ids], dynamic_shapes=[{0: Dim("length", max=TINY.positions)}])
-    assert_agrees(model, captured, [ids], parties, tolerance / QUANTUM)
+@functools.cache
+def captured_tiny() -> Captured:
+    """For every length."""
+    return capture(tiny(), [IDS], dynamic_shapes=[{0: Dim("length", max=TINY.positions)}])
+
+
+def compare(model: nn.Module, ids: torch.Tensor, tolerance: float) -> None:
+    """Every output for `ids` is within `tolerance` of float64, with two parties and with three."""
+    captured = capture(model, [ids])
+    for parties in (2, 3):
+        assert_agrees(model, captured, [ids], parties, tolerance / QUANTUM)
 
 
 @contextmanager
@@ -53,11 +63,11 @@ def scores(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     return q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
 
 
-def test_an_ordinary_one(parties: int) -> None:
-    deploy_and_compare(tiny(), IDS, parties, 1e-3)
+def test_an_ordinary_one() -> None:
+    compare(tiny(), IDS, 1e-3)
 
 
-def test_activations_of_20000_in_some_channels(parties: int) -> None:
+def test_activations_of_20000_in_some_channels() -> None:
     """In hidden channels, where they pass GELU, and from there in the sums that are normalised."""
     model = tiny()
     for block in model.blocks:
@@ -70,11 +80,11 @@ def test_activations_of_20000_in_some_channels(parties: int) -> None:
     for x in (*hidden, *sums):
         assert 20_000 <= x.abs().max() <= 100_000 and x.abs().median() < 10
     assert hidden[0].min() <= -20_000
-    deploy_and_compare(model, IDS, parties, 2e-3)
+    compare(model, IDS, 2e-3)
 
 
 @pytest.mark.parametrize("which", ["none of them sees a difference", "the same word everywhere"])
-def test_rows_of_identical_scores(which: str, parties: int) -> None:
+def test_rows_of_identical_scores(which: str) -> None:
     model, ids = tiny(), IDS
     if which == "the same word everywhere":
         model.positions.zero_()
@@ -86,11 +96,11 @@ def test_rows_of_identical_scores(which: str, parties: int) -> None:
         model(ids)
     rows = scores(model.blocks[0].attention, x[0])
     assert rows.abs().min() > QUANTUM and (rows - rows[..., :1]).abs().max() < 1e-6
-    deploy_and_compare(model, ids, parties, 1e-3)
+    compare(model, ids, 1e-3)
 
 
 @pytest.mark.parametrize("level", [0.0, 50.0])
-def test_scores_within_one_quantum(level: float, parties: int) -> None:
+def test_scores_within_one_quantum(level: float) -> None:
     """All scores of a row are about `level`, and differ by less than the last place of fixed point."""
     model = tiny()
     for block in model.blocks:
@@ -101,7 +111,7 @@ def test_scores_within_one_quantum(level: float, parties: int) -> None:
     rows = scores(model.blocks[0].attention, x[0])
     assert (rows - level).abs().max() < 1e-3
     assert 0 < (rows.amax(-1) - rows.amin(-1)).max() <= QUANTUM
-    deploy_and_compare(model, IDS, parties, 1e-3)
+    compare(model, IDS, 1e-3)
 
 
 class Masked(nn.Module):
@@ -122,7 +132,7 @@ class Masked(nn.Module):
         return x
 
 
-def test_a_fully_masked_row(parties: int) -> None:
+def test_a_fully_masked_row() -> None:
     """It mixes nothing, as in torch, and the other rows are right."""
     torch.manual_seed(0)
     mask = torch.rand(LENGTH, LENGTH) < 0.5
@@ -130,4 +140,33 @@ def test_a_fully_masked_row(parties: int) -> None:
     model = Masked(mask).eval().requires_grad_(False)
     q = torch.ones(1, LENGTH, 4)
     assert functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)[0, 3].tolist() == [0.0] * 4
-    assert_agrees(model, capture(model, [IDS]), [IDS], parties, 1e-3 / QUANTUM)
+    compare(model, IDS, 1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 5, 12])
+def test_a_run_costs_what_the_trace_says(length: int, parties: int) -> None:
+    """Also for lengths other than that of the example it was captured with."""
+    captured = captured_tiny()
+    _, run = run_local(captured, [torch.arange(length)], parties)
+    plan, cost, _ = plan_inference(captured.program, [(length,)], parties=parties)
+    assert (run.rounds, run.bytes_sent, run.dealer_bytes) == (cost.rounds, cost.bytes_sent, plan.correction_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_bert_base_of_128_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    """12 layers, width 768, 12 heads, 3,072 hidden units, a vocabulary of 30,522: two parties, both together."""
+    torch.manual_seed(0)
+    config = EncoderConfig(30_522, 512, 768, layers=12, heads=12, hidden=3072, activation="gelu", eps=1e-12)
+    model = Encoder(config, nn.Identity()).eval().requires_grad_(False)
+    program = capture(model, [torch.arange(128)]).program
+    explained = explain(program, [(128,)], parties=2)
+    total, words = explained.total, next(layer.price for layer in explained.layers if layer.path == "words")
+    online, before = 2 * total.online_bytes, total.offline_bytes
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\nBERT-base, 128 tokens, 2 parties: {total.rounds} rounds, {online / 1e9:.3f} GB online in all "
+            f"({2 * words.online_bytes / 1e9:.3f} GB of it to look words up), {before / 1e9:.3f} GB from the dealer\n"
+        )
+    assert total.rounds <= 1200
+    assert online <= 1.5e9
