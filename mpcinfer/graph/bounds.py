@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from mpcinfer.errors import RangeError
-from mpcinfer.graph import transfer, transfer_functions  # noqa: F401  (they register what operators do)
+from mpcinfer.graph import transfer, transfer_functions, transfer_rows  # noqa: F401  (they register what operators do)
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
 from mpcinfer.graph.program import Input, Program

@@ -1,4 +1,4 @@
-"""What functions, comparisons, norms and attention make of intervals, and what they ask of them: more of `transfer`."""
+"""What functions and comparisons make of intervals, and what they ask of them: more of `transfer`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.intervals import Evaluation, Function, Interval
 from mpcinfer.graph.transfer import aten, bilinear, bounds, scaled, turning
 from mpcinfer.nn.activation import SELU_ALPHA, SELU_SCALE
-from mpcinfer.nn.elementwise import FACTOR_BITS
 from mpcinfer.nn.functions import INVERSE_BITS, encodable, highest_octave
-from mpcinfer.nn.public import MASKED, MASKED_FROM
-from mpcinfer.nn.shape import axes_of, common_shape
+from mpcinfer.nn.shape import common_shape
 from mpcinfer.protocol.exponential import CEILING
 
 # of the fitted functions, besides a unit in the last place
 _SPLINE_ERROR = 2e-4
 
 
-def _near(run: Evaluation, y: Interval, error: float = _SPLINE_ERROR, relative: float = 0.0) -> Interval:
+def near(run: Evaluation, y: Interval, error: float = _SPLINE_ERROR, relative: float = 0.0) -> Interval:
     """What an approximation may make of it, besides two units in the last place."""
     if not run.rounding:
         return y
@@ -47,7 +45,7 @@ def _smooth(op: str, lowest_at: float | None) -> Function:
             y: torch.Tensor = function(t, *rest, **kwargs)
             return y
 
-        return _near(run, x.apply(value) if lowest_at is None else turning(x, value, lowest_at))
+        return near(run, x.apply(value) if lowest_at is None else turning(x, value, lowest_at))
 
     return rule
 
@@ -66,7 +64,7 @@ def _hardsigmoid(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.softplus.default")
 def _softplus(run: Evaluation, x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
-    y = _near(run, scaled(run, x, beta).map(lambda t: torch.logaddexp(t, torch.zeros_like(t))))
+    y = near(run, scaled(run, x, beta).map(lambda t: torch.logaddexp(t, torch.zeros_like(t))))
     return scaled(run, y, 1 / beta)
 
 
@@ -78,7 +76,7 @@ def _log_sigmoid(run: Evaluation, x: Interval) -> Interval:
 @bounds("aten.elu.default")
 def _elu(run: Evaluation, x: Interval, alpha: float = 1, factor: float = 1, input_scale: float = 1) -> Interval:
     negative = scaled(run, x.map(lambda t: t.clamp(max=0)), input_scale)
-    exponential = _near(run, negative.map(functional.elu))
+    exponential = near(run, negative.map(functional.elu))
     return scaled(run, x.map(torch.relu), factor) + scaled(run, exponential, factor * alpha)
 
 
@@ -95,7 +93,7 @@ def _celu(run: Evaluation, x: Interval, alpha: float = 1) -> Interval:
 @bounds("aten.glu.default")
 def _glu(run: Evaluation, x: Interval, dim: int = -1) -> Interval:
     value, gate = x.map(lambda t: t.chunk(2, dim))
-    return bilinear(run, torch.mul, value, _near(run, gate.map(torch.sigmoid)))
+    return bilinear(run, torch.mul, value, near(run, gate.map(torch.sigmoid)))
 
 
 @bounds("aten.prelu.default")
@@ -106,7 +104,7 @@ def _prelu(run: Evaluation, x: Interval, weight: Interval) -> Interval:
 
 @bounds("aten.exp.default")
 def _exp(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.map(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0, 1e-4)
+    return near(run, x.map(lambda t: t.clamp(max=CEILING + 0.125).exp()), 0, 1e-4)
 
 
 @bounds("aten.expm1.default")
@@ -122,7 +120,7 @@ def _positive(run: Evaluation, t: torch.Tensor, smallest: float | None = None) -
 
 @bounds("aten.log.default")
 def _log(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.apply(lambda t: _positive(run, t).log()))
+    return near(run, x.apply(lambda t: _positive(run, t).log()))
 
 
 @bounds("aten.log1p.default")
@@ -132,12 +130,12 @@ def _log1p(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.sqrt.default")
 def _sqrt(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, x.map(lambda t: _positive(run, t, 0).sqrt()), 0, 3e-5)
+    return near(run, x.map(lambda t: _positive(run, t, 0).sqrt()), 0, 3e-5)
 
 
 @bounds("aten.rsqrt.default")
 def _rsqrt(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, _decreasing(x, lambda t: _positive(run, t).rsqrt()), 0, 3e-5)
+    return near(run, _decreasing(x, lambda t: _positive(run, t).rsqrt()), 0, 3e-5)
 
 
 def _inverse(run: Evaluation, x: Interval) -> Interval:
@@ -156,7 +154,7 @@ def _inverse(run: Evaluation, x: Interval) -> Interval:
 
 @bounds("aten.reciprocal.default")
 def _reciprocal(run: Evaluation, x: Interval) -> Interval:
-    return _near(run, _inverse(run, x), 0, 5e-5)
+    return near(run, _inverse(run, x), 0, 5e-5)
 
 
 @bounds("aten.div.Tensor", "aten.div.Scalar")
@@ -166,7 +164,7 @@ def _div(run: Evaluation, x: Any, y: Any) -> Any:
     if not isinstance(x, Interval):
         x = Interval.of(torch.tensor(float(x), dtype=torch.float64), known=True)
     z = bilinear(run, torch.mul, x, _inverse(run, y), bits=INVERSE_BITS)
-    return _near(run, z, (2 + x.magnitude()) * 2.0 ** (1 - INVERSE_BITS) + 5e-5 * z.magnitude())
+    return near(run, z, (2 + x.magnitude()) * 2.0 ** (1 - INVERSE_BITS) + 5e-5 * z.magnitude())
 
 
 @bounds("aten.square.default", "aten.pow.Tensor_Scalar", "_operator.pow")
@@ -183,7 +181,7 @@ def _power(run: Evaluation, x: Any, exponent: float = 2) -> Any:
     if rest not in (0, 0.5):
         ceiling = math.exp(CEILING + 0.125)
         y = x.map(lambda t: _positive(run, t).pow(exponent).clamp(max=ceiling))
-        return _near(run, y, 0, 1e-4 + 2e-5 * exponent)
+        return near(run, y, 0, 1e-4 + 2e-5 * exponent)
     # step by step, as it is computed: rounding errors grow with the powers
     result = _sqrt(run, x) if rest else None
     base, left = x, int(whole)
@@ -303,195 +301,3 @@ def _sort(run: Evaluation, x: Interval, dim: int = -1, descending: bool = False)
 
 def _places(like: Interval, size: int) -> Interval:
     return Interval(torch.zeros_like(like.low), torch.full_like(like.low, size - 1))
-
-
-# norms
-
-
-def _squares(run: Evaluation, x: Interval, axes: Sequence[int]) -> torch.Tensor:
-    """Upper bounds of sums of squares, of numbers or of their distances from their mean; asks for room for them."""
-    largest = x.low.abs() if x.point else torch.maximum(x.low.abs(), x.high.abs())
-    total = largest.square().sum(tuple(axes), keepdim=True)
-    run.squares(float(total.max()) if total.numel() else 0.0)
-    return total
-
-
-def _low(x: Interval | None) -> torch.Tensor | None:
-    return None if x is None else x.low
-
-
-def _normalised(
-    run: Evaluation, x: Interval, axes: Sequence[int], exact: Function, gain: Interval | None, bias: Interval | None
-) -> Interval:
-    _squares(run, x, axes)
-    if x.point:
-        return Interval.of(exact(x.low))
-    count = math.prod(x.low.shape[a] for a in axes)
-    largest = torch.full_like(x.low, math.sqrt(max(1, count)))
-    return _affine(run, Interval(-largest, largest), gain, bias)
-
-
-def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None) -> Interval:
-    """What norms make of standardised rows: times the gain, plus the bias."""
-    if gain is not None:
-        y = bilinear(run, torch.mul, y, gain)
-    y = y if bias is None else y + bias
-    run.need(y, run.frac_bits + INVERSE_BITS, TRUNCATED)
-    return _near(run, y, 1e-3, 1e-3)
-
-
-@bounds("aten.layer_norm.default")
-def _layer_norm(
-    run: Evaluation,
-    x: Interval,
-    shape: Sequence[int],
-    weight: Interval | None = None,
-    bias: Interval | None = None,
-    eps: float = 1e-5,
-    *rest: Any,
-    **options: Any,
-) -> Interval:
-    gain, offset = _low(weight), _low(bias)
-    axes = range(-len(shape), 0)
-    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), gain, offset, eps), weight, bias)
-
-
-@bounds("aten.rms_norm.default")
-def _rms_norm(
-    run: Evaluation,
-    x: Interval,
-    shape: Sequence[int],
-    weight: Interval | None = None,
-    eps: float | None = None,
-    **options: Any,
-) -> Interval:
-    part = _low(weight)
-    eps = 2.0**-23 if eps is None else eps
-    axes = range(-len(shape), 0)
-    return _normalised(run, x, axes, lambda t: functional.rms_norm(t, list(shape), part, eps), weight, None)
-
-
-def _channels(x: Interval, parameter: Interval | None) -> Interval | None:
-    return None if parameter is None else parameter.apply(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
-
-
-@bounds("aten.group_norm.default")
-def _group_norm(
-    run: Evaluation,
-    x: Interval,
-    groups: int,
-    weight: Interval | None = None,
-    bias: Interval | None = None,
-    eps: float = 1e-5,
-    *rest: Any,
-    **options: Any,
-) -> Interval:
-    rows = x.apply(lambda t: t.reshape(t.shape[0], groups, -1))
-    _squares(run, rows, [-1])
-    if x.point:
-        return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
-    largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
-    return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias))
-
-
-@bounds("aten.instance_norm.default")
-def _instance_norm(
-    run: Evaluation,
-    x: Interval,
-    weight: Interval | None,
-    bias: Interval | None,
-    mean: Any,
-    variance: Any,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    *rest: Any,
-    **options: Any,
-) -> Interval:
-    return _group_norm(run, x, x.low.shape[1], weight, bias, eps)
-
-
-@bounds("aten.linalg_vector_norm.default")
-def _vector_norm(
-    run: Evaluation, x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = False, **options: Any
-) -> Interval:
-    axes = axes_of(dim, x.low.dim())
-    total = _squares(run, x, axes)
-    y = total.sqrt() if keepdim else total.sqrt().amax(axes)
-    return Interval.of(y) if x.point else _near(run, Interval(torch.zeros_like(y), y), 1e-4 * float(y.max()))
-
-
-def _spread(function: Function, root: bool) -> Function:
-    def rule(
-        run: Evaluation, x: Interval, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
-        correction: Any = None, **options: Any,
-    ) -> Interval:  # fmt: skip
-        axes = axes_of(dim, x.low.dim())
-        total = _squares(run, x, axes)
-        less = int(unbiased) if correction is None else correction
-        if root:  # which is divided by the root of the count, a factor of 24 bits, with 4 bits more than it keeps
-            run.need(Interval.of(total.sqrt()), run.frac_bits + 4 + FACTOR_BITS, TRUNCATED)
-        if x.point:
-            return Interval.of(function(x.low, axes, correction=less, keepdim=keepdim))
-        high = total / (math.prod(x.low.shape[a] for a in axes) - less)
-        high = high.sqrt() if root else high
-        high = high if keepdim else high.amax(axes)
-        return _near(run, Interval(torch.zeros_like(high), high), 1e-3 * float(high.max()))
-
-    return rule
-
-
-bounds("aten.var.dim", "aten.var.correction")(_spread(torch.var, False))
-bounds("aten.std.dim", "aten.std.correction")(_spread(torch.std, True))
-
-
-# softmax and attention
-
-
-@bounds("aten.log_softmax.int", "aten._log_softmax.default")
-def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval:
-    if x.point:
-        return Interval.of(x.low.log_softmax(dim))
-    low = x.low - x.high.amax(dim, keepdim=True) - math.log(x.low.shape[dim])
-    return _near(run, Interval(low, torch.zeros_like(low)))
-
-
-@bounds("aten.logsumexp.default")
-def _logsumexp(run: Evaluation, x: Interval, dim: list[int], keepdim: bool = False) -> Interval:
-    return _near(run, x.apply(lambda t: torch.logsumexp(t, dim, keepdim)))
-
-
-@bounds("aten.scaled_dot_product_attention.default")
-def _attention(
-    run: Evaluation,
-    q: Interval,
-    k: Interval,
-    v: Interval,
-    mask: Interval | None = None,
-    dropout: float = 0.0,
-    causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    **options: Any,
-) -> Interval:
-    factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
-    if enable_gqa:
-        k, v = (x.apply(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
-    run.scores(scores)
-    scores = scores.times(factor)
-    if mask is not None and not mask.truth:
-        scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
-    run.need(scores, run.frac_bits, run.numbers)
-    run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
-    if not (q.point and k.point and v.point and (mask is None or mask.point)):
-        shape = (*scores.low.shape[:-1], v.low.shape[-1])
-        low, high = v.low.amin(-2, keepdim=True).clamp(max=0), v.high.amax(-2, keepdim=True).clamp(min=0)
-        return _near(run, Interval(low.expand(shape), high.expand(shape)), 5e-5 * v.magnitude())
-    keep = torch.ones(scores.low.shape, dtype=torch.bool)
-    if causal:
-        keep = keep.tril()
-    elif mask is not None:
-        keep = (mask.low != 0) if mask.truth else (mask.low > MASKED_FROM)
-    weights = torch.softmax(scores.low.masked_fill(~keep, -math.inf), -1).nan_to_num(0.0)
-    return Interval.of(weights @ v.low)

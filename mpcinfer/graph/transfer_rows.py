@@ -1,0 +1,209 @@
+"""What norms, softmax and attention make of intervals, and what they ask of them: more of `transfer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
+from mpcinfer.graph.transfer import bilinear, bounds
+from mpcinfer.graph.transfer_functions import near
+from mpcinfer.nn.elementwise import FACTOR_BITS
+from mpcinfer.nn.functions import INVERSE_BITS
+from mpcinfer.nn.public import MASKED, MASKED_FROM
+from mpcinfer.nn.shape import axes_of
+
+# norms
+
+
+def _squares(run: Evaluation, x: Interval, axes: Sequence[int]) -> torch.Tensor:
+    """Upper bounds of sums of squares, of numbers or of their distances from their mean; asks for room for them."""
+    largest = x.low.abs() if x.point else torch.maximum(x.low.abs(), x.high.abs())
+    total = largest.square().sum(tuple(axes), keepdim=True)
+    run.squares(float(total.max()) if total.numel() else 0.0)
+    return total
+
+
+def _low(x: Interval | None) -> torch.Tensor | None:
+    return None if x is None else x.low
+
+
+def _normalised(
+    run: Evaluation, x: Interval, axes: Sequence[int], exact: Function, gain: Interval | None, bias: Interval | None
+) -> Interval:
+    _squares(run, x, axes)
+    if x.point:
+        return Interval.of(exact(x.low))
+    count = math.prod(x.low.shape[a] for a in axes)
+    largest = torch.full_like(x.low, math.sqrt(max(1, count)))
+    return _affine(run, Interval(-largest, largest), gain, bias)
+
+
+def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None) -> Interval:
+    """What norms make of standardised rows: times the gain, plus the bias."""
+    if gain is not None:
+        y = bilinear(run, torch.mul, y, gain)
+    y = y if bias is None else y + bias
+    run.need(y, run.frac_bits + INVERSE_BITS, TRUNCATED)
+    return near(run, y, 1e-3, 1e-3)
+
+
+@bounds("aten.layer_norm.default")
+def _layer_norm(
+    run: Evaluation,
+    x: Interval,
+    shape: Sequence[int],
+    weight: Interval | None = None,
+    bias: Interval | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **options: Any,
+) -> Interval:
+    gain, offset = _low(weight), _low(bias)
+    axes = range(-len(shape), 0)
+    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), gain, offset, eps), weight, bias)
+
+
+@bounds("aten.rms_norm.default")
+def _rms_norm(
+    run: Evaluation,
+    x: Interval,
+    shape: Sequence[int],
+    weight: Interval | None = None,
+    eps: float | None = None,
+    **options: Any,
+) -> Interval:
+    part = _low(weight)
+    eps = 2.0**-23 if eps is None else eps
+    axes = range(-len(shape), 0)
+    return _normalised(run, x, axes, lambda t: functional.rms_norm(t, list(shape), part, eps), weight, None)
+
+
+def _channels(x: Interval, parameter: Interval | None) -> Interval | None:
+    return None if parameter is None else parameter.apply(lambda t: t.reshape(-1, *([1] * (x.low.dim() - 2))))
+
+
+@bounds("aten.group_norm.default")
+def _group_norm(
+    run: Evaluation,
+    x: Interval,
+    groups: int,
+    weight: Interval | None = None,
+    bias: Interval | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **options: Any,
+) -> Interval:
+    rows = x.apply(lambda t: t.reshape(t.shape[0], groups, -1))
+    _squares(run, rows, [-1])
+    if x.point:
+        return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
+    largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
+    return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias))
+
+
+@bounds("aten.instance_norm.default")
+def _instance_norm(
+    run: Evaluation,
+    x: Interval,
+    weight: Interval | None,
+    bias: Interval | None,
+    mean: Any,
+    variance: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+    **options: Any,
+) -> Interval:
+    return _group_norm(run, x, x.low.shape[1], weight, bias, eps)
+
+
+@bounds("aten.linalg_vector_norm.default")
+def _vector_norm(
+    run: Evaluation, x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = False, **options: Any
+) -> Interval:
+    axes = axes_of(dim, x.low.dim())
+    total = _squares(run, x, axes)
+    y = total.sqrt() if keepdim else total.sqrt().amax(axes)
+    return Interval.of(y) if x.point else near(run, Interval(torch.zeros_like(y), y), 1e-4 * float(y.max()))
+
+
+def _spread(function: Function, root: bool) -> Function:
+    def rule(
+        run: Evaluation, x: Interval, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
+        correction: Any = None, **options: Any,
+    ) -> Interval:  # fmt: skip
+        axes = axes_of(dim, x.low.dim())
+        total = _squares(run, x, axes)
+        less = int(unbiased) if correction is None else correction
+        if root:  # which is divided by the root of the count, a factor of 24 bits, with 4 bits more than it keeps
+            run.need(Interval.of(total.sqrt()), run.frac_bits + 4 + FACTOR_BITS, TRUNCATED)
+        if x.point:
+            return Interval.of(function(x.low, axes, correction=less, keepdim=keepdim))
+        high = total / (math.prod(x.low.shape[a] for a in axes) - less)
+        high = high.sqrt() if root else high
+        high = high if keepdim else high.amax(axes)
+        return near(run, Interval(torch.zeros_like(high), high), 1e-3 * float(high.max()))
+
+    return rule
+
+
+bounds("aten.var.dim", "aten.var.correction")(_spread(torch.var, False))
+bounds("aten.std.dim", "aten.std.correction")(_spread(torch.std, True))
+
+
+# softmax and attention
+
+
+@bounds("aten.log_softmax.int", "aten._log_softmax.default")
+def _log_softmax(run: Evaluation, x: Interval, dim: int, *rest: Any) -> Interval:
+    if x.point:
+        return Interval.of(x.low.log_softmax(dim))
+    low = x.low - x.high.amax(dim, keepdim=True) - math.log(x.low.shape[dim])
+    return near(run, Interval(low, torch.zeros_like(low)))
+
+
+@bounds("aten.logsumexp.default")
+def _logsumexp(run: Evaluation, x: Interval, dim: list[int], keepdim: bool = False) -> Interval:
+    return near(run, x.apply(lambda t: torch.logsumexp(t, dim, keepdim)))
+
+
+@bounds("aten.scaled_dot_product_attention.default")
+def _attention(
+    run: Evaluation,
+    q: Interval,
+    k: Interval,
+    v: Interval,
+    mask: Interval | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> Interval:
+    factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
+    if enable_gqa:
+        k, v = (x.apply(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
+    scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
+    run.scores(scores)
+    scores = scores.times(factor)
+    if mask is not None and not mask.truth:
+        scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
+    run.need(scores, run.frac_bits, run.numbers)
+    run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
+    if not (q.point and k.point and v.point and (mask is None or mask.point)):
+        shape = (*scores.low.shape[:-1], v.low.shape[-1])
+        low, high = v.low.amin(-2, keepdim=True).clamp(max=0), v.high.amax(-2, keepdim=True).clamp(min=0)
+        return near(run, Interval(low.expand(shape), high.expand(shape)), 5e-5 * v.magnitude())
+    keep = torch.ones(scores.low.shape, dtype=torch.bool)
+    if causal:
+        keep = keep.tril()
+    elif mask is not None:
+        keep = (mask.low != 0) if mask.truth else (mask.low > MASKED_FROM)
+    weights = torch.softmax(scores.low.masked_fill(~keep, -math.inf), -1).nan_to_num(0.0)
+    return Interval.of(weights @ v.low)
