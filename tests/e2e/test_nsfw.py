@@ -1,4 +1,4 @@
-"""A thin ResNet-50 from its ONNX file on a cluster of processes: photographs nobody sees, classified as in plaintext."""
+"""A thin ResNet-50 from its ONNX file on a cluster of processes: photographs nobody sees, classified as in the open."""
 
 from __future__ import annotations
 
