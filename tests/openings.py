@@ -43,6 +43,7 @@ ALPHA = 1e-6
 SYMBOLS = 1 << 16
 SYMBOL_BITS = 8
 MAX_PAIRS = 24
+MAX_COLUMNS = 300
 RUNS = 5  # of `assert_hides`: each has a symbol less of neighbours
 
 
@@ -201,22 +202,37 @@ def assert_uniform(views: Sequence[View], alpha: float = ALPHA, symbols: int = S
 
 
 def _columns(seen: Seen, runs: int) -> list[torch.Tensor]:
-    """One tensor of as many elements as there are runs, for each element of a single run; [] if it is common to all."""
+    """One tensor of as many elements as there are runs, for each element of a single run; [] if it is common to all.
+
+    What has no axis of runs but as many elements for each was flattened, runs first.
+    """
+    size = seen.value.numel()
     if runs not in seen.value.shape:
-        return []
+        return list(seen.value.reshape(runs, -1).T) if size and size % runs == 0 else []
     flat = seen.value.movedim(seen.value.shape.index(runs), 0).reshape(runs, -1)
     return list(flat.T)
 
 
+def _chosen(items: list[Any], most: int) -> list[Any]:
+    """All of them, or as many as `most`: the same ones for every view of a protocol."""
+    if len(items) <= most:
+        return items
+    return [items[i] for i in np.random.default_rng(0).permutation(len(items))[:most]]
+
+
 def _features(view: View, runs: int) -> np.ndarray:
-    """Bits of everything in the view, and of sums and differences of what was opened in one run: [runs, features]."""
-    opened = [(s.ring, c) for s in view.opened for c in _columns(s, runs)]
-    everything = [(s.ring, c) for s in [*view.opened, *view.own, *view.peeled()] for c in _columns(s, runs)]
+    """Bits of everything in the view, and of sums and differences of what was opened in one run: [runs, features].
+
+    Of a view of many numbers, as a whole network's is, MAX_COLUMNS opened ones and as many others.
+    """
+
+    def columns(part: Sequence[Seen]) -> list[tuple[Ring, torch.Tensor]]:
+        return _chosen([(s.ring, c) for s in part for c in _columns(s, runs)], MAX_COLUMNS)
+
+    opened = columns(view.opened)
+    everything = opened + columns([*view.own, *view.peeled()])
     pairs = [(r, a, b) for (r, a), (q, b) in combinations(opened, 2) if r == q]
-    if len(pairs) > MAX_PAIRS:
-        order = np.random.default_rng(0).permutation(len(pairs))[:MAX_PAIRS]
-        pairs = [pairs[i] for i in order]
-    for ring, a, b in pairs:
+    for ring, a, b in _chosen(pairs, MAX_PAIRS):
         everything.append((ring, ring.sub(a, b)))
         if not ring.xor:
             everything.append((ring, ring.add(a, b)))

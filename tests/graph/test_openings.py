@@ -33,9 +33,9 @@ from tests.openings import (
 )
 
 CODEC = FixedPoint()
-BATCH = 128
+BATCH, TEXTS = 128, 192
 ROWS, LENGTH, WIDTH = 16, 4, 8
-SYMBOLS = 15_000  # what four runs have, over every ring
+SYMBOLS = 12_000  # what four runs have, over every ring
 
 
 class Transformer(nn.Module):
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """A captured network, BATCH inputs of each kind, and what its first openings hide, as a linear map of inputs."""
+    """A captured network, as many inputs of each kind, and what its first openings hide, as a linear map of inputs."""
 
     captured: Captured
     inputs: dict[str, torch.Tensor]
@@ -89,10 +89,10 @@ def transformer() -> Network:
     model = Transformer().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     inputs = {
-        "real": (torch.arange(BATCH)[:, None] + torch.arange(LENGTH)) % ROWS,
-        "zero": torch.zeros(BATCH, LENGTH, dtype=torch.int64),
-        "maximal": torch.full((BATCH, LENGTH), ROWS - 1),
-        "random": torch.randint(0, ROWS, (BATCH, LENGTH), generator=generator),
+        "real": (torch.arange(TEXTS)[:, None] + torch.arange(LENGTH)) % ROWS,
+        "zero": torch.zeros(TEXTS, LENGTH, dtype=torch.int64),
+        "maximal": torch.full((TEXTS, LENGTH), ROWS - 1),
+        "random": torch.randint(0, ROWS, (TEXTS, LENGTH), generator=generator),
     }
     captured = capture(model, [inputs["real"][:2]])
     return Network(captured, inputs, lambda ids: [ids, functional.one_hot(ids, ROWS)])
