@@ -27,7 +27,8 @@ from mpcinfer.models.loaded import InputSpec, Loaded
 LONGEST = 128  # tokens
 BATCH = 8  # texts
 WIDTH = 384
-TIMEOUT = 600.0  # seconds for a request
+TIMEOUT = 600.0  # seconds for a request, on a machine with much else to do
+LIMITS = {"step_timeout_s": TIMEOUT}
 LEAST_COSINE = 0.9999
 NEAR_TIE = 3e-4  # of cosines
 SHOWN = 5
@@ -139,7 +140,7 @@ def run(parties: int, say: Console) -> dict[str, Any]:
     loaded = sentence_encoder()
     say.print(f"Model: all-MiniLM-L6-v2. {len(DOCUMENTS)} documents and {len(QUERIES)} queries.")
     with say.status(f"starting a dealer and {parties} parties as separate processes"):
-        cluster = LocalCluster(parties=parties)
+        cluster = LocalCluster(parties=parties, limits=LIMITS)
         cluster.start()
     with cluster, ModelOwner.connect(cluster.cluster_path, cluster.identity("owner/owner")) as owner:
         start = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +23,24 @@ HOOKS = Path(__file__).parent / "hooks"
 
 @contextmanager
 def local_cluster(
-    directory: Path, parties: int, *, opened: Path | None = None, temporary: Path | None = None
+    directory: Path,
+    parties: int,
+    *,
+    opened: Path | None = None,
+    temporary: Path | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Iterator[LocalCluster]:
-    """A local cluster that logs everything. `opened`: where its parties note their F; `temporary`: their TMPDIR."""
+    """A local cluster that logs everything.
+
+    `opened`: where its parties note their F; `temporary`: their TMPDIR; `limits`: other ones than the default.
+    """
     extra = {}
     if opened is not None:
         paths = [str(HOOKS), *filter(None, [os.environ.get("PYTHONPATH")])]
         extra |= {"MPCINFER_TEST_OPENED": str(opened), "PYTHONPATH": os.pathsep.join(paths)}
     if temporary is not None:
         extra["TMPDIR"] = str(temporary)
-    cluster = LocalCluster(directory, parties=parties, log_level="debug")
+    cluster = LocalCluster(directory, parties=parties, limits=limits, log_level="debug")
     try:
         with mock.patch.dict(os.environ, extra):
             cluster.start(timeout=120)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_minilm import TIMEOUT, batches, deploy
+from demo_minilm import LIMITS, TIMEOUT, batches, deploy
 from pretrained import prompt_guard
 
 from mpcinfer import Client, ModelOwner
@@ -72,7 +72,7 @@ def guard() -> Loaded:
 @pytest.fixture(scope="module")
 def client(guard: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     directory: Path = tmp_path_factory.mktemp("guard") / "cluster"
-    with local_cluster(directory, 2) as cluster:
+    with local_cluster(directory, 2, limits=LIMITS) as cluster:
         with ModelOwner.connect(cluster.cluster_path) as owner:
             assert deploy(owner, guard, "guard", reveal="argmax").reveal == "argmax"
         with Client.connect(cluster.cluster_path) as connected:

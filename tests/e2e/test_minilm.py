@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from demo_minilm import DOCUMENTS, LEAST_COSINE, QUERIES, Texts, deploy, misplaced, search
+from demo_minilm import DOCUMENTS, LEAST_COSINE, LIMITS, QUERIES, Texts, deploy, misplaced, search
 from pretrained import sentence_encoder
 
 from mpcinfer import Client, ModelOwner
@@ -28,7 +28,7 @@ def minilm() -> Loaded:
 
 @contextmanager
 def deployed(minilm: Loaded, directory: Path, parties: int) -> Iterator[Client]:
-    with local_cluster(directory, parties) as cluster:
+    with local_cluster(directory, parties, limits=LIMITS) as cluster:
         with ModelOwner.connect(cluster.cluster_path) as owner:
             deploy(owner, minilm, "minilm")
         with Client.connect(cluster.cluster_path) as client:

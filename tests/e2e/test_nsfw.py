@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assets import open_nsfw
+from demo_minilm import LIMITS, TIMEOUT
 from sklearn.datasets import load_sample_images
 
 from mpcinfer import Client, ModelOwner
@@ -40,10 +41,10 @@ def test_photographs_are_classified_as_in_plaintext(tmp_path: Path) -> None:
     model, images = load(open_nsfw()).module, photographs()
     with torch.no_grad():
         plain = model(images)
-    with local_cluster(tmp_path / "cluster", 2) as cluster:
+    with local_cluster(tmp_path / "cluster", 2, limits=LIMITS) as cluster:
         with ModelOwner.connect(cluster.cluster_path) as owner:
             owner.deploy(model, images[:1], name="nsfw")
         with Client.connect(cluster.cluster_path) as client:
-            private = torch.cat([client.infer("nsfw", image[None], timeout=600) for image in images])
+            private = torch.cat([client.infer("nsfw", image[None], timeout=TIMEOUT) for image in images])
     assert torch.equal(private.argmax(1), plain.argmax(1))
     assert (private - plain).abs().max() <= 0.01
