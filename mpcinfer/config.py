@@ -163,7 +163,7 @@ class Limits:
     max_waiting_requests: int = 64
     max_message_mb: int = 256
     max_upload_mb: int = 8192
-    step_timeout_s: float = 120.0
+    step_timeout_s: float = 600.0
     connect_timeout_s: float = 10.0
     stop_grace_s: float = 10.0
 

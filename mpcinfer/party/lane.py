@@ -196,7 +196,8 @@ class Lane:
         return step
 
     def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
-        watchdog = epoch.mesh.limited(self._limits.step_timeout_s)
+        limit = self._limits.step_timeout_s
+        watchdog, end = epoch.mesh.limited(limit), time.monotonic() + limit
         job: Job | None = None
         self._busy = True
         try:
@@ -222,6 +223,9 @@ class Lane:
         except _Refused as refused:
             self._answer(job, refused.__cause__)
         except Exception as error:
+            # the links broke because a watchdog closed them, here or at a party that came to the step a moment earlier
+            if time.monotonic() >= end - limit / 20:
+                error = AbortedError(f"not finished in the {limit:g} s that party {self.index} allows (step_timeout_s)")
             self._answer(job, error)
             raise
         finally:
