@@ -224,9 +224,9 @@ class Lane:
             self._answer(job, refused.__cause__)
         except Exception as error:
             # the links broke because a watchdog closed them, here or at a party that came to the step a moment earlier
-            if time.monotonic() >= end - limit / 20:
-                error = AbortedError(f"not finished in the {limit:g} s that party {self.index} allows (step_timeout_s)")
-            self._answer(job, error)
+            late = time.monotonic() >= end - limit / 20
+            slow = AbortedError(f"not finished in the {limit:g} s that party {self.index} allows (step_timeout_s)")
+            self._answer(job, slow if late else error)
             raise
         finally:
             self._busy = False

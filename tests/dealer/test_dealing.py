@@ -29,7 +29,9 @@ from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
 from mpcinfer.protocol.exponential import Exponential
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
+from mpcinfer.protocol.lookup import OneHot
 from mpcinfer.protocol.multiply import SquarePair, Triple
+from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
 from mpcinfer.protocol.session import KeyChain, session_keys
@@ -47,8 +49,11 @@ KINDS: list[Kind] = [
     Comparison((2, 3), thresholds=3, products=True),
     Comparison((3,), width=48),
     Comparison((2,), width=32, thresholds=2),
-    Exponential((4,), 16),
+    Exponential((4,), 16, 42),
+    Exponential((3,), 20, 39, ceiling=True, width=48),
     FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
+    OneHot((2,), 3),
+    Pieces((2, 3), 48, 2),
     SquarePair((3, 2)),
     Triple(Bilinear("mul"), (4,), (4,)),
     Triple(MATMUL, (2, 3), (3, 4)),

@@ -381,7 +381,7 @@ def test_error_messages_say_no_values(scene: Scene) -> None:
     damaged = network()
     damaged[0].load_state_dict(scene.model[0].state_dict())  # type: ignore[index]
     damaged[4].weight[0, 0] = torch.nan  # type: ignore[index]
-    unsupported = nn.Sequential(*scene.model, nn.LogSigmoid()).eval()
+    unsupported = nn.Sequential(*scene.model, nn.RReLU()).eval()
     deploy = scene.owner.deploy
     fails("name", lambda: deploy(scene.model, x, name="no such/name", timeout=20))
     fails("NaN weight", lambda: deploy(damaged, x, name="damaged", timeout=20))

@@ -295,14 +295,25 @@ def test_training_mode_is_refused_with_the_module() -> None:
         capture(model, [torch.zeros(1, 3)])
 
 
+class Call(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
+
+
 def test_every_unsupported_operator_is_named_with_its_module_and_the_supported_ones() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Sequential(nn.LayerNorm(4), nn.GELU()), nn.Sigmoid()).eval()
+    model = nn.Sequential(
+        nn.Linear(4, 4), Call(torch.lgamma), nn.Sequential(Call(torch.erfinv), Call(torch.lgamma)), nn.RReLU()
+    ).eval()
     with pytest.raises(UnsupportedError) as caught:
         capture(model, [torch.zeros(1, 4)])
     message = str(caught.value)
-    assert "aten.gelu.default at 1, 2.1" in message
-    assert "aten.layer_norm.default at 2.0" in message
-    assert "aten.sigmoid.default at 3" in message
+    assert "aten.lgamma.default at 1, 2.1" in message
+    assert "aten.erfinv.default at 2.0" in message
+    assert "aten.rrelu.default at 3" in message
     assert message.endswith(f"Supported: {', '.join(supported())}")
 
 

@@ -81,7 +81,7 @@ CHANGES: list[tuple[list[Any], Any]] = [
     (["inputs", 0, "name"], ["x"]), (["inputs", 0, "name"], "b"), (["inputs", 0, "shape"], [-2, 3]),
     (["inputs", 0, "limit"], 3.0), (["inputs", 0, "limit"], 1 << 20), (["inputs", 0, "limit"], 2.0**31),
     (["inputs", 0, "limit"], -8.0), (["inputs", 0, "limit"], float("inf")), (["inputs", 0, "limit"], float("nan")),
-    (["inputs", 0, "frac_bits"], 0), (["inputs", 0, "shape"], [2, 3]), (["outputs", 0, "shape"], [-2, 6]),
+    (["inputs", 0, "frac_bits"], 8), (["inputs", 0, "shape"], [2, 3]), (["outputs", 0, "shape"], [-2, 6]),
     (["sizes"], []), (["sizes", 0, "low"], 0), (["sizes", 0, "low"], 65), (["sizes", 0, "high"], -1),
     (["sizes", 0, "name"], 3), (["sizes", 0, "more"], 3), (["sizes", 0], []), (["sizes"], {}),
     (["constants", 1, "data"], [1, 2]), (["constants", 1, "frac_bits"], 16), (["constants", 1, "boolean"], 1),

@@ -78,9 +78,15 @@ def test_points_are_the_plain_forward_pass(group: str) -> None:
     results = Evaluation(captured.program, captured.weights, rounding=False).run([Interval.of(x) for x in inputs])
     for x, want, name in zip(results, plaintext(model, inputs), cases.functions, strict=True):
         if captured.program.frac_bits and not torch.equal(want, want.round()):  # indices are bounded by their number
+            if name in FROM_INDICES:
+                assert bool(((x.low <= want + UNIT) & (want - UNIT <= x.high)).all()), name
+                continue
             assert x.point, name
             assert float((x.low - want).abs().max()) <= 16 * UNIT, name
 
+
+# what depends on indices that were found, which are bounded by their number only
+FROM_INDICES = ("secret index", "secret index in a computed table", "places as numbers")
 
 # the strictest domain on the way of each, at its edge
 EDGES = {
@@ -88,7 +94,6 @@ EDGES = {
     "square": (lambda m, x: x * x, 2.0**15),
     "product": (lambda m, x: x[:, :1] * x[:, 1:], 2.0**15),
     "fraction": (lambda m, x: x * (2 / 3), 2.0**22),
-    "large fraction": (lambda m, x: x * 50000.5, 2.0**29),
     "leaky ReLU": (lambda m, x: F.leaky_relu(x, 1 / 3), 2.0**22),
     "mean of 3": (lambda m, x: x.mean(1), 2.0**14),
     "mean of 768": (lambda m, x: x.repeat(1, 256).mean(1), 2.0**14),
@@ -120,12 +125,13 @@ def test_the_edge_of_a_domain_is_where_numbers_wrap_around(name: str) -> None:
     assert not (right(beyond) and right(-beyond))
 
 
-def test_softmax_bounds_differences() -> None:
+def test_numbers_stay_below_what_comparisons_can_tell_apart() -> None:
+    """Products have room for 2^30 with 16 fraction bits, and so have all numbers: their differences need 48 bits."""
     model = Outputs({"softmax": lambda m, x: torch.softmax(8192 * x, -1)}).eval()
     captured = capture(model, [torch.ones(1, 3)])
-    assert captured.program.inputs[0].limit == 2.0 ** (59 - 16 - 14)
+    assert captured.program.inputs[0].limit == 2.0**17
     run = Evaluation(captured.program, captured.weights, rounding=True)
-    for size, fits in ((2.0**29 - 1, True), (2.0**29 + 1, False)):
+    for size, fits in ((2.0**17 - 1, True), (2.0**17 + 1, False)):
         end = torch.full((1, 3), size, dtype=torch.float64)
         if fits:
             (y,) = run.run([Interval(-end, end)])
@@ -133,4 +139,4 @@ def test_softmax_bounds_differences() -> None:
         else:
             with pytest.raises(Exceeded):
                 run.run([Interval(-end, end)])
-            assert run.node.op == "mpc.softmax"
+            assert run.node.op == "aten.mul.Tensor"

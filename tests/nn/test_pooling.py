@@ -49,7 +49,7 @@ def test_averages_of_equal_numbers_at_other_scales() -> None:
         (lambda m, x: F.adaptive_max_pool1d(x[:, 0], 2), "aten.adaptive_max_pool1d.default at .*unequal size"),
         (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], "no protocol for: aten.max_pool2d_with_indices"),
         (lambda m, x: F.adaptive_max_pool2d(x, (7, 1), return_indices=True)[1], "indices of a maximum"),
-        (lambda m, x: F.lp_pool2d(x, 3.0, 2), "no protocol for"),
+        (lambda m, x: F.fractional_max_pool2d(x, 2, output_size=2), "no protocol for|draws random"),
         (lambda m, x: F.max_pool3d(x[:, None], 2), "no protocol for: aten.max_pool3d"),
     ],
 )
