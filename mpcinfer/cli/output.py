@@ -23,6 +23,7 @@ def load_array(file: Path) -> Any:
             f"cannot read {file} as a .npy file: {getattr(error, 'strerror', None) or 'not one'}"
         ) from error
     if not isinstance(array, np.ndarray):
+        array.close()
         raise InputError(f"{file} holds several arrays; give a .npy file for each input")
     return array
 

@@ -49,7 +49,7 @@ KINDS: list[Kind] = [
     Comparison((2, 3), thresholds=3, products=True),
     Comparison((3,), width=48),
     Comparison((2,), width=32, thresholds=2),
-    Exponential((4,), 16, 42),
+    Exponential((40,), 16, 42),
     Exponential((3,), 20, 39, ceiling=True, width=48),
     FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
     OneHot((2,), 3),
@@ -294,8 +294,8 @@ def test_shares_add_up_to_what_the_kind_says(n: int, item: Kind) -> None:
     )
     for name, declared in item.derived().items():
         assert torch.equal(values["node#1"][name], declared.ring.reduce(expected[name].to(declared.ring.dtype)))
-    for name in item.free():
-        assert values["node#1"][name].unique().numel() > 1 or values["node#1"][name].numel() < 5
+    for name, declared in item.free().items():  # so few bits that they are all equal now and then say nothing
+        assert values["node#1"][name].unique().numel() > 1 or declared.count * declared.ring.bits < 48
 
 
 def test_every_kind_is_among_those_tested() -> None:

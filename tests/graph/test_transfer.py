@@ -86,7 +86,7 @@ def test_points_are_the_plain_forward_pass(group: str) -> None:
 
 
 # what depends on indices that were found, which are bounded by their number only
-FROM_INDICES = ("secret index", "secret index in a computed table", "places as numbers")
+FROM_INDICES = ("secret index", "secret index in a computed table", "index as a number", "places as numbers")
 
 # the strictest domain on the way of each, at its edge
 EDGES = {
