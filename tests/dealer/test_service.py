@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mpcinfer.config import PROTOCOL_VERSION, Limits
+from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.server import build
 from mpcinfer.errors import AbortedError, AgreementError, ConfigError, ForbiddenError, InputError, MpcInferError
 from mpcinfer.protocol.tracing import Plan
@@ -25,12 +27,16 @@ PLAN = Plan((("t#0", Truncation((300_000,), 16)),))
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    made = Keys(tmp_path_factory.mktemp("dealer"), 2, Limits(connect_timeout_s=10, step_timeout_s=10))
-    _, server = build(made.node("dealer"))
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return Keys(tmp_path_factory.mktemp("dealer"), 2, Limits(connect_timeout_s=10, step_timeout_s=10))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dealer(keys: Keys) -> Iterator[Dealer]:
+    dealer, server = build(keys.node("dealer"))
     server.start()
     server.set_serving(True)
-    yield made
+    yield dealer
     server.stop()
 
 
@@ -128,7 +134,9 @@ def test_corrections_come_in_chunks_to_the_last_party_only(keys: Keys, connect: 
     assert (status.tapes, status.bytes_sent, status.session_ready) == (1, PLAN.correction_bytes(), True)
 
 
-def test_a_call_that_is_cancelled_while_it_waits_frees_its_worker_and_burns_the_tape(keys: Keys, connect: Any) -> None:
+def test_a_call_that_is_cancelled_while_it_waits_frees_its_worker_and_burns_the_tape(
+    keys: Keys, connect: Any, dealer: Dealer
+) -> None:
     stubs = [dealer_pb2_grpc.DealerServiceStub(connect(f"party/{i}")) for i in range(2)]
     session = secrets.token_bytes(16)
     with ThreadPoolExecutor(2) as pool:
@@ -139,8 +147,16 @@ def test_a_call_that_is_cancelled_while_it_waits_frees_its_worker_and_burns_the_
             session=session, index=i, tape=b"u" * 16, plan_digest=PLAN.digest(), plan=PLAN.to_bytes()
         )
 
-    with pytest.raises(grpc.RpcError):
-        list(stubs[0].Deal(asking(0), timeout=0.5))
+    def until(happened: Callable[[], bool]) -> None:
+        ends = time.monotonic() + 20
+        while not happened() and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert happened()
+
+    waiting = stubs[0].Deal(asking(0), timeout=30)
+    until(lambda: b"u" * 16 in dealer._session.tapes)  # type: ignore[union-attr]
+    waiting.cancel()
+    until(lambda: b"u" * 16 in dealer._session.spent)  # type: ignore[union-attr]
     assert "again" in str(error := refused(stubs[1].Deal, asking(1))) or "ask for a new one" in str(error)
 
 
