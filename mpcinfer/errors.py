@@ -6,6 +6,7 @@
     |   +-- DtypeError
     |   +-- RangeError           NaN, infinite, or outside the fixed-point range
     |   +-- UploadError          truncated or corrupted upload
+    |   +-- ContextLengthError   a text longer than the model or the session takes
     +-- UnsupportedError         an operator without a protocol, or a feature  UNIMPLEMENTED        501
     +-- NotFoundError            unknown model or version                      NOT_FOUND            404
     +-- ConflictError            already there, or being changed               ALREADY_EXISTS       409
@@ -57,6 +58,10 @@ class RangeError(InputError):
 
 class UploadError(InputError):
     """An upload is truncated, corrupted or inconsistent with its header."""
+
+
+class ContextLengthError(InputError):
+    """A prompt with its answer is longer than the model, or a party's memory for one session, takes."""
 
 
 class UnsupportedError(MpcInferError):
