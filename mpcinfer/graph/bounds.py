@@ -7,7 +7,8 @@ Started from all that inputs below a limit can be, an evaluation over intervals 
 the limit is *proven*. Networks are deep, and so many layers of worst cases may leave no useful limit. Then the
 evaluation starts from the example inputs, scaled up to the limit, and every value must stay below a quarter of its
 domain (a sixteenth for products of two secrets): the limit is *calibrated*. A proof is for free sizes, such as lengths,
-up to their ends; without an end, and in a calibration, they are as large as the examples'.
+up to their ends; without an end, and in a calibration, they are as large as the examples'. Language models are
+calibrated only.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
 
     trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM, most_shift=shift)
     if not real:
-        if proves(0):
+        if not program.caches and proves(0):
             return _declared(program, [], proof)
         if _stays(trial, grown(0)):
             return _declared(program, [], trial)

@@ -21,7 +21,7 @@ from mpcinfer.graph.export import Axes, exported_program, free_size
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.join import join_linears
 from mpcinfer.graph.probe import with_output_shapes
-from mpcinfer.graph.program import REVEALS, Constant, Input, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.program import REVEALS, Cache, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
 from mpcinfer.graph.sizes import BATCH, Size
 from mpcinfer.nn import lookup, public, supported, takes_integers, yields_integers
@@ -31,6 +31,7 @@ from mpcinfer.ring.codec import FixedPoint
 # position of the operand that may be a fixed weight
 _WEIGHT_AT = {
     "mpc.linear": 1,
+    "mpc.tied_linear": 1,
     "mpc.affine": 1,
     "aten.conv1d.default": 1,
     "aten.conv1d.padding": 1,
@@ -95,7 +96,8 @@ def capture(
     embeddings, such as token ids. dynamic_shapes: the sizes that stay free, as `torch.export` takes them; a Dim called
     "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
     size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
-    "argmax". Parameters and persistent buffers are secret; non-persistent buffers, integers in the model's code, and
+    "argmax"; of a language model "tokens" or "logits". Inputs to which the model
+    appends rows, returning them longer, are caches (see `Program`), whatever the examples hold. Parameters and persistent buffers are secret; non-persistent buffers, integers in the model's code, and
     what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are
     None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
@@ -108,7 +110,8 @@ def capture(
     translated = _Translator(exported, codec, public, axes)
     program = translated.program(reveal, k)
     weights = translated.encoded(program)
-    return Captured(with_limits(program, weights, _examples(model, example_inputs)), weights)
+    examples = dict(zip(translated.names, _examples(model, example_inputs), strict=True))
+    return Captured(with_limits(program, weights, [examples[v.name] for v in program.inputs]), weights)
 
 
 def _examples(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -126,6 +129,7 @@ class _Translator:
     ) -> None:
         self.codec = codec
         self.inputs: list[Input] = []
+        self.caches: list[Cache] = []
         self.sizes: list[Size] = []
         self.known: dict[str, Any] = {}  # parameters and what depends on them alone, in float64, by node name
         self.public: set[str] = set()  # those of them that need not be hidden
@@ -148,6 +152,12 @@ class _Translator:
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
         self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
         self.nodes = join_linears(pool_before_relu(self.nodes, [r.name for r in self.results]), self.tensors)
+        # tables of embeddings by secret indices: one secret, one mask, however else they are used
+        self.tables = {
+            n.args[0].name
+            for n in self.nodes
+            if n.op == _EMBEDDING and not self._is_public(n.args[1]) and self._tensor(n.args[0]) is not None
+        }
         self.weights: set[str] = set()
         self.nodes = [self._laid_out(node) for node in self.nodes]
 
@@ -176,14 +186,40 @@ class _Translator:
             literal = spec.kind == InputKind.CONSTANT_TENSOR and not floating
             if spec.target in public or transient or literal:
                 self.public.add(spec.arg.name)
-        self._inputs(exported, taken, axes or [{} for _ in taken])
+        self.names = [name for name, _ in taken]
+        self._inputs(exported, self._without_caches(exported, taken, axes or [{} for _ in taken]))
 
-    def _inputs(
+    def _without_caches(
         self, exported: ExportedProgram, taken: Sequence[tuple[str, torch.Tensor]], axes: Sequence[Axes]
-    ) -> None:
+    ) -> list[tuple[str, torch.Tensor, Axes]]:
+        """The inputs that are no caches, after those that are have been declared.
+
+        A cache is an input with a free number of rows to which the model appends, and does no more with it, and whose
+        longer version it returns.
+        """
+        returned = {spec.arg.name for spec in exported.graph_signature.output_specs}
+        placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+        others = []
+        for (name, meta), dims in zip(taken, axes, strict=True):
+            used = [n for n in placeholders[name].users if not public.sizes_only(_name(n.target))]
+            if len(used) != 1 or not _appends(used[0], name) or used[0].name not in returned:
+                others.append((name, meta, dims))
+                continue
+            size = meta.shape[-2]
+            if not isinstance(size, torch.SymInt):
+                raise UnsupportedError(f"input {name!r} is a cache with a fixed number of rows; make it dynamic")
+            dim = dims.get(meta.dim() - 2)
+            rows = free_size(size.node.expr, exported, dim, 0).high + 1
+            if rows == 1:
+                raise UnsupportedError(f"cache {name!r} may grow without end: give its Dim a largest size")
+            shape = (*map(int, meta.shape[:-2]), 0, int(meta.shape[-1]))
+            self.caches.append(Cache(name, shape, self.codec.frac_bits, used[0].name, rows))
+        return others
+
+    def _inputs(self, exported: ExportedProgram, taken: Sequence[tuple[str, torch.Tensor, Axes]]) -> None:
         """Declare the inputs and the free sizes that they have, the batch first."""
         found: dict[Any, Size] = {}
-        for (name, meta), dims in zip(taken, axes, strict=True):
+        for name, meta, dims in taken:
             for axis, size in enumerate(meta.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr not in found:
                     symbol = size.node.expr
@@ -192,7 +228,7 @@ class _Translator:
                     found[symbol] = free_size(symbol, exported, dims.get(axis), len(found) + 1)
         symbols = sorted(found, key=lambda symbol: found[symbol].name != BATCH)
         self.sizes = [found[symbol] for symbol in symbols]
-        for name, meta in taken:
+        for name, meta, _ in taken:
             shape = tuple(
                 -1 - symbols.index(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in meta.shape
             )
@@ -236,6 +272,8 @@ class _Translator:
             op, args, kwargs = "mpc.softmax", args[:1], {}
         if op.startswith("aten.where.") and not computed:
             kwargs["frac_bits"] = 0 if node.name in self.integers else self.codec.frac_bits
+        if node.name in {cache.result for cache in self.caches}:
+            op, args, kwargs = "mpc.append", tuple(args[0]), {}
         if op in _CASTS and not is_open and sources[0] in self.integers and node.name not in self.integers:
             op, args, kwargs = "mpc.number", (args[0], self.codec.frac_bits), {}
         self.nodes.append(Node(node.name, op, args, kwargs, path))
@@ -285,7 +323,8 @@ class _Translator:
                 raise UnsupportedError(f"output {len(results)} of the model does not depend on its inputs")
             if not tensor:
                 raise UnsupportedError(f"output {len(results)} of the model is a size, not a tensor")
-            results.append(Ref(value.name))
+            if value.name not in {cache.result for cache in self.caches}:
+                results.append(Ref(value.name))
         if not results:
             raise UnsupportedError("the model has no output")
         return tuple(results)
@@ -298,7 +337,9 @@ class _Translator:
         if node.name in self.open:
             return node
         op, args = node.op, list(node.args)
-        if op == "aten.linear.default" and self._tensor(args[1]) is not None:
+        if op == "aten.linear.default" and isinstance(args[1], Ref) and args[1].name in self.tables:
+            op = "mpc.tied_linear"
+        elif op == "aten.linear.default" and self._tensor(args[1]) is not None:
             stored = f"{args[1].name}.T"
             self.tensors[stored] = self.tensors[args[1].name].t()
             op, args[1] = "mpc.linear", Ref(stored)
@@ -328,7 +369,11 @@ class _Translator:
 
     def program(self, reveal: str, k: int) -> Program:
         """The translation, traced once, with what `reveal` adds to it."""
-        if reveal != "logits":
+        if self.caches and reveal not in ("logits", "tokens"):
+            raise InputError(f"a language model reveals tokens, or logits, not {reveal}")
+        if reveal == "tokens" and not self.caches:
+            raise InputError("only a model with caches, which takes a text step by step, reveals tokens")
+        if reveal not in ("logits", "tokens"):
             if len(self.results) != 1:
                 raise InputError(f"reveal={reveal!r} needs a model with one output; this one has {len(self.results)}")
             if self.results[0].name in self.integers:
@@ -356,6 +401,7 @@ class _Translator:
             outputs=tuple(Value(r.name, (), self._frac_bits(r.name)) for r in self.results),
             reveal=reveal,
             sizes=tuple(self.sizes),
+            caches=tuple(self.caches),
         )
         draft.check()
         return with_output_shapes(draft)
@@ -400,6 +446,21 @@ def _made(node: fx.Node) -> Any:
 
 def _is_truth(node: fx.Node) -> bool:
     return getattr(_made(node), "dtype", None) == torch.bool
+
+
+def _appends(node: fx.Node, name: str) -> bool:
+    """Whether a node appends rows, along the last axis but one, to the tensor called `name`."""
+    parts = node.args[0] if node.args else None
+    if not (str(node.target) == "aten.cat.default" and isinstance(parts, list | tuple) and len(parts) == 2):
+        return False
+    dims = node.meta["val"].dim()
+    is_first = isinstance(parts[0], fx.Node) and parts[0].name == name
+    return (
+        is_first
+        and isinstance(parts[1], fx.Node)
+        and parts[1] is not parts[0]
+        and node.args[1:] in ((-2,), (dims - 2,))
+    )
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,31 +18,49 @@ from mpcinfer.protocol.types import Public, Shared, Weight
 
 # what a party holds of a model, by parameter and constant name
 Holdings = Mapping[str, Shared | Weight | Public]
+EvaluateNode = Callable[[Node, Mapping[str, Any]], Awaitable[Any]]
 
 
 async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: Sequence[Shared]) -> list[Shared]:
     """Shares of the program's outputs, re-randomised. Values are dropped after their last use."""
-    values: dict[str, Any] = dict(holdings)
-    for declared, x in zip(program.inputs, inputs, strict=True):
-        values[declared.name] = x
-    uses = Counter(name for node in program.nodes for name in references(node))
-    uses.update(r.name for r in program.results)
-    for node in program.nodes:
-        values[node.name] = await _evaluate(node, ctx, values, program.frac_bits)
+    values = {**holdings, **_named(program, inputs)}
+    results = [r.name for r in program.results]
+    found = await evaluated(program, results, values, lambda node, at: evaluate(node, ctx, at, program.frac_bits))
+    return [released(ctx.scope(f"output{i}"), x) for i, x in enumerate(found)]
+
+
+async def evaluated(
+    program: Program, wanted: Sequence[str], values: Mapping[str, Any], evaluate_node: EvaluateNode
+) -> list[Any]:
+    """What the nodes called `wanted` yield; nodes that none of them needs are left out."""
+    values, needed = dict(values), set(wanted)
+    for node in reversed(program.nodes):
+        if node.name in needed:
+            needed.update(references(node))
+    nodes = [node for node in program.nodes if node.name in needed]
+    uses = Counter([name for node in nodes for name in references(node)] + list(wanted))
+    for node in nodes:
+        values[node.name] = await evaluate_node(node, values)
         for name in references(node):
             uses[name] -= 1
             if not uses[name]:
                 values.pop(name, None)
-    outputs = []
-    for i, result in enumerate(program.results):
-        output = values[result.name]
-        if not isinstance(output, Shared):
-            raise UnsupportedError("an output of the model does not depend on its inputs")
-        outputs.append(rerandomise(ctx.scope(f"output{i}"), output))
-    return outputs
+    return [values[name] for name in wanted]
 
 
-async def _evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bits: int) -> Any:
+def released(ctx: Context, output: Any) -> Shared:
+    """An output as it may leave."""
+    if not isinstance(output, Shared):
+        raise UnsupportedError("an output of the model does not depend on its inputs")
+    return rerandomise(ctx, output)
+
+
+def _named(program: Program, inputs: Sequence[Shared]) -> dict[str, Any]:
+    return {v.name: x for v, x in zip(program.inputs, inputs, strict=True)}
+
+
+async def evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bits: int) -> Any:
+    """What a node yields, given the values it refers to."""
     args = [_resolve(x, values) for x in node.args]
     kwargs = {k: _resolve(x, values) for k, x in node.kwargs.items()}
     rule, is_public = lookup(node.op), public.applies(node.op, args)

@@ -116,6 +116,8 @@ class Evaluation:
     def run(self, inputs: Sequence[Interval]) -> list[Any]:
         """What the results can be; `Exceeded` if anything on the way may leave its domain."""
         values: dict[str, Any] = {v.name: x for v, x in zip(self._program.inputs, inputs, strict=True)}
+        # a text from its beginning: its caches have no rows yet
+        values |= {c.name: Interval.of(torch.zeros(c.shape, dtype=torch.float64)) for c in self._program.caches}
         results = [r.name for r in self._program.results]
         uses = Counter([name for node in self._program.nodes for name in references(node)] + results)
         for node in self._program.nodes:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from mpcinfer.graph.interpret import Holdings, check_inputs, interpret, public_constant
-from mpcinfer.graph.program import Program
+from mpcinfer.graph.interpret import Holdings, check_inputs, evaluate, evaluated, public_constant, released
+from mpcinfer.graph.program import Node, Program, Ref
+from mpcinfer.graph.step import step
+from mpcinfer.nn.sampling import Choice
 from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.correlation import Kind
 from mpcinfer.protocol.linear import mask_weight
 from mpcinfer.protocol.tracing import Cost, Plan, trace
-from mpcinfer.protocol.types import Public, Shared, Weight
+from mpcinfer.protocol.types import Cached, Public, Shared, Weight
 
 
 def _meta(shape: Sequence[int]) -> torch.Tensor:
@@ -23,25 +30,164 @@ def constants(program: Program) -> dict[str, Public]:
     return {c.name: public_constant(c) for c in program.constants}
 
 
+class Planner:
+    """Traces a Program. What equal nodes ask for is traced once: the layers of a network are much the same."""
+
+    def __init__(self, program: Program, *, parties: int, deployment: str = "") -> None:
+        self.program = program
+        self._parties = parties
+        self._deployment = deployment
+        self._known: dict[bytes, tuple[Plan, Cost, Any, list[str]]] = {}
+        # public numbers decide what is computed: which pairs a mask lets through, which rows of a table
+        self._holdings: dict[str, Shared | Weight | Public] = {**constants(program)}
+        for p in program.parameters:
+            share = _meta(p.shape)
+            self._holdings[p.name] = (
+                Weight(p.name, share, share, p.frac_bits) if p.weight else Shared(share, p.frac_bits)
+            )
+
+    def inference(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Plan, Cost, list[tuple[int, ...]]]:
+        """The plan of one request with inputs of these shapes, its online cost, and the outputs' shapes.
+
+        Raises what the interpreter raises: UnsupportedError naming operator and module path, ShapeError.
+        """
+        program = self.program
+        check_inputs(program, shapes)
+        inputs = {v.name: Shared(_meta(shape), v.frac_bits) for v, shape in zip(program.inputs, shapes, strict=True)}
+        run = _Run(self._known, self._parties)
+        results = [r.name for r in program.results]
+
+        async def protocol(ctx: Context) -> list[tuple[int, ...]]:
+            found = await evaluated(program, results, {**self._holdings, **inputs}, run.node(program.frac_bits))
+            outputs = [released(ctx.scope(f"output{i}"), x) for i, x in enumerate(found)]
+            return [x.shape for x in outputs]
+
+        return self._finished(run, protocol)
+
+    def step(
+        self, tokens: int, room: int, choice: Choice | None, before: int = 0
+    ) -> tuple[Plan, Cost, tuple[int, ...]]:
+        """The plan and the cost of a step over so many tokens of a session whose caches then have `room`, and the
+        shape of the logits (see `graph.step`; () without a choice).
+
+        before: how many tokens there are then, if the choice depends on them.
+        """
+        program = self.program
+        run = _Run(self._known, self._parties)
+        caches = {}
+        for cache in program.caches:
+            rows = _meta([*cache.shape[:-2], room - tokens, cache.shape[-1]])
+            caches[cache.name] = Cached(cache.name, rows, rows, room, cache.frac_bits)
+        ids = Shared(_meta([1, tokens]))
+
+        async def protocol(ctx: Context) -> tuple[int, ...]:
+            all_ids = Shared(_meta([before])) if choice is not None and choice.penalises else None
+            done = await step(program, ctx, self._holdings, ids, caches, choice, all_ids, run.node(program.frac_bits))
+            return done.logits
+
+        return self._finished(run, protocol)
+
+    def _finished(self, run: _Run, protocol: Any) -> tuple[Plan, Cost, Any]:
+        """The nodes' entries and cost, then those of what follows the nodes."""
+        plan, cost, result = trace(protocol, parties=self._parties)
+        run.add(plan, cost)
+        return Plan(tuple(run.entries), self._deployment), run.cost, result
+
+
+class _Run:
+    """The entries and the cost of the nodes of one trace."""
+
+    def __init__(self, known: dict[bytes, tuple[Plan, Cost, Any, list[str]]], parties: int) -> None:
+        self.entries: list[tuple[str, Kind]] = []
+        self.cost = Cost()
+        self._known = known
+        self._parties = parties
+
+    def add(self, plan: Plan, cost: Cost) -> None:
+        """Append what was traced."""
+        self.entries += plan.entries
+        self.cost.rounds += cost.rounds
+        self.cost.bytes_sent += cost.bytes_sent
+        self.cost.openings += cost.openings
+        self.cost.messages += cost.messages
+
+    def node(self, frac_bits: int) -> Any:
+        """What evaluates a node, for `evaluated`."""
+
+        async def rule(node: Node, values: Mapping[str, Any]) -> Any:
+            names: list[str] = []
+            key = _key(node, values, names)
+            if key not in self._known:
+                weights = {name: values[name] for name in names if isinstance(values[name], Weight)}
+                plan, cost, result = trace(
+                    lambda ctx: evaluate(node, ctx, values, frac_bits), parties=self._parties, weights=weights
+                )
+                self._known[key] = _renamed(plan, node.name, "", {}), cost, result, names
+            plan, cost, result, traced = self._known[key]
+            again = dict(zip(traced, names, strict=True))
+            messages = [Counter({node.name: message.total()}) for message in cost.messages]
+            self.add(_renamed(plan, "", node.name, again), dataclasses.replace(cost, messages=messages))
+            return _named(result, again)
+
+        return rule
+
+
+def _renamed(plan: Plan, before: str, after: str, names: Mapping[str, str]) -> Plan:
+    """The plan of a node for another one, whose weights and caches have other names."""
+    entries = []
+    for name, item in plan.entries:
+        for attribute in ("weight", "cache"):
+            own = getattr(item, attribute, None)
+            if own is not None and names.get(own, own) != own:
+                item = dataclasses.replace(item, **{attribute: names[own]})  # type: ignore[type-var]
+        entries.append((after + name.removeprefix(before), item))
+    return Plan(tuple(entries))
+
+
+def _named(result: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(result, Cached) and names.get(result.name, result.name) != result.name:
+        return Cached(names[result.name], result.share, result.masked, result.capacity, result.frac_bits)
+    return result
+
+
+def _key(node: Node, values: Mapping[str, Any], names: list[str]) -> bytes:
+    """A digest of all that the trace of a node depends on; `names` gains those of its weights and caches, in order."""
+    digest = hashlib.sha256()
+
+    def visit(x: Any) -> None:
+        if isinstance(x, Ref):
+            x = values[x.name]
+        if isinstance(x, list | tuple):
+            digest.update(b"[%d" % len(x))
+            for item in x:
+                visit(item)
+        elif isinstance(x, dict):
+            digest.update(b"{%d" % len(x))
+            for name, item in sorted(x.items()):
+                digest.update(repr(name).encode())
+                visit(item)
+        elif isinstance(x, Public):
+            value = x.value.contiguous()
+            digest.update(repr(("public", x.shape, x.frac_bits, str(value.dtype))).encode())
+            digest.update(value.numpy().tobytes())
+        elif isinstance(x, Shared):
+            digest.update(repr(("shared", x.shape, x.frac_bits)).encode())
+        elif isinstance(x, Weight | Cached):
+            names.append(x.name)
+            digest.update(repr((type(x).__name__, x.shape, x.frac_bits, names.index(x.name))).encode())
+            digest.update(repr(getattr(x, "capacity", 0)).encode())
+        else:
+            digest.update(repr(x).encode())
+
+    visit((node.op, node.args, node.kwargs))
+    return digest.digest()
+
+
 def plan_inference(
     program: Program, shapes: Sequence[tuple[int, ...]], *, parties: int, deployment: str = ""
 ) -> tuple[Plan, Cost, list[tuple[int, ...]]]:
-    """The plan of one request with inputs of these shapes, its online cost, and the outputs' shapes.
-
-    Raises what the interpreter raises: UnsupportedError naming operator and module path, ShapeError.
-    """
-    check_inputs(program, shapes)
-    # public numbers decide what is computed: which pairs a mask lets through, which rows of a table
-    holdings: dict[str, Shared | Weight | Public] = {**constants(program)}
-    for p in program.parameters:
-        share = _meta(p.shape)
-        holdings[p.name] = Weight(p.name, share, share, p.frac_bits) if p.weight else Shared(share, p.frac_bits)
-    weights = {name: w for name, w in holdings.items() if isinstance(w, Weight)}
-    inputs = [Shared(_meta(shape), v.frac_bits) for v, shape in zip(program.inputs, shapes, strict=True)]
-    plan, cost, outputs = trace(
-        lambda ctx: interpret(program, ctx, holdings, inputs), parties=parties, weights=weights, deployment=deployment
-    )
-    return plan, cost, [o.shape for o in outputs]
+    """See `Planner.inference`."""
+    return Planner(program, parties=parties, deployment=deployment).inference(shapes)
 
 
 async def mask_weights(program: Program, ctx: Context, shares: Holdings) -> list[Weight]:

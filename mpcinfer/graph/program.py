@@ -12,8 +12,8 @@ from mpcinfer.errors import InputError
 from mpcinfer.graph.sizes import Size
 from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS, FixedPoint
 
-REVEALS = ("logits", "probabilities", "top-k", "argmax")
-FORMAT = 2
+REVEALS = ("logits", "probabilities", "top-k", "argmax", "tokens")
+FORMAT = 3
 MAX_DEPTH = 4  # of lists in an argument
 MAX_INDICES = 1 << 24  # an input may range over
 
@@ -65,6 +65,17 @@ class Parameter(Value):
 
 
 @dataclass(frozen=True)
+class Cache(Value):
+    """Rows that the parties keep from one step of a session to the next; their number, last axis but one, is 0 here.
+
+    `result` is the node that appends to them, `rows` how many there may be at most.
+    """
+
+    result: str = ""
+    rows: int = 0
+
+
+@dataclass(frozen=True)
 class Constant(Value):
     """A public tensor: integers at scale 2^frac_bits, row-major. `boolean`: they are 0 and 1 and mean truth values."""
 
@@ -76,7 +87,9 @@ class Constant(Value):
 class Program:
     """Inputs, parameters, nodes in order of evaluation, outputs. `reveal` says what the outputs were reduced to.
 
-    `sizes` are the free sizes, which shapes of inputs and outputs refer to.
+    `sizes` are the free sizes, which shapes of inputs and outputs refer to. With `caches` it is evaluated step by step,
+    in sessions: its input are the indices of a text's next tokens, its output the logits of the token after them; with
+    reveal "tokens" the parties choose that token and nothing else leaves.
     """
 
     frac_bits: int
@@ -88,6 +101,12 @@ class Program:
     outputs: tuple[Value, ...]
     reveal: str = "logits"
     sizes: tuple[Size, ...] = ()
+    caches: tuple[Cache, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """How many tokens a session may have; 0 if there are no sessions."""
+        return min((cache.rows for cache in self.caches), default=0)
 
     @property
     def size(self) -> int:
@@ -132,6 +151,10 @@ class Program:
                 outputs=tuple(Value(**_declared(v)) for v in raw.pop("outputs")),
                 reveal=_text(raw.pop("reveal")),
                 sizes=tuple(_size(**size) for size in raw.pop("sizes")),
+                caches=tuple(
+                    Cache(**_declared(v, "result", "rows"), result=_text(v["result"]), rows=_integer(v["rows"]))
+                    for v in raw.pop("caches")
+                ),
             )
             if raw:
                 raise ValueError("unknown fields")
@@ -147,7 +170,7 @@ class Program:
     def check(self) -> None:
         """Every name is defined once and before it is used, sizes and scales are possible; InputError otherwise."""
         known: set[str] = set()
-        for name in [v.name for v in (*self.inputs, *self.parameters, *self.constants)]:
+        for name in [v.name for v in (*self.inputs, *self.caches, *self.parameters, *self.constants)]:
             if name in known:
                 raise InputError(f"the program defines {name!r} twice")
             known.add(name)
@@ -160,7 +183,7 @@ class Program:
             raise InputError("the program's results are not defined")
         if self.reveal not in REVEALS or not MIN_FRAC_BITS <= self.frac_bits <= MAX_FRAC_BITS:
             raise InputError("the program's declaration of what it reveals, or of its fixed point, is impossible")
-        values = (*self.inputs, *self.parameters, *self.constants, *self.outputs)
+        values = (*self.inputs, *self.caches, *self.parameters, *self.constants, *self.outputs)
         if any(v.frac_bits not in (0, self.frac_bits) for v in values):
             raise InputError("the program mixes fixed-point scales")
         if not all(map(self._possible, self.inputs)):
@@ -181,6 +204,22 @@ class Program:
                 raise InputError(f"the values of {c.name!r} do not fit its shape")
             if c.boolean and (c.frac_bits or not set(c.data) <= {0, 1}):
                 raise InputError(f"the values of {c.name!r} are no truth values")
+
+        self._check_caches()
+
+    def _check_caches(self) -> None:
+        appended = {n.name: n.args[0] for n in self.nodes if n.op == "mpc.append" and n.args}
+        if any(appended.get(c.result) != Ref(c.name) for c in self.caches) or len(appended) != len(self.caches):
+            raise InputError("a cache of the program is not appended to exactly once")
+        if any(
+            len(c.shape) < 2 or [i for i, s in enumerate(c.shape) if s < 1] != [len(c.shape) - 2] for c in self.caches
+        ):
+            raise InputError("a cache of the program has an impossible shape")
+        texts = len(self.inputs) == len(self.outputs) == 1 and not self.inputs[0].frac_bits and self.context > 0
+        if self.caches and (not texts or self.reveal not in ("tokens", "logits")):
+            raise InputError("a program with caches takes indices and yields logits or tokens")
+        if self.reveal == "tokens" and not self.caches:
+            raise InputError("only a program with caches yields tokens")
 
     def _possible(self, declared: Input) -> bool:
         limit = declared.limit

@@ -155,6 +155,16 @@ def _linear(run: Evaluation, x: Interval, w: Interval, bias: Interval | None = N
     return bilinear(run, functional.linear, x, w, bias)
 
 
+@bounds("mpc.tied_linear")
+def _tied_linear(run: Evaluation, x: Interval, w: Interval, bias: Interval | None = None) -> Interval:
+    return _linear(run, x, w, bias)
+
+
+@bounds("mpc.append")
+def _append(run: Evaluation, cache: Interval, rows: Interval) -> Interval:
+    return Interval(*(torch.cat(parts, -2) for parts in zip(*((x.low, x.high) for x in (cache, rows)), strict=True)))
+
+
 @bounds("mpc.affine")
 def _affine(run: Evaluation, x: Interval, w: Interval, bias: Interval) -> Interval:
     return bilinear(run, torch.mul, x, w, bias)

@@ -12,6 +12,7 @@ from mpcinfer.nn import (
     pooling,
     public,
     reveal,
+    sampling,
     shape,
     softmax,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "pooling",
     "public",
     "reveal",
+    "sampling",
     "shape",
     "softmax",
     "supported",

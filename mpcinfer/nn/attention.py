@@ -1,4 +1,8 @@
-"""Scaled dot-product attention: of scores that are masked out by a public mask nothing is computed."""
+"""Scaled dot-product attention: of scores that are masked out by a public mask nothing is computed.
+
+Unless keys and values come from a cache: then all scores that there is room for are computed, so that what a step costs
+changes only when the cache has outgrown its room.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,16 @@ import torch
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, width
-from mpcinfer.nn.public import MASKED_FROM
+from mpcinfer.nn.public import MASKED, MASKED_FROM
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum, powers_below
+from mpcinfer.protocol.cache import append, cached_product
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.inverse import reciprocal
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
 from mpcinfer.protocol.truncate import truncate
-from mpcinfer.protocol.types import Public, Shared
+from mpcinfer.protocol.types import Cached, Public, Shared
 from mpcinfer.ring.kernels import MATMUL
 
 # more fraction bits for queries that are multiplied by a scale that is no power of two
@@ -33,8 +38,8 @@ _INVERSE_BITS = 28
 async def attention(
     ctx: Context,
     q: Shared,
-    k: Shared,
-    v: Shared,
+    k: Shared | Cached,
+    v: Shared | Cached,
     mask: Any = None,
     dropout: float = 0.0,
     causal: bool = False,
@@ -45,6 +50,8 @@ async def attention(
 ) -> Shared:
     """softmax(q k^T scale + mask) v: q [*S, L, D], k [*S, M, D], v [*S, M, E] -> [*S, L, E].
 
+    k and v: secrets, opened here under masks of their own, or both from a cache, opened before. Then M stands for its
+    capacity in what follows, and no pair is skipped.
     mask: None; public, boolean (False: skipped) or additive (at most -2^14: skipped), [L, M] or more axes; or secret,
     added. Skipped pairs cost nothing but a masked zero in the product with v. A row that skips all gives zeros.
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
@@ -58,27 +65,36 @@ async def attention(
     heads = q.shape
     if enable_gqa and q.shape[-3] != k.shape[-3]:  # queries that share keys stand one below the other
         q = q.map(lambda t: t.reshape(*t.shape[:-3], k.shape[-3], -1, t.shape[-1]))
+    if isinstance(k, Cached) != isinstance(v, Cached):
+        raise UnsupportedError("keys from a cache and values that are not, or the other way round")
     scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, factor_bits)
-    scores = scores.map(lambda t: t.reshape(*heads[:-1], k.shape[-2]))
-    keep, added = _mask(scores.shape, mask, causal)
-    if isinstance(mask, Shared):
-        scores = scores + mask.rescaled(scores.frac_bits)
-    weights, sums = await _weights(ctx, scores, bits, keep, added)
-    weights = weights.map(lambda t: t.reshape(*q.shape[:-1], k.shape[-2]))
+    columns = k.capacity if isinstance(k, Cached) else k.shape[-2]
+    scores = scores.map(lambda t: t.reshape(*heads[:-1], columns))
+    if isinstance(k, Cached):
+        weights, sums = await _weights_of_cached(ctx, scores, bits, _hidden(k, scores.shape, mask, causal))
+    else:
+        keep, added = _mask(scores.shape, mask, causal)
+        if isinstance(mask, Shared):
+            scores = scores + mask.rescaled(scores.frac_bits)
+        weights, sums = await _weights(ctx, scores, bits, keep, added)
+    weights = weights.map(lambda t: t.reshape(*q.shape[:-1], columns))
 
     async def values(ctx: Context) -> Shared:
-        y = await multiply(ctx, weights, v, MATMUL)
+        if isinstance(v, Cached):
+            y = await cached_product(ctx, weights, v, transposed=False)
+        else:
+            y = await multiply(ctx, weights, v, MATMUL)
         return await truncate(ctx, y, EXP_BITS - _SUM_BITS)
 
     inverse, y = await together(
-        reciprocal(ctx.scope("inverse"), sums, **octaves_of_sum(k.shape[-2]), frac_bits=_INVERSE_BITS),
+        reciprocal(ctx.scope("inverse"), sums, **octaves_of_sum(columns), frac_bits=_INVERSE_BITS),
         values(ctx.scope("values")),
     )
     y = await multiply(ctx, y.map(lambda t: t.reshape(*heads[:-1], -1)), inverse)
     return await truncate(ctx, y, y.frac_bits - v.frac_bits)
 
 
-async def _scores(ctx: Context, q: Shared, k: Shared, factor: float, factor_bits: int) -> tuple[Shared, int]:
+async def _scores(ctx: Context, q: Shared, k: Shared | Cached, factor: float, factor_bits: int) -> tuple[Shared, int]:
     """q k^T factor, and how many bits it is to be truncated by."""
     n, d = fraction(factor)
     bits = k.frac_bits
@@ -91,7 +107,10 @@ async def _scores(ctx: Context, q: Shared, k: Shared, factor: float, factor_bits
         wider = q.rescaled(q.frac_bits + _QUERY_BITS)
         q = await scale(ctx.scope("scale"), wider, factor)
         bits, d = bits + _QUERY_BITS, 0
-    y = await multiply(ctx, q, k.map(lambda t: t.transpose(-1, -2)), MATMUL)
+    if isinstance(k, Cached):
+        y = await cached_product(ctx, q, k, transposed=True)
+    else:
+        y = await multiply(ctx, q, k.map(lambda t: t.transpose(-1, -2)), MATMUL)
     return Shared(y.share, y.frac_bits + d), bits + d
 
 
@@ -110,6 +129,29 @@ def _mask(shape: tuple[int, ...], mask: Any, causal: bool) -> tuple[torch.Tensor
         keep = mask.value > int(MASKED_FROM) << mask.frac_bits
         added = None if bool((mask.value[keep] == 0).all()) else mask.value.expand(shape)
     return (None if bool(keep.all()) else keep.expand(shape)), added
+
+
+def _hidden(cache: Cached, shape: tuple[int, ...], mask: Any, causal: bool) -> torch.Tensor:
+    """Which of the scores [*S, L, capacity] mean nothing: masked, or of rows that are not there yet."""
+    if mask is not None and not isinstance(mask, Public):
+        raise UnsupportedError("a secret mask over a cache")
+    keep, added = _mask((*shape[:-1], cache.shape[-2]), mask, causal)
+    if added is not None or (causal and shape[-2] > 1):
+        raise UnsupportedError("over a cache, a mask of truth values that says which rows each query may see")
+    hidden = torch.ones(shape, dtype=torch.bool)
+    hidden[..., : cache.shape[-2]] = False if keep is None else ~keep
+    return hidden
+
+
+async def _weights_of_cached(ctx: Context, scores: Shared, bits: int, hidden: torch.Tensor) -> tuple[Shared, Shared]:
+    """As `_weights`, for scores that are all computed."""
+    x = await truncate(ctx, scores, bits)
+    far = int(MASKED) << x.frac_bits if ctx.first else 0
+    hidden = hidden.to(x.share.device)
+    x = x.map(lambda t: torch.where(hidden, far, t))
+    top = (await maximum_along(ctx, x, width(x))).map(lambda t: t.unsqueeze(-1))
+    powers = (await powers_below(ctx, x - top)).map(lambda t: torch.where(hidden, 0, t))
+    return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
 
 
 async def _weights(
@@ -137,3 +179,9 @@ async def _weights(
 
     weights = powers.map(placed)
     return weights, weights.map(lambda t: t.sum(-1, keepdim=True))
+
+
+@operator("mpc.append")
+async def append_rows(ctx: Context, cache: Cached, rows: Shared) -> Cached:
+    """torch.cat([cache, rows], -2), by which a cache grows."""
+    return await append(ctx, cache, rows)

@@ -13,7 +13,7 @@ from mpcinfer.protocol.linear import fixed_product
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared, Weight
-from mpcinfer.ring.kernels import MATMUL, MUL, Bilinear
+from mpcinfer.ring.kernels import MATMUL, MATMUL_T, MUL, Bilinear
 
 
 async def _bilinear(ctx: Context, x: Shared, w: Shared | Weight, bias: Shared | None, op: Bilinear) -> Shared:
@@ -28,6 +28,12 @@ async def _bilinear(ctx: Context, x: Shared, w: Shared | Weight, bias: Shared | 
 async def linear(ctx: Context, x: Shared, w: Weight, bias: Shared | None = None) -> Shared:
     """x @ w + bias, w laid out [in, out] (capture transposes torch's [out, in])."""
     return await _bilinear(ctx, x, w, bias, MATMUL)
+
+
+@operator("mpc.tied_linear")
+async def tied_linear(ctx: Context, x: Shared, w: Weight, bias: Shared | None = None) -> Shared:
+    """x @ w.T + bias, w laid out [out, in], as the table of an embedding that it also is."""
+    return await _bilinear(ctx, x, w, bias, MATMUL_T)
 
 
 @operator("aten.linear.default")

@@ -1,7 +1,7 @@
 """Correlated randomness, declared: a kind names fields, generic code deals them.
 
-A kind has *free* fields, uniform on their ring, each the mask of exactly one opening, and *derived* fields, functions
-of the free ones. Every party expands its shares of the free fields from a seed it shares with the dealer alone; all
+A kind has *free* fields, uniform on their ring, each the mask of exactly one opening (but for what is drawn to make
+others of), and *derived* fields, functions of the free ones. Every party expands its shares of the free fields from a seed it shares with the dealer alone; all
 but the last party expand their shares of the derived fields too, and the dealer sends the last party what makes the
 sum right: the *corrections*, which are that party's shares. Nothing else is ever sent, and no code here or in the
 dealer knows any particular kind.
@@ -25,7 +25,7 @@ from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.kernels import Bilinear
 
 Tensors = dict[str, torch.Tensor]
-# gives what belongs to a weight by its name: at the dealer its mask B, at a party the public F = W + B
+# gives what belongs to a weight or a cache by its name: at the dealer its mask B, at a party a weight's public F = W + B
 FixedMasks = Callable[[str], torch.Tensor]
 
 
@@ -55,6 +55,10 @@ class Kind(ABC):
 
     # masks of a weight: kept by the dealer for as long as the deployment lives, for the products that refer to it
     lasting: ClassVar[bool] = False
+    # masks of new rows of a cache: kept by the dealer, after those of the rows before
+    growing: ClassVar[bool] = False
+    # free fields that mask nothing: what derived fields are drawn with
+    unopened: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def free(self) -> dict[str, Field]:
@@ -143,7 +147,9 @@ class Correlation(Sealed):
 
     def __init__(self, item: Kind, shares: Tensors, label: str) -> None:
         free, derived = _fields(item)
-        self._masks = {name: Mask(shares[name], f.ring, f"{label}.{name}") for name, f in free.items()}
+        self._masks = {
+            name: Mask(shares[name], f.ring, f"{label}.{name}") for name, f in free.items() if name not in item.unopened
+        }
         self._derived = {name: shares[name] for name in derived}
 
     def mask(self, name: str) -> Mask:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import ProtocolError
+from mpcinfer.protocol.cache import RowMask
 from mpcinfer.protocol.context import Context, Opening
 from mpcinfer.protocol.correlation import Kind, Tensors, deal, expand, free_values
 from mpcinfer.protocol.linear import WeightMask
@@ -39,6 +40,10 @@ class _LocalDealer:
             self.sent[name] = b"".join(deal(item, name, self.keys, self.fixed.__getitem__))
             if isinstance(item, WeightMask):
                 (self.fixed[item.weight],) = free_values(item, name, self.keys).values()
+            if isinstance(item, RowMask):
+                (rows,) = free_values(item, name, self.keys).values()
+                before = self.fixed.get(item.cache)
+                self.fixed[item.cache] = rows if before is None else torch.cat([before, rows], dim=-2)
             self.transcript.dealer_bytes += len(self.sent[name])
         return self.sent[name]
 

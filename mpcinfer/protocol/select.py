@@ -66,6 +66,17 @@ async def step(
     return Shared(y.share, 0)
 
 
+async def indicators(ctx: Context, x: Shared, thresholds: tuple[int, ...], width: int = 64) -> Shared:
+    """Shares of [x < t] for each of T increasing thresholds (integers at x's scale), as integers: [T, *S].
+
+    Exact, valid and opened as in `piecewise_linear`, at the same cost.
+    """
+    correlation = ctx.correlation(Comparison(x.shape, width, len(thresholds), products=True))
+    c = await ctx.open(x, correlation.mask("r"))
+    e = (await ctx.open(await below(ctx, c, thresholds, correlation, width), correlation.mask("beta"))).value
+    return Shared(bit_number(ctx.first, e, correlation["bit"]), 0)
+
+
 async def sign_and_absolute(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared, Shared]:
     """Shares of [x < 0] (an integer) and of abs(x); exact. Rounds, bytes and openings as `relu`."""
     correlation = ctx.correlation(Comparison(x.shape, width, 1, products=True))

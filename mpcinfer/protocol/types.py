@@ -176,10 +176,36 @@ class Weight(Sealed):
         return f"Weight({self.name!r}, shape={self.shape})"
 
 
+class Cached(Sealed):
+    """This party's shares of m rows [*S, m, d] and the public rows + B, each row opened once under a B of its own.
+
+    capacity: at least m; what costs and message sizes depend on instead of m, so that they change every so often only.
+    """
+
+    __slots__ = ("capacity", "frac_bits", "masked", "name", "share")
+
+    def __init__(self, name: str, share: torch.Tensor, masked: torch.Tensor, capacity: int, frac_bits: int) -> None:
+        if share.shape != masked.shape or share.shape[-2] > capacity:
+            raise ProtocolError(f"cache {name!r} has more rows than it has room for, or rows that were not opened")
+        self.name = name
+        self.share = share
+        self.masked = masked
+        self.capacity = capacity
+        self.frac_bits = frac_bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The rows' shape: public."""
+        return tuple(self.share.shape)
+
+    def __repr__(self) -> str:
+        return f"Cached({self.name!r}, shape={self.shape}, capacity={self.capacity})"
+
+
 def _words(ring: Ring) -> str:
     return f"{ring.bits} bits under XOR" if ring.xor else f"Z_2^{ring.bits}"
 
 
 def sealed_types() -> tuple[type[Any], ...]:
     """All types here that hold secrets or masks (for tests and redaction filters)."""
-    return (Shared, SharedBits, Mask, Masked, Weight)
+    return (Shared, SharedBits, Mask, Masked, Weight, Cached)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch.nn import functional
@@ -46,6 +47,29 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     out = torch.empty((rows, w.shape[1]), dtype=torch.int64)
     _skinny(flat.numpy(), w.contiguous().numpy(), out.numpy())
     return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+@njit("void(int64[:, ::1], int64[:, ::1], int64[:, ::1])", nogil=True, cache=True)
+def _dots(x: Any, w: Any, out: Any) -> None:
+    """out = x @ w.T for very few rows: one pass over w."""
+    m, k = x.shape
+    for i in range(m):
+        for j in range(w.shape[0]):
+            total = np.int64(0)
+            for p in range(k):
+                total += x[i, p] * w[j, p]
+            out[i, j] = total
+
+
+def matmul_t(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x @ w.T mod 2^64, w [n, k] contiguous."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if x.device.type == "meta" or rows > 2 or not rows:
+        return x @ w.t()
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    out = torch.empty((rows, w.shape[0]), dtype=torch.int64)
+    _dots(flat.numpy(), w.contiguous().numpy(), out.numpy())
+    return out.reshape(*x.shape[:-1], w.shape[0])
 
 
 def pool_windows(
@@ -142,7 +166,9 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Bilinear:
-    """A bilinear map as data. `name`: "mul" (element-wise, broadcasting), "matmul", "conv" or "conv_transpose".
+    """A bilinear map as data.
+
+    `name`: "mul" (element-wise, broadcasting), "matmul", "matmul_t" (x @ w.T), "conv" or "conv_transpose".
 
     `args` of conv: (stride, padding, dilation, groups), each but the last a tuple per dimension; conv_transpose has
     output_padding after padding.
@@ -157,6 +183,8 @@ class Bilinear:
             return x * w
         if self.name == "matmul":
             return matmul(x, w)
+        if self.name == "matmul_t":
+            return matmul_t(x, w)
         if self.name == "conv":
             stride, padding, dilation, groups = self.args
             return conv(x, w, tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -174,7 +202,7 @@ class Bilinear:
         """How many multiplications the value takes for arguments of shapes x and w."""
         if self.name == "conv_transpose":  # each element of x meets the kernels of one group
             return _product(x) * _product(w[1:])
-        terms = {"mul": (), "matmul": x[-1:], "conv": w[1:]}[self.name]
+        terms = {"mul": (), "matmul": x[-1:], "matmul_t": x[-1:], "conv": w[1:]}[self.name]
         return _product(self.shape(x, w)) * _product(tuple(terms))
 
 
@@ -184,3 +212,4 @@ def _meta(shape: tuple[int, ...]) -> torch.Tensor:
 
 MUL = Bilinear("mul")
 MATMUL = Bilinear("matmul")
+MATMUL_T = Bilinear("matmul_t")

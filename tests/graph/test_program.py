@@ -65,7 +65,7 @@ def test_a_program_carries_plain_data_only() -> None:
     [
         b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"format":1}', b'{"format":2}',
         b"[" * 100_000, b'{"format":' * 50_000,
-        SMALL.to_bytes()[:-1], SMALL.to_bytes() + b"x", SMALL.to_bytes().replace(b'"format":2', b'"format":1'),
+        SMALL.to_bytes()[:-1], SMALL.to_bytes() + b"x", SMALL.to_bytes().replace(b'"format":3', b'"format":1'),
     ],
     ids=range(12),
 )  # fmt: skip
