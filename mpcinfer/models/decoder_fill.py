@@ -108,7 +108,8 @@ def _parameter(model: Decoder, name: str, tensors: Tensors, layout: Layout) -> t
     if turned:
         tensor = tensor.t()
     if layout.interleaved and owner.endswith((".attention.q", ".attention.k")):
-        tensor = tensor.unflatten(0, (-1, model.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        pairs = tensor.reshape(-1, model.config.head_dim // 2, 2, *tensor.shape[1:])
+        tensor = pairs.transpose(1, 2).reshape(tensor.shape)
     if layout.gain and role == "weight" and isinstance(module, nn.RMSNorm):
         tensor = tensor + layout.gain
     return tensor.contiguous()

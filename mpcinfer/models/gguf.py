@@ -67,17 +67,15 @@ class Metadata:
         self.architecture: str = self.get("general.architecture", str)
 
     def get(self, key: str, kind: type, default: Any = _MISSING) -> Any:
-        """A value; InputError if it is no `kind`, or missing without a default. Where int is asked, lists are refused."""
+        """A value; InputError if it is no `kind`, or missing without a default."""
         value = self._pairs.get(key, default)
         if value is _MISSING:
             raise InputError(f"the GGUF file's metadata lacks {key}")
         if value is default:
             return value
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            if kind is int and isinstance(value, list):
-                raise UnsupportedError(f"{key} differs from layer to layer, which is not supported")
+        if kind is int and isinstance(value, list):
+            raise UnsupportedError(f"{key} differs from layer to layer, which is not supported")
+        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
             raise InputError(f"{key} in the GGUF file's metadata is no {kind.__name__}")
         return value
 
@@ -111,7 +109,7 @@ def load(path: Path, context: int | None = None) -> Loaded:
         known = ", ".join(sorted(_LAYOUTS))
         raise UnsupportedError(f"GGUF architecture {metadata.architecture!r} has no importer. Supported: {known}")
     tensors = {tensor.name: _floats(tensor) for tensor in reader.tensors}
-    if "token_embd.weight" not in tensors or tensors["token_embd.weight"].dim() != 2:  # noqa: PLR2004
+    if "token_embd.weight" not in tensors or tensors["token_embd.weight"].dim() != 2:
         raise InputError(f"{path} lacks the table of embeddings, token_embd.weight")
     head = tensors.get("output.weight")
     if head is not None and head.equal(tensors["token_embd.weight"]):
@@ -135,7 +133,7 @@ def _floats(tensor: Any) -> torch.Tensor:
 
 def _config(metadata: Metadata, tensors: Mapping[str, torch.Tensor], asked: int | None, tied: bool) -> DecoderConfig:
     for key, what in _REFUSED.items():
-        if metadata.own(key, type(metadata.own(key, object, 0)), 0):
+        if metadata.own(key, object, 0):
             raise UnsupportedError(f"{metadata.architecture}.{key} is set: {what} is not supported")
     classic = metadata.architecture == "gpt2"
     width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")

@@ -89,12 +89,12 @@ def _token(metadata: Metadata, name: str, tokens: Sequence[str]) -> str:
 
 
 def _words(metadata: Metadata) -> str:
-    name = metadata.get("tokenizer.ggml.pre", str, "default")
+    name: str = metadata.get("tokenizer.ggml.pre", str, "default")
     name = _ALSO.get(name, name)
     if name not in _WORDS:
         known = ", ".join(sorted({*_WORDS, *_ALSO}))
         raise UnsupportedError(f"tokenizer.ggml.pre {name!r} is not supported. Supported: {known}")
-    return str(name)
+    return name
 
 
 def _byte_level(metadata: Metadata, ids: dict[str, int]) -> tokenizers.Tokenizer:

@@ -6,6 +6,7 @@ Formats that run code when they are read are refused unread, and so are those fo
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -41,7 +42,22 @@ def load(
 def _directory(path: Path, task: str | None, context: int | None) -> Loaded:
     if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
         raise InputError(f"{path} is a directory without a config.json: a Hugging Face model has one")
+    if _is_decoder(path / "config.json"):
+        return _importer("huggingface_decoder")(path, task, context)
     return _importer("huggingface")(path, task)
+
+
+def _is_decoder(config: Path) -> bool:
+    """Whether config.json is of a type that `models.decoder_families` knows; if it cannot be read, others say so."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        return False
+    from mpcinfer.models.decoder_families import FAMILIES
+
+    return found["model_type"] in FAMILIES
 
 
 def _file(path: Path, inputs: Sequence[InputSpec] | None, task: str | None, context: int | None) -> Loaded:
