@@ -48,7 +48,7 @@ _LAYOUTS: Mapping[str, Layout] = {
     "gpt2": Layout(_NAMES | _FUSED, fused="attn_qkv"),
 }
 _ACTIVATIONS = {"gemma": "gelu_tanh", "gpt2": "gelu_tanh"}
-# settings that would change what is computed; a layer's number of these must be the default
+# settings that, unless they are 0, change what is computed
 _REFUSED = {
     "expert_count": "a mixture of experts",
     "attn_logit_softcapping": "soft capping of attention scores",

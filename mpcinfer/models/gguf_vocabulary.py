@@ -80,7 +80,7 @@ def _texts(metadata: Metadata, name: str) -> list[str]:
 
 def _token(metadata: Metadata, name: str, tokens: Sequence[str]) -> str:
     """The token whose id the metadata gives, "" if it gives none."""
-    number = metadata.get(f"tokenizer.ggml.{name}", int, None)
+    number: int | None = metadata.get(f"tokenizer.ggml.{name}", int, None)
     if number is None or number == 0xFFFFFFFF:
         return ""
     if not 0 <= number < len(tokens):

@@ -42,7 +42,8 @@ def load(directory: Path, task: str | None = None, context: int | None = None) -
 
 
 def _sizes(config: _Config, family: Family, asked: int | None) -> DecoderConfig:
-    found = {ours: _whole(config, theirs) for ours, theirs in family.sizes.items() if config.get(theirs) is not None}
+    given = {ours: theirs for ours, theirs in family.sizes.items() if config.get(theirs) is not None}
+    found: dict[str, Any] = {ours: _whole(config, theirs) for ours, theirs in given.items()}
     for ours in ("vocabulary", "context", "width", "layers", "heads"):
         if ours not in found:
             raise InputError(f"config.json should set {family.sizes[ours]}")
