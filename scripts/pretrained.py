@@ -6,9 +6,10 @@ import io
 import json
 
 import torch
-from assets import DIGITS, guard_parameters, member, minilm
+from assets import DIGITS, guard_parameters, member, minilm, smollm
 from torch import nn
 
+from mpcinfer.models import gguf
 from mpcinfer.models.huggingface import load
 from mpcinfer.models.loaded import Loaded
 
@@ -58,3 +59,8 @@ def prompt_guard() -> Loaded:
         tokenizer=encoder.tokenizer,
         labels=GUARD_LABELS,
     )
+
+
+def language_model(context: int | None = None) -> Loaded:
+    """SmolLM2-135M-Instruct: a decoder of 30 layers that chats, with its vocabulary."""
+    return gguf.load(smollm(), context)

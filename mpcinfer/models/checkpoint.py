@@ -65,8 +65,14 @@ def _files(directory: Path) -> list[Path]:
 class Tensors:
     """A checkpoint's tensors, handed out by name; keeps account of which are missing and which nobody took."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], prefixes: Iterable[str]) -> None:
-        """A name is known without the one of `prefixes` that it begins with. LayerNorms may speak of gamma and beta."""
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], prefixes: Iterable[str], settings: str = "config.json"
+    ) -> None:
+        """A name is known without the one of `prefixes` that it begins with. LayerNorms may speak of gamma and beta.
+
+        settings: what demands shapes, for messages.
+        """
+        self._settings = settings
         self._left: dict[str, torch.Tensor] = {}
         for full, tensor in tensors.items():
             name = full.removeprefix(next((p for p in prefixes if full.startswith(p)), ""))
@@ -96,7 +102,7 @@ class Tensors:
                 f"{name} is stored as {tensor.dtype}: only float16, bfloat16, float32 and float64 are"
             )
         if tuple(tensor.shape) != shape:
-            raise InputError(f"{name} has shape {list(tensor.shape)} where config.json demands {list(shape)}")
+            raise InputError(f"{name} has shape {list(tensor.shape)} where {self._settings} demands {list(shape)}")
         return tensor.float()
 
     def check(self, ignored: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpcinfer.errors import InputError, UnsupportedError
 from mpcinfer.models.checkpoint import Tensors, read_json, read_tensors
+from mpcinfer.models.decoder_families import FAMILIES as DECODERS
 from mpcinfer.models.encoder import (
     Encoder,
     EncoderConfig,
@@ -84,7 +85,8 @@ def _stages(directory: Path) -> list[tuple[str, str]]:
 def _family(config: _Config) -> tuple[str, Family]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UnsupportedError(f"model_type {kind!r} has no importer. Supported: {', '.join(sorted(FAMILIES))}")
+        supported = ", ".join(sorted({*FAMILIES, *DECODERS}))
+        raise UnsupportedError(f"model_type {kind!r} has no importer. Supported: {supported}")
     positions = config.get("position_embedding_type")
     if positions not in (None, "absolute"):
         raise UnsupportedError(f"position_embedding_type {positions!r} is not supported, only 'absolute'")

@@ -1,4 +1,4 @@
-"""What a file is, told by its content: a program of torch.export, an ONNX model, a Hugging Face directory.
+"""What a file is, told by its content: a program of torch.export, an ONNX or GGUF model, a Hugging Face directory.
 
 Formats that run code when they are read are refused unread, and so are those for which there is no importer.
 """
@@ -6,6 +6,7 @@ Formats that run code when they are read are refused unread, and so are those fo
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -22,17 +23,44 @@ _ONNX_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
 _ONNX_GRAPH = 7
 
 
-def load(path: Path, inputs: Sequence[InputSpec] | None = None, task: str | None = None) -> Loaded:
+def load(
+    path: Path, inputs: Sequence[InputSpec] | None = None, task: str | None = None, context: int | None = None
+) -> Loaded:
     """The model in the file or directory `path`.
 
     inputs: for an ONNX file, which leaves sizes open; what it means is said in `models.onnx`. task: for a Hugging Face
-    directory that can do several things (see `models.huggingface`). InputError for what is not there, is damaged or is
-    no model, UnsupportedError for other formats, saying what to do.
+    directory that can do several things (see `models.huggingface`). context: the most positions of a language model
+    that continues texts; by default what it was made for, 2048 at most. InputError for what is not there, is damaged
+    or is no model, UnsupportedError for other formats, saying what to do.
     """
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
-            raise InputError(f"{path} is a directory without a config.json: a Hugging Face model has one")
-        return _importer("huggingface")(path, task)
+    loaded = _directory(path, task, context) if path.is_dir() else _file(path, inputs, task, context)
+    if context is not None and not loaded.context:
+        raise InputError(f"{path} is no language model that continues texts: only these have a context to choose")
+    return loaded
+
+
+def _directory(path: Path, task: str | None, context: int | None) -> Loaded:
+    if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+        raise InputError(f"{path} is a directory without a config.json: a Hugging Face model has one")
+    if _is_decoder(path / "config.json"):
+        return _importer("huggingface_decoder")(path, task, context)
+    return _importer("huggingface")(path, task)
+
+
+def _is_decoder(config: Path) -> bool:
+    """Whether config.json is of a type that `models.decoder_families` knows; if it cannot be read, others say so."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        return False
+    from mpcinfer.models.decoder_families import FAMILIES
+
+    return found["model_type"] in FAMILIES
+
+
+def _file(path: Path, inputs: Sequence[InputSpec] | None, task: str | None, context: int | None) -> Loaded:
     if task is not None:
         raise InputError(f"{path} is no Hugging Face directory: only these have tasks to choose from")
     try:
@@ -41,6 +69,8 @@ def load(path: Path, inputs: Sequence[InputSpec] | None = None, task: str | None
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if kind == "onnx":
         return _importer("onnx")(path, inputs)
+    if kind == "gguf":
+        return _importer("gguf")(path, context)
     return _exported(path)
 
 
@@ -51,7 +81,7 @@ def _importer(name: str) -> Callable[..., Loaded]:
 
 
 def _kind(path: Path) -> str:
-    """ "export" or "onnx"; raises for anything else."""
+    """ "export", "onnx" or "gguf"; raises for anything else."""
     with path.open("rb") as file:
         start = file.read(16)
         if start.startswith(_ZIP):
@@ -59,17 +89,16 @@ def _kind(path: Path) -> str:
         if start.startswith(_PICKLE):
             raise _pickled(path)
         if start.startswith(b"GGUF"):
-            raise UnsupportedError(
-                f"{path} is a GGUF file, for which there is no importer: give the Hugging Face directory that it was "
-                "converted from, or what torch.export.save writes"
-            )
+            return "gguf"
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= os.fstat(file.fileno()).st_size:
             raise InputError(
                 f"{path} is a safetensors file, weights without a model: give the directory with its config.json"
             )
         if _is_onnx(file):
             return "onnx"
-    raise InputError(f"{path} is no model: give a .pt2 file of torch.export, an ONNX file, or a Hugging Face directory")
+    raise InputError(
+        f"{path} is no model: give a .pt2 file of torch.export, an ONNX or GGUF file, or a Hugging Face directory"
+    )
 
 
 def _archive(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpcinfer.errors import InputError
+from mpcinfer.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +41,8 @@ class Loaded:
     """A model ready to be exported: one argument of the module's `forward` for each of `inputs`, in order.
 
     `kind` says what the file was, for people. `tokenizer` is the path of a tokenizer.json where the model has one.
+    A language model that continues texts has a `context`, the most positions it takes (0 for all other models), is a
+    `models.decoder.Decoder`, and has a `vocabulary` if its file says how texts become tokens.
     """
 
     module: nn.Module | ExportedProgram
@@ -47,6 +50,8 @@ class Loaded:
     kind: str
     tokenizer: Path | None = None
     labels: tuple[str, ...] = field(default=())
+    vocabulary: Vocabulary | None = None
+    context: int = 0
 
 
 def parse_inputs(specs: Sequence[str]) -> tuple[InputSpec, ...]:

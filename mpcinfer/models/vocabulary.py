@@ -1,4 +1,4 @@
-"""What a language model's clients need beside its shares: tokenizer, chat template, which tokens end an answer. Public."""
+"""What a language model's clients need beside its shares, and is public: tokenizer, chat template, ends of answers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Vocabulary:
             raw = json.loads(inflate.decompress(data, MAX_BYTES))
             if not inflate.eof or set(raw) != {"tokenizer", "template", "bos", "eos", "stop"}:
                 raise ValueError("too large, or other fields")
-            texts = [raw[field] for field in ("tokenizer", "template", "bos", "eos")]
-            stop = tuple(raw["stop"])
-            if not all(type(text) is str for text in texts) or not all(type(i) is int for i in stop):
+            found = Vocabulary(**raw | {"stop": tuple(raw["stop"])})
+            texts = (found.tokenizer, found.template, found.bos, found.eos)
+            if not all(type(text) is str for text in texts) or not all(type(i) is int for i in found.stop):
                 raise TypeError("not a vocabulary")
         except (ValueError, TypeError, zlib.error, RecursionError) as error:
             raise InputError("this is not a model's vocabulary") from error
-        return Vocabulary(*texts, stop)
+        return found
