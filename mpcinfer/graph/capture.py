@@ -88,6 +88,7 @@ def capture(
     k: int = 5,
     public: Collection[str] = (),
     dynamic_shapes: Any = None,
+    calibration: Sequence[torch.Tensor] | None = None,
 ) -> Captured:
     """Export `model` (in eval mode) and translate it.
 
@@ -97,7 +98,8 @@ def capture(
     "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
     size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
     "argmax"; of a language model "tokens" or "logits". Inputs to which the model
-    appends rows, returning them longer, are caches (see `Program`), whatever the examples hold. Parameters and persistent buffers are secret; non-persistent buffers, integers in the model's code, and
+    appends rows, returning them longer, are caches (see `Program`). calibration: other values than the example inputs
+    to make limits from, one for each input that is no cache; caches are empty then. Parameters and persistent buffers are secret; non-persistent buffers, integers in the model's code, and
     what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are
     None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
@@ -111,7 +113,8 @@ def capture(
     program = translated.program(reveal, k)
     weights = translated.encoded(program)
     examples = dict(zip(translated.names, _examples(model, example_inputs), strict=True))
-    return Captured(with_limits(program, weights, [examples[v.name] for v in program.inputs]), weights)
+    real = calibration or [examples[v.name] for v in program.inputs]
+    return Captured(with_limits(program, weights, real), weights)
 
 
 def _examples(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -209,8 +212,8 @@ class _Translator:
             if not isinstance(size, torch.SymInt):
                 raise UnsupportedError(f"input {name!r} is a cache with a fixed number of rows; make it dynamic")
             dim = dims.get(meta.dim() - 2)
-            rows = free_size(size.node.expr, exported, dim, 0).high + 1
-            if rows == 1:
+            rows = free_size(size.node.expr, exported, dim, 0).high
+            if not rows:
                 raise UnsupportedError(f"cache {name!r} may grow without end: give its Dim a largest size")
             shape = (*map(int, meta.shape[:-2]), 0, int(meta.shape[-1]))
             self.caches.append(Cache(name, shape, self.codec.frac_bits, used[0].name, rows))
