@@ -166,6 +166,11 @@ class Limits:
     step_timeout_s: float = 600.0
     connect_timeout_s: float = 10.0
     stop_grace_s: float = 10.0
+    # of language models: how many at a time, how much memory for the rows of one text and its variants, and after
+    # how many seconds without a request it is forgotten
+    max_sessions: int = 64
+    session_mb: int = 1024
+    session_idle_s: float = 900.0
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -10,13 +10,14 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError, NotFoundError
+from mpcinfer.protocol.cache import CacheUse, RowStore
 from mpcinfer.protocol.correlation import deal, free_values
 from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.protocol.tracing import Plan
@@ -52,6 +53,8 @@ class _Session:
     spent: set[bytes] = field(default_factory=set)  # dealt or burnt: never again
     # masks B of weights by (deployment, weight): kept for the products that refer to them
     fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
+    # masks of caches by slot and cache
+    slots: dict[bytes, dict[str, RowStore]] = field(default_factory=dict, repr=False)
     ended: bool = False
 
 
@@ -137,8 +140,11 @@ class Dealer:
         plan: bytes,
         timeout: float,
         alive: Callable[[], bool] = lambda: True,
+        use: CacheUse | None = None,
     ) -> Iterator[memoryview]:
         """Wait until all parties have named the same plan for `tape`, then yield the corrections (to the last party).
+
+        use: the rows of caches that it is about, which they must name too.
 
         A tape is dealt once; two plans for it, a second call by one party, a time-out and a caller who goes while
         waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with the tape untouched, if `plan` is empty
@@ -151,6 +157,7 @@ class Dealer:
             if session is None or session_id != self._id or not session.keys:
                 raise AbortedError("the dealer does not know this session (it may have restarted); form a new one")
             agreed = self._plan(session, digest, plan)
+            digest = use.digest(digest) if use is not None else digest
             if tape in session.spent:
                 raise ConflictError("this tape was dealt or burnt already; ask for a new one")
             state = session.tapes.setdefault(tape, _Tape(digest))
@@ -166,7 +173,7 @@ class Dealer:
                 del session.tapes[tape]
                 self.tapes_dealt += 1
                 state.keys = [chain.next(tape, digest) for chain in session.keys]
-                self._keep_masks(session, state.keys, agreed)
+                self._keep_masks(session, state.keys, agreed, use)
                 self._changed.notify_all()
             try:
                 self._wait(
@@ -181,7 +188,7 @@ class Dealer:
                 self._burn(session, tape)
                 raise AbortedError("this tape is burnt; send the request again")
         if index == self.parties - 1:
-            yield from self._corrections(session, state.keys, agreed)
+            yield from self._corrections(session, state.keys, agreed, use)
 
     def wake(self) -> None:
         """Look again whether those who wait are still there."""
@@ -207,14 +214,36 @@ class Dealer:
             session.plans.pop(next(iter(session.plans)))
         return plan
 
-    def _keep_masks(self, session: _Session, keys: list[bytes], plan: Plan) -> None:
+    def forget(self, session_id: bytes, slots: Sequence[bytes]) -> None:
+        """Drop the masks of caches."""
+        with self._changed:
+            if self._session is not None and session_id == self._id:
+                for slot in slots:
+                    self._session.slots.pop(slot, None)
+
+    def _keep_masks(self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None) -> None:
+        caches = {} if use is None else session.slots.setdefault(use.slot, {})
         for name, item in plan.entries:
             if item.lasting:
                 (value,) = free_values(item, name, keys).values()
                 session.fixed[plan.deployment, item.weight] = value  # type: ignore[attr-defined]
+            if item.growing:
+                if use is None:
+                    raise InputError("a plan for caches without saying whose they are")
+                store = caches.setdefault(item.cache, RowStore())  # type: ignore[attr-defined]
+                if store.count != use.count:
+                    raise AgreementError("the dealer has another number of rows of a cache than the parties")
+                (value,) = free_values(item, name, keys).values()
+                store.append(value)
 
-    def _corrections(self, session: _Session, keys: list[bytes], plan: Plan) -> Iterator[memoryview]:
+    def _corrections(
+        self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None
+    ) -> Iterator[memoryview]:
+        caches = {} if use is None else session.slots.get(use.slot, {})
+
         def fixed(weight: str) -> torch.Tensor:
+            if use is not None and weight in caches:
+                return caches[weight].read((*use.runs, (use.count, caches[weight].count)))
             mask = session.fixed.get((plan.deployment, weight))
             if mask is None:
                 raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")

@@ -10,7 +10,8 @@ import grpc
 from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.dealer.dealing import Dealer
-from mpcinfer.errors import AgreementError, ForbiddenError
+from mpcinfer.errors import AgreementError, ForbiddenError, InputError
+from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import peer_of, require
@@ -59,6 +60,7 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 request.plan,
                 self._limits.step_timeout_s,
                 context.is_active,
+                _use(request.caches) if request.HasField("caches") else None,
             )
             pending = bytearray()
             for part in parts:
@@ -70,6 +72,15 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 pending += part
             if pending:
                 yield dealer_pb2.DealResponse(chunk=bytes(pending))
+        except Exception as error:
+            channel.abort(context, error)
+
+    def Forget(self, request: dealer_pb2.ForgetRequest, context: grpc.ServicerContext) -> dealer_pb2.ForgetResponse:
+        """See dealer.proto."""
+        try:
+            require(peer_of(context, self._cluster), "party/")
+            self._dealer.forget(request.session, request.slots)
+            return dealer_pb2.ForgetResponse()
         except Exception as error:
             channel.abort(context, error)
 
@@ -95,3 +106,12 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         require(peer, "party/")
         if peer.role != f"party/{index}":
             raise ForbiddenError(f"{peer.role} cannot speak for party {index}")
+
+
+def _use(message: dealer_pb2.CacheUse) -> CacheUse:
+    numbers = list(message.runs)
+    runs = tuple(zip(numbers[::2], numbers[1::2], strict=False))
+    ascending = all(first < end <= message.count for first, end in runs)
+    if len(message.slot) != 16 or len(numbers) % 2 or not ascending:
+        raise InputError("these are no rows of a cache")
+    return CacheUse(message.slot, runs, message.count)

@@ -118,9 +118,7 @@ class _Run:
             names: list[str] = []
             key = _key(node, values, names)
             if key not in self._known:
-                plan, cost, result = trace(
-                    lambda ctx: evaluate(node, ctx, values, frac_bits), parties=self._parties
-                )
+                plan, cost, result = trace(lambda ctx: evaluate(node, ctx, values, frac_bits), parties=self._parties)
                 self._known[key] = _renamed(plan, node.name, "", {}), cost, result, names
             plan, cost, result, traced = self._known[key]
             again = dict(zip(traced, names, strict=True))

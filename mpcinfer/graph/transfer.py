@@ -162,7 +162,8 @@ def _tied_linear(run: Evaluation, x: Interval, w: Interval, bias: Interval | Non
 
 @bounds("mpc.append")
 def _append(run: Evaluation, cache: Interval, rows: Interval) -> Interval:
-    return Interval(*(torch.cat(parts, -2) for parts in zip(*((x.low, x.high) for x in (cache, rows)), strict=True)))
+    low = torch.cat([cache.low, rows.low], -2)
+    return Interval(low, low if rows.point else torch.cat([cache.high, rows.high], -2))
 
 
 @bounds("mpc.affine")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from mpcinfer.errors import ForbiddenError, InputError, MpcInferError, NotFoundError, StoreError
-from mpcinfer.graph.plan import constants, plan_inference, plan_masks
+from mpcinfer.graph.plan import Planner, constants, plan_masks
 from mpcinfer.graph.program import Parameter, Program
+from mpcinfer.nn.sampling import Choice
 from mpcinfer.party.record import Deployment, WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.protocol.tracing import Plan
@@ -34,10 +36,13 @@ class Model:
     name: str
     owner: str
     created: float
+    vocabulary: bytes = field(default=b"", repr=False)
     shares: dict[str, Shared] | None = field(default=None, repr=False)
     weights: dict[str, Weight] = field(default_factory=dict, repr=False)
     masked_in: bytes = b""
-    plans: dict[tuple[tuple[int, ...], ...], tuple[Plan, bytes]] = field(default_factory=dict, repr=False)
+    plans: dict[Any, tuple[Plan, bytes]] = field(default_factory=dict, repr=False)
+    planner: Planner | None = field(default=None, repr=False)
+    constants: dict[str, Public] | None = field(default=None, repr=False)
 
     @property
     def id(self) -> bytes:
@@ -51,9 +56,18 @@ class Model:
 
     def plan(self, shapes: Sequence[tuple[int, ...]], parties: int) -> tuple[Plan, bytes]:
         """The plan for inputs of these shapes, and its digest; traced once."""
-        key = tuple(shapes)
+        return self._planned(tuple(shapes), parties, lambda planner: planner.inference(shapes)[0])
+
+    def step_plan(self, tokens: int, room: int, choice: Choice | None, before: int, parties: int) -> tuple[Plan, bytes]:
+        """The plan of a step of a session (see `Planner.step`), and its digest; traced once."""
+        key = tokens, room, choice, before
+        return self._planned(key, parties, lambda planner: planner.step(tokens, room, choice, before)[0])
+
+    def _planned(self, key: Any, parties: int, trace: Callable[[Planner], Plan]) -> tuple[Plan, bytes]:
+        if self.planner is None:
+            self.planner = Planner(self.program, parties=parties, deployment=self.id.hex())
         if key not in self.plans:
-            plan, _, _ = plan_inference(self.program, shapes, parties=parties, deployment=self.id.hex())
+            plan = trace(self.planner)
             if len(self.plans) >= _MAX_PLANS:
                 self.plans.pop(next(iter(self.plans)))
             self.plans[key] = plan, plan.digest()
@@ -65,7 +79,9 @@ class Model:
 
     def holdings(self) -> dict[str, Shared | Weight | Public]:
         """What the interpreter needs."""
-        return {**(self.shares or {}), **self.weights, **constants(self.program)}
+        if self.constants is None:
+            self.constants = constants(self.program)
+        return {**(self.shares or {}), **self.weights, **self.constants}
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ class Catalogue:
             str(meta["name"]),
             str(meta["owner"]),
             float(meta["created"]),
+            base64.b64decode(meta.get("vocabulary", "")),
         )
         self._models[deployment.id] = model
         return model

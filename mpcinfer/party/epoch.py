@@ -30,6 +30,7 @@ from mpcinfer.wire.mesh import Link, Mesh
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2
 
 _log = logging.getLogger(__name__)
+_FORGET_SECONDS = 10.0
 
 
 @dataclass
@@ -66,6 +67,14 @@ class Epoch:
         call = self._dealing
         if call is not None and self.over:
             call.cancel()
+
+    def forget(self, slots: list[bytes]) -> None:
+        """Tell the dealer that the masks of these caches are not needed any more."""
+        if slots:
+            try:
+                self.dealer.Forget(dealer_pb2.ForgetRequest(session=self.id, slots=slots), timeout=_FORGET_SECONDS)
+            except grpc.RpcError as error:
+                raise channel.from_rpc_error(error, "dealer") from error
 
     def close(self, flush_seconds: float = 0.0) -> None:
         """End it: for the others too, since their links to us end. What was sent may take `flush_seconds` to arrive."""

@@ -23,7 +23,7 @@ class Job:
     """One request. `facts` are public and must be equal at every party; `content` is this party's own."""
 
     id: bytes
-    action: str  # "infer", "deploy" or "remove"
+    action: str  # "infer", "generate", "deploy" or "remove"
     caller: str
     facts: dict[str, Any]
     content: Any = field(repr=False)
@@ -102,6 +102,12 @@ class Inbox:
                     return None
                 self._changed.wait(min([end, *(due for due, _ in self._later)]) - now)
 
+    def again(self, job: Job) -> None:
+        """Let `next` return this request again, after those that wait: it needs more steps than one."""
+        with self._changed:
+            if self._jobs.get(job.id) is job:
+                self._order.append(job.id)
+
     def postpone(self, job: Job) -> None:
         """Let `next` return this request again in a moment: it has not reached all parties yet, but holds nobody up."""
         now = time.monotonic()
@@ -144,7 +150,7 @@ class Inbox:
             if not self._changed.wait_for(lambda: request_id in self._jobs, timeout):
                 return None
             job = self._jobs[request_id]
-        if job.taken:
+        if job.taken and job.action != "generate":
             raise ProtocolError("a request was announced twice")
         if job.digest() != digest:
             error = AgreementError("the parties were sent different requests under one id")

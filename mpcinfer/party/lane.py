@@ -7,31 +7,23 @@ A refusal in a vote concerns that request only. An error after the second vote e
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from mpcinfer import errors
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
-from mpcinfer.graph.interpret import interpret
-from mpcinfer.graph.plan import mask_weights
-from mpcinfer.party.catalogue import Catalogue, Model
+from mpcinfer.errors import AbortedError, MpcInferError, UnavailableError
+from mpcinfer.party.actions import deploy, infer, remove
+from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
+from mpcinfer.party.generation import generate, gone
 from mpcinfer.party.inbox import Inbox, Job
-from mpcinfer.party.tape import Tape, fetch
-from mpcinfer.protocol.context import Context, Opening, drive
-from mpcinfer.protocol.tracing import Plan
-from mpcinfer.protocol.types import Shared, Weight
-from mpcinfer.wire import channel
+from mpcinfer.party.session import Sessions
+from mpcinfer.party.stepping import Late, Refused, Stepping, incident
 from mpcinfer.wire.mesh import CONTROL
 
 _log = logging.getLogger(__name__)
@@ -40,48 +32,15 @@ _MATCH_SECONDS = 0.05  # how long the lane waits for a request that another part
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
 _FLUSH_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What one phase of a request cost this party."""
-
-    seconds: float
-    rounds: int
-    bytes_sent: int
-    bytes_from_dealer: int = 0
-
-
-@dataclass(frozen=True)
-class Inference:
-    """What a request to infer brings: this party's shares of inputs that were checked against this model."""
-
-    model: Model
-    inputs: list[Shared]
-
-
-@dataclass(frozen=True)
-class Inferred:
-    """This party's output shares and what they cost."""
-
-    model: Model
-    outputs: list[Shared]
-    online: Phase
-    offline: Phase
-
-
-class _Refused(Exception):
-    """Some party voted no: the request has its answer, the epoch goes on."""
-
-
-class _Late(Exception):
-    """Some party does not have the request yet: party 0 will announce it again."""
+_ACTIONS: dict[str, Callable[..., Any]] = {"infer": infer, "deploy": deploy, "remove": remove}
 
 
 class Lane:
     """Forms epochs and works through requests until stopped."""
 
-    def __init__(self, index: int, former: Former, inbox: Inbox, catalogue: Catalogue, limits: Limits) -> None:
+    def __init__(
+        self, index: int, former: Former, inbox: Inbox, catalogue: Catalogue, sessions: Sessions, limits: Limits
+    ) -> None:
         self.index = index
         self.state = "connecting"
         self.detail = "starting" if index == 0 else "party 0 connects once it reaches all parties and the dealer"
@@ -90,6 +49,8 @@ class Lane:
         self._former = former
         self._inbox = inbox
         self._catalogue = catalogue
+        self._sessions = sessions
+        self._by = Stepping(index, catalogue, limits)
         self._limits = limits
         self._epoch: Epoch | None = None
         self._stopping = threading.Event()
@@ -139,8 +100,9 @@ class Lane:
                 if not self._stopping.is_set():
                     self._set("connecting", str(error))
             except Exception as error:
-                self._set("connecting", f"{_incident(error)}; beginning a new epoch")
+                self._set("connecting", f"{incident(error)}; beginning a new epoch")
             finally:
+                self._sessions.clear()
                 if self._epoch is not None:
                     # if only the dealer is lost, a peer may still need what was sent for the step that is done
                     self._epoch.close(0.0 if self._epoch.mesh.broken else _FLUSH_SECONDS)
@@ -173,15 +135,24 @@ class Lane:
         job = self._inbox.next(_IDLE_SECONDS)
         if epoch.over:
             raise AbortedError("a party or the dealer has left; connecting again")
+        idle = self._sessions.idle()
+        if idle:
+            epoch.mesh.announce(json.dumps({"action": "forget", "sessions": [i.hex() for i in idle]}).encode())
+            epoch.forget(self._sessions.forget(idle))
         if job is None or self._stopping.is_set():
             return
         step = self._describe(job)
         epoch.mesh.announce(json.dumps(step).encode())
         self._step(epoch, step)
+        if job.action == "generate" and job.taken:
+            self._inbox.again(job)
 
     def _follow(self, epoch: Epoch) -> None:
         step = json.loads(epoch.mesh.links[0].receive(CONTROL))
-        self._step(epoch, step)
+        if step["action"] == "forget":
+            self._sessions.forget([bytes.fromhex(i) for i in step["sessions"]])
+        else:
+            self._step(epoch, step)
 
     def _describe(self, job: Job) -> dict[str, Any]:
         step: dict[str, Any] = {
@@ -190,8 +161,9 @@ class Lane:
             "digest": job.digest(),
             "tape": secrets.token_hex(16),
             "last": self._inbox.overdue(job),
+            "begun": job.taken,
         }
-        if job.action == "infer":
+        if job.action in ("infer", "generate"):
             step["deployment"] = job.content.model.id.hex()
         return step
 
@@ -211,16 +183,22 @@ class Lane:
             # an upload that has begun to arrive may take as long as its caller waits
             if job is None and step["last"] and not self._inbox.expects(bytes.fromhex(step["id"])):
                 refusal = refusal or UnavailableError("the request has not reached all parties; send it again")
-            self._vote(epoch, refusal, late=job is None)
+            if job is None and step["begun"]:
+                refusal = gone()
+            self._by.vote(epoch, refusal, late=job is None)
             assert job is not None
             job.taken = True
-            action = {"infer": self._infer, "deploy": self._deploy, "remove": self._remove}[step["action"]]
-            job.succeed(action(epoch, job, step))
+            if step["action"] == "generate":
+                if not generate(self._by, self._catalogue, self._sessions, epoch, job, step):
+                    return
+                job.succeed(None)
+            else:
+                job.succeed(_ACTIONS[step["action"]](self._by, self._catalogue, epoch, job, step))
             self.done += 1
-        except _Late:
+        except Late:
             if job is not None and self.index == 0:
                 self._inbox.postpone(job)
-        except _Refused as refused:
+        except Refused as refused:
             self._answer(job, refused.__cause__)
         except Exception as error:
             # the links broke because a watchdog closed them, here or at a party that came to the step a moment earlier
@@ -235,164 +213,4 @@ class Lane:
     def _answer(self, job: Job | None, error: BaseException | None) -> None:
         self.failed += 1
         if job is not None:
-            job.fail(error if isinstance(error, MpcInferError) else _incident(error))
-
-    def _vote(
-        self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: bool = False
-    ) -> dict[int, str]:
-        """All parties say yes (with a note each), no, or "not here yet".
-
-        _Refused, caused by the error, if anybody says no; else _Late if anybody has to wait.
-        """
-        own = {
-            "error": type(refusal).__name__ if refusal else "",
-            "text": str(refusal) if refusal else note,
-            "late": late,
-        }
-        answers = {self.index: own} | {
-            peer: json.loads(raw) for peer, raw in epoch.mesh.exchange(json.dumps(own).encode(), CONTROL).items()
-        }
-        if refusal is not None:
-            raise _Refused from refusal
-        for peer, answer in sorted(answers.items()):
-            if answer["error"]:
-                kind = getattr(errors, answer["error"], None)
-                if not (isinstance(kind, type) and issubclass(kind, MpcInferError)):
-                    kind = AbortedError
-                raise _Refused from kind(f"party {peer}: {answer['text']}")
-        if any(answer["late"] for answer in answers.values()):
-            raise _Late
-        return {peer: answer["text"] for peer, answer in answers.items()}
-
-    def _agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:
-        """Do something that may fail here, and go on only if it succeeded everywhere."""
-        value, refusal = None, None
-        try:
-            value = work()
-        except MpcInferError as error:
-            refusal = error
-        except Exception as error:
-            refusal = _incident(error)
-        self._vote(epoch, refusal)
-        return value
-
-    def _execute(
-        self,
-        epoch: Epoch,
-        tape: Tape,
-        weights: dict[str, Weight],
-        protocol: Callable[[Context], Coroutine[Any, Any, Any]],
-    ) -> tuple[Any, Phase]:
-        began, rounds, sent = time.perf_counter(), epoch.mesh.rounds, epoch.mesh.bytes_sent
-        ctx = Context(self.index, epoch.mesh.parties, tape, weights)
-        result = drive(protocol(ctx), lambda batch: _exchange(epoch, batch))
-        return result, Phase(time.perf_counter() - began, epoch.mesh.rounds - rounds, epoch.mesh.bytes_sent - sent)
-
-    def _deal(self, epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: dict[str, Weight]) -> Tape:
-        """Fetch a tape at all parties. A failure ends the epoch: the dealer may have forgotten it, or burn the tape."""
-        try:
-            tape_here: Tape = self._agreed(
-                epoch, lambda: fetch(epoch, tape, plan, digest, weights, self._limits.step_timeout_s)
-            )
-        except _Refused as refused:
-            raise refused.__cause__ or AbortedError("a party could not get its randomness") from None
-        return tape_here
-
-    def _masked(self, epoch: Epoch, model: Model, tape: bytes) -> None:
-        """Open the weights' masks, once per epoch."""
-        if model.masked_in == epoch.id:
-            return
-
-        def prepare() -> tuple[Plan, dict[str, Shared]]:
-            return model.mask_plan(epoch.mesh.parties), self._catalogue.load(model)
-
-        plan, shares = self._agreed(epoch, prepare)
-        masks = self._deal(epoch, tape, plan, plan.digest(), {})
-        masked, _ = self._execute(epoch, masks, {}, lambda ctx: mask_weights(model.program, ctx, shares))
-        model.weights = {w.name: w for w in masked}
-        model.masked_in = epoch.id
-
-    def _infer(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> Inferred:
-        admitted, inputs = job.content.model, job.content.inputs
-        own_tape, mask_tape = _tapes(step, 2)
-
-        def prepare() -> tuple[Model, Plan, bytes]:
-            # exactly the deployment for which this party has checked the inputs, and party 0 too
-            model = self._catalogue.find(admitted.name, admitted.version)
-            if not model.id == admitted.id == bytes.fromhex(step["deployment"]):
-                raise AbortedError("the model was deployed anew while the request waited; send it again")
-            return model, *model.plan([x.shape for x in inputs], epoch.mesh.parties)
-
-        model, plan, digest = self._agreed(epoch, prepare)
-        self._masked(epoch, model, mask_tape)
-        began, sent = time.perf_counter(), epoch.mesh.bytes_sent
-        tape = self._deal(epoch, own_tape, plan, digest, model.weights)
-        offline = Phase(time.perf_counter() - began, 0, epoch.mesh.bytes_sent - sent, tape.dealer_bytes)
-        holdings = model.holdings()
-        outputs, online = self._execute(
-            epoch, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
-        )
-        return Inferred(model, outputs, online, offline)
-
-    def _deploy(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> Model:
-        name, owner = job.facts["name"], job.caller
-        version = self._agreed(epoch, lambda: self._catalogue.next_version(name, owner))
-        notes = self._vote(epoch, None, f"{version} {secrets.token_hex(32)}")
-        # the id depends on fresh randomness of every party, so no attempt ever shares its masks with another
-        version = max(int(n.partition(" ")[0]) for n in notes.values())
-        nonces = "".join(notes[i].partition(" ")[2] for i in sorted(notes))
-        deployment = hashlib.sha256(f"{step['id']} {nonces}".encode()).digest()
-        try:
-            model: Model = self._agreed(epoch, lambda: self._catalogue.commit(job.id, deployment, version))
-            self._masked(epoch, model, _tapes(step, 1)[0])
-        except BaseException:
-            self._catalogue.remove(deployment)
-            raise
-        # From here on another party may have seen that all are done: if this vote fails, the next epoch settles it.
-        self._vote(epoch, None)
-        self._catalogue.confirm(model)
-        _log.info("model %s version %d deployed by %s", name, version, owner)
-        return model
-
-    def _remove(self, epoch: Epoch, job: Job, step: dict[str, Any]) -> int:
-        name, version = job.facts["name"], job.facts["version"]
-
-        self._agreed(epoch, lambda: self._catalogue.next_version(name, job.caller))  # refuses other owners
-        # A party whose file is damaged or gone does not know what is in it; another one does.
-        notes = self._vote(epoch, None, " ".join(i.hex() for i in self._catalogue.matching(name, version)))
-        deployments = {bytes.fromhex(i) for note in notes.values() for i in note.split()}
-        if not deployments:
-            raise _Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
-        for deployment in deployments:
-            self._catalogue.remove(deployment)
-        _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
-        return len(deployments)
-
-
-def _incident(error: BaseException | None) -> ProtocolError:
-    """What a client may be told about a failure that nobody foresaw; the log says where it was."""
-    return ProtocolError(channel.to_status(error or AssertionError())[1])
-
-
-def _tapes(step: dict[str, Any], count: int) -> list[bytes]:
-    """Ids of the tapes of a step, from the one party 0 drew."""
-    base = bytes.fromhex(step["tape"])
-    return [hashlib.sha256(base + bytes([i])).digest()[:16] for i in range(count)]
-
-
-def _exchange(epoch: Epoch, batch: list[Opening]) -> list[torch.Tensor]:
-    """One round: all openings of a batch in one message to every peer."""
-    packed = [opening.ring.pack(opening.masked) for opening in batch]
-    received = epoch.mesh.exchange(b"".join(packed))
-    values = [opening.masked for opening in batch]
-    expected = sum(len(p) for p in packed)
-    for peer, payload in received.items():
-        if len(payload) != expected:
-            raise ProtocolError(f"party {peer} sent {len(payload)} bytes in a round of {expected}")
-        at = 0
-        view = memoryview(payload)
-        for i, opening in enumerate(batch):
-            part = opening.ring.unpack(view[at : at + len(packed[i])], tuple(opening.masked.shape))
-            values[i] = opening.ring.add(values[i], part)
-            at += len(packed[i])
-    return values
+            job.fail(error if isinstance(error, MpcInferError) else incident(error))

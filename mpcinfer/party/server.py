@@ -15,6 +15,7 @@ from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox
 from mpcinfer.party.lane import Lane
 from mpcinfer.party.service import MeshService, PartyService
+from mpcinfer.party.session import Sessions
 from mpcinfer.party.store import Store
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.wire.identity import Identity
@@ -40,8 +41,12 @@ class Party:
             self.catalogue = Catalogue(self.store)
             self.inbox = Inbox(node.limits.max_waiting_requests)
             self.former = Former(node, identity, self.inbox.wake)
-            self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, node.limits)
-            service = PartyService(node.cluster, self.lane, self.inbox, self.catalogue, self.store, node.limits)
+            limits = node.limits
+            self.sessions = Sessions(limits.max_sessions, limits.session_mb, limits.session_idle_s)
+            self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, self.sessions, limits)
+            service = PartyService(
+                node.cluster, self.lane, self.inbox, self.catalogue, self.sessions, self.store, limits
+            )
             mesh = MeshService(node.cluster, self.index, self.former)
 
             def add(server: grpc.Server) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
+import queue
 import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -17,34 +21,49 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.errors import AbortedError, BusyError, DeadlineError, ForbiddenError, InputError, ShapeError, UploadError
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.program import Input, Program, Value
+from mpcinfer.nn.sampling import Choice
+from mpcinfer.party.actions import Inference, Inferred
 from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
 from mpcinfer.party.epoch import Former
+from mpcinfer.party.generation import Writing, Written
 from mpcinfer.party.inbox import Inbox, Job
-from mpcinfer.party.lane import Inference, Inferred, Lane, Phase
+from mpcinfer.party.lane import Lane
 from mpcinfer.party.record import WeightEntry
+from mpcinfer.party.session import Sessions
+from mpcinfer.party.stepping import Phase
 from mpcinfer.party.store import Store
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring import prg
 from mpcinfer.ring.codec import FixedPoint
 from mpcinfer.ring.domain import Z64
 from mpcinfer.wire import channel
+from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import Peer, peer_of, require
 from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2, party_pb2_grpc, tensor_pb2
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DEFAULT_SECONDS = 300.0
+_MOST_VOCABULARY = 16 << 20
 
 
 class PartyService(party_pb2_grpc.PartyServiceServicer):
     """See party.proto."""
 
     def __init__(
-        self, cluster: Cluster, lane: Lane, inbox: Inbox, catalogue: Catalogue, store: Store, limits: Limits
+        self,
+        cluster: Cluster,
+        lane: Lane,
+        inbox: Inbox,
+        catalogue: Catalogue,
+        sessions: Sessions,
+        store: Store,
+        limits: Limits,
     ) -> None:
         self._cluster = cluster
         self._lane = lane
         self._inbox = inbox
         self._catalogue = catalogue
+        self._sessions = sessions
         self._store = store
         self._limits = limits
         self._admission = threading.BoundedSemaphore(limits.max_waiting_requests)
@@ -83,6 +102,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         """See party.proto."""
         with self._admitted(context, "client/", "owner/") as peer:
             model = self._catalogue.find(request.model, request.version)
+            if model.program.caches:
+                raise InputError(f"{request.model!r} is a language model: it is asked to generate")
             check_inputs(model.program, [tuple(t.shape) for t in request.inputs])
             declared = zip(request.inputs, model.program.inputs, strict=True)
             inputs = [_share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
@@ -95,6 +116,52 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 online=_cost(done.online),
                 offline=_cost(done.offline),
             )
+
+    def Generate(
+        self, request: party_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[party_pb2.GenerateResponse]:
+        """See party.proto."""
+        with self._admitted(context, "client/", "owner/") as peer:
+            model = self._catalogue.find(request.model, request.version)
+            writing = self._writing(model, request)
+            facts = {
+                "model": request.model,
+                "version": request.version,
+                "parent": request.parent.hex(),
+                "keep": request.keep,
+                "length": writing.tokens.shape[1],
+                "most": writing.most,
+                "choice": asdict(writing.choice),
+            }
+            job = Job(request.request_id, "generate", peer.role, facts, writing)
+            job.result.add_done_callback(lambda _: writing.done.put(None))
+            with self._queued(context, job) as seconds:
+                while (written := self._next(job, seconds)) is not None:
+                    yield party_pb2.GenerateResponse(
+                        taken=written.taken,
+                        outputs=[reveal(x) for x in written.outputs],
+                        online=_cost(written.online),
+                        offline=_cost(written.offline),
+                        version=model.version,
+                    )
+
+    def EndSession(
+        self, request: party_pb2.EndSessionRequest, context: grpc.ServicerContext
+    ) -> party_pb2.EndSessionResponse:
+        """See party.proto."""
+        with self._admitted(context, "client/", "owner/") as peer:
+            self._sessions.end(request.session, peer.role)
+            self._inbox.wake()
+            return party_pb2.EndSessionResponse()
+
+    def Vocabulary(
+        self, request: party_pb2.VocabularyRequest, context: grpc.ServicerContext
+    ) -> Iterator[party_pb2.VocabularyResponse]:
+        """See party.proto."""
+        with self._admitted(context, "client/", "owner/"):
+            data = self._catalogue.find(request.model, request.version).vocabulary
+            for start in range(0, len(data), CHUNK):
+                yield party_pb2.VocabularyResponse(chunk=data[start : start + CHUNK])
 
     def Deploy(
         self, request_iterator: Iterator[party_pb2.DeployRequest], context: grpc.ServicerContext
@@ -112,6 +179,20 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             facts = {"name": request.name, "version": request.version}
             removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
             return party_pb2.RemoveModelResponse(removed=removed)
+
+    def _writing(self, model: Model, request: party_pb2.GenerateRequest) -> Writing:
+        """A request to generate, checked."""
+        if not model.program.caches:
+            raise InputError(f"{request.model!r} is no language model: it is asked to infer")
+        tokens = _share(request.tokens, model.program.inputs[0], self._limits.max_message_mb << 20)
+        if len(tokens.shape) != 2 or tokens.shape[0] != 1 or not tokens.shape[1]:
+            raise ShapeError(f"tokens of shape {list(tokens.shape)}: send [1, length], at least one")
+        if request.keep and not request.parent:
+            raise InputError("tokens can only be kept of a session to continue")
+        choice = Choice(request.temperature, request.top_k, request.repetition_penalty or Choice().penalty).check()
+        more = tokens.shape[1] + max(0, request.max_new_tokens - 1)
+        self._sessions.check_length(model.program, request.keep, more)
+        return Writing(model, tokens, request.parent, request.keep, request.max_new_tokens, choice)
 
     @contextmanager
     def _admitted(self, context: grpc.ServicerContext, *roles: str) -> Iterator[Peer]:
@@ -149,6 +230,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                     "owner": peer.role,
                     "program": program.to_bytes().decode(),
                     "created": time.time(),
+                    "vocabulary": base64.b64encode(header.vocabulary).decode(),
                 }
                 stack.enter_context(self._inbox.arriving(header.request_id))
                 staged = self._store.stage(header.request_id, metadata, entries)
@@ -160,7 +242,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 raise UploadError("the upload ended before it was complete") from error
             finally:
                 self._uploads.release()
-            yield header.request_id, {"name": header.name, "program": program.digest().hex()}
+            vocabulary = hashlib.sha256(header.vocabulary).hexdigest()
+            yield header.request_id, {"name": header.name, "program": program.digest().hex(), "vocabulary": vocabulary}
 
     def _header(
         self, first: party_pb2.DeployRequest | None
@@ -182,6 +265,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         expanded = sum(8 * math.prod(entry.shape) for entry in entries)
         if max(header.size, expanded) > self._limits.max_upload_mb << 20:
             raise UploadError(f"the upload is larger than this party allows ({self._limits.max_upload_mb} MiB)")
+        if len(header.vocabulary) > _MOST_VOCABULARY:
+            raise UploadError(f"the vocabulary is larger than {_MOST_VOCABULARY >> 20} MiB")
         return header, program, entries
 
     def _patience(self, context: grpc.ServicerContext) -> float:
@@ -190,6 +275,31 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
 
     def _run(self, context: grpc.ServicerContext, job: Job) -> Any:
         """Have the lane do it, and wait until it is done, the deadline comes, or the caller has gone."""
+        with self._queued(context, job) as seconds:
+            try:
+                return job.result.result(max(0.0, seconds - 0.05))
+            except TimeoutError:
+                raise self._too_late(job, seconds) from None
+
+    def _next(self, job: Job, seconds: float) -> Written | None:
+        """What the next step has yielded, None after the last."""
+        try:
+            written: Written | None = job.content.done.get(timeout=max(0.0, job.deadline - time.monotonic() - 0.05))
+        except queue.Empty:
+            raise self._too_late(job, seconds) from None
+        if written is None:
+            job.result.result(0)
+        return written
+
+    def _too_late(self, job: Job, seconds: float) -> DeadlineError:
+        why = self._lane.detail or "the parties are busy"
+        error = DeadlineError(f"not finished in {seconds:.1f} s; allow more time ({why})")
+        job.fail(error)
+        return error
+
+    @contextmanager
+    def _queued(self, context: grpc.ServicerContext, job: Job) -> Iterator[float]:
+        """Let the lane have a request: how many seconds its caller waits."""
         left = context.time_remaining()
         seconds = _DEFAULT_SECONDS if left is None else left
         job.deadline = time.monotonic() + seconds
@@ -197,13 +307,9 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         try:
             if not context.add_callback(lambda: job.fail(AbortedError("the caller has gone"))):
                 raise AbortedError("the caller has gone")
-            return job.result.result(max(0.0, seconds - 0.05))
-        except TimeoutError:
-            why = self._lane.detail or "the parties are busy"
-            error = DeadlineError(f"not finished in {seconds:.1f} s; allow more time ({why})")
-            job.fail(error)
-            raise error from None
+            yield seconds
         finally:
+            job.fail(AbortedError("the caller has gone"))
             self._inbox.discard(job)
 
 
@@ -282,4 +388,6 @@ def _info(model: Model) -> party_pb2.ModelInfo:
         created_unix_seconds=model.created,
         parameters=model.program.size,
         sizes=[tensor_pb2.Size(name=s.name, low=s.low, high=s.high) for s in model.program.sizes],
+        context=model.program.context,
+        vocabulary_digest=hashlib.sha256(model.vocabulary).digest() if model.vocabulary else b"",
     )

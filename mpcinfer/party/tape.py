@@ -8,6 +8,7 @@ import grpc
 
 from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
@@ -34,8 +35,18 @@ class Tape:
         return shares
 
 
-def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping[str, Weight], timeout: float) -> Tape:
+def fetch(
+    epoch: Epoch,
+    tape: bytes,
+    plan: Plan,
+    digest: bytes,
+    weights: Mapping[str, Weight],
+    timeout: float,
+    use: CacheUse | None = None,
+) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
+
+    use: the rows that products with caches are of.
 
     Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must
     end: the two ends' key chains need not be at the same place any more.
@@ -43,8 +54,8 @@ def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping
     parties, index = epoch.mesh.parties, epoch.mesh.index
     last = index == parties - 1
     size = plan.correction_bytes() if last else 0
-    correction, dealer_bytes = _corrections(epoch, tape, plan, digest, size, timeout)
-    key = epoch.key.next(tape, digest)
+    correction, dealer_bytes = _corrections(epoch, tape, plan, digest, size, timeout, use)
+    key = epoch.key.next(tape, use.digest(digest) if use is not None else digest)
     shares: dict[str, tuple[Kind, Tensors]] = {}
     rest = memoryview(correction)
     for name, item in plan.entries:
@@ -56,10 +67,13 @@ def fetch(epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, weights: Mapping
 
 
 def _corrections(
-    epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, size: int, timeout: float
+    epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, size: int, timeout: float, use: CacheUse | None
 ) -> tuple[bytearray, int]:
     """The corrections, `size` bytes, and the frame bytes in which they came."""
     request = dealer_pb2.DealRequest(session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest)
+    if use is not None:
+        numbers = [number for run in use.runs for number in run]
+        request.caches.CopyFrom(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count))
     if digest in epoch.plans_told:
         try:
             return _receive(epoch, request, size, timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,8 +44,38 @@ class RowStore:
         """The rows of these runs, one after the other: [*S, m, d]; a view if it is one run."""
         if self._rows is None or any(not 0 <= first <= end <= self.count for first, end in runs):
             raise ProtocolError("a cache was asked for rows that it does not have")
-        parts = [self._rows[..., first:end, :] for first, end in runs]
+        parts = [self._rows[..., first:end, :] for first, end in joined(runs)]
         return parts[0] if len(parts) == 1 else torch.cat([self._rows[..., :0, :], *parts], dim=-2)
+
+
+def joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same rows in as few runs."""
+    found: list[tuple[int, int]] = []
+    for first, end in runs:
+        if found and found[-1][1] == first:
+            found[-1] = found[-1][0], end
+        else:
+            found.append((first, end))
+    return found
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """Which rows the cached products of a tape are of: public, and the same from all parties.
+
+    slot: whose caches, 16 bytes. runs: their rows; what the tape appends comes after them. count: how many rows have
+    been appended to each of them before.
+    """
+
+    slot: bytes
+    runs: tuple[tuple[int, int], ...]
+    count: int
+
+    def digest(self, plan: bytes) -> bytes:
+        """SHA-256 of this and of the digest of a plan: what all parties must mean when they ask for a tape."""
+        numbers = [self.count, *(n for run in self.runs for n in run)]
+        parts = [plan, self.slot, *(n.to_bytes(8, "little") for n in numbers)]
+        return hashlib.sha256(b"caches" + b"".join(len(p).to_bytes(4, "little") + p for p in parts)).digest()
 
 
 @kind

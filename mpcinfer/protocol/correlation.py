@@ -1,10 +1,10 @@
 """Correlated randomness, declared: a kind names fields, generic code deals them.
 
-A kind has *free* fields, uniform on their ring, each the mask of exactly one opening (but for what is drawn to make
-others of), and *derived* fields, functions of the free ones. Every party expands its shares of the free fields from a seed it shares with the dealer alone; all
-but the last party expand their shares of the derived fields too, and the dealer sends the last party what makes the
-sum right: the *corrections*, which are that party's shares. Nothing else is ever sent, and no code here or in the
-dealer knows any particular kind.
+A kind has *free* fields, uniform on their ring, each the mask of exactly one opening (but for what others are drawn
+with), and *derived* fields, functions of the free ones. Every party expands its shares of the free fields from a seed
+it shares with the dealer alone; all but the last party expand their shares of the derived fields too, and the dealer
+sends the last party what makes the sum right: the *corrections*, which are that party's shares. Nothing else is ever
+sent, and no code here or in the dealer knows any particular kind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.kernels import Bilinear
 
 Tensors = dict[str, torch.Tensor]
-# gives what belongs to a weight or a cache by its name: at the dealer its mask B, at a party a weight's public F = W + B
+# by the name of a weight or a cache: at the dealer its mask B, at a party a weight's public F = W + B
 FixedMasks = Callable[[str], torch.Tensor]
 
 

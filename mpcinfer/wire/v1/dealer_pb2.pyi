@@ -1,8 +1,8 @@
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -33,18 +33,42 @@ class JoinResponse(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., party_nonces: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class DealRequest(_message.Message):
-    __slots__ = ("session", "index", "tape", "plan_digest", "plan")
+    __slots__ = ("session", "index", "tape", "plan_digest", "plan", "caches")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TAPE_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    CACHES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     index: int
     tape: bytes
     plan_digest: bytes
     plan: bytes
-    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ...) -> None: ...
+    caches: CacheUse
+    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., caches: _Optional[_Union[CacheUse, _Mapping]] = ...) -> None: ...
+
+class CacheUse(_message.Message):
+    __slots__ = ("slot", "runs", "count")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    slot: bytes
+    runs: _containers.RepeatedScalarFieldContainer[int]
+    count: int
+    def __init__(self, slot: _Optional[bytes] = ..., runs: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ForgetRequest(_message.Message):
+    __slots__ = ("session", "slots")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    slots: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, session: _Optional[bytes] = ..., slots: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ForgetResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DealResponse(_message.Message):
     __slots__ = ("chunk",)

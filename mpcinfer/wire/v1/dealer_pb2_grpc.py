@@ -45,6 +45,11 @@ class DealerServiceStub(object):
                 request_serializer=mpcinfer_dot_v1_dot_dealer__pb2.DealRequest.SerializeToString,
                 response_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.DealResponse.FromString,
                 _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/mpcinfer.v1.DealerService/Forget',
+                request_serializer=mpcinfer_dot_v1_dot_dealer__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.ForgetResponse.FromString,
+                _registered_method=True)
         self.DealerStatus = channel.unary_unary(
                 '/mpcinfer.v1.DealerService/DealerStatus',
                 request_serializer=mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusRequest.SerializeToString,
@@ -71,6 +76,13 @@ class DealerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """Role party. The masks of these caches are not needed any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DealerStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -89,6 +101,11 @@ def add_DealerServiceServicer_to_server(servicer, server):
                     servicer.Deal,
                     request_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.DealRequest.FromString,
                     response_serializer=mpcinfer_dot_v1_dot_dealer__pb2.DealResponse.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.ForgetRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_dealer__pb2.ForgetResponse.SerializeToString,
             ),
             'DealerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.DealerStatus,
@@ -151,6 +168,33 @@ class DealerService(object):
             '/mpcinfer.v1.DealerService/Deal',
             mpcinfer_dot_v1_dot_dealer__pb2.DealRequest.SerializeToString,
             mpcinfer_dot_v1_dot_dealer__pb2.DealResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.DealerService/Forget',
+            mpcinfer_dot_v1_dot_dealer__pb2.ForgetRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_dealer__pb2.ForgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

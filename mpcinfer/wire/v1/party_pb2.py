@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mpcinfer.wire.v1 import tensor_pb2 as mpcinfer_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mpcinfer/v1/party.proto\x12\x0bmpcinfer.v1\x1a\x18mpcinfer/v1/tensor.proto\"\x0f\n\rStatusRequest\"\xa4\x02\n\x0eStatusResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07parties\x18\x02 \x01(\r\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fpackage_version\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x15\n\rrequests_done\x18\x08 \x01(\x04\x12\x17\n\x0frequests_failed\x18\t \x01(\x04\x12\x18\n\x10requests_waiting\x18\n \x01(\r\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12&\n\x06models\x18\x0c \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\"\x87\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\'\n\x06inputs\x18\x05 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12(\n\x07outputs\x18\x06 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12\x0e\n\x06reveal\x18\x07 \x01(\t\x12\x1c\n\x14\x63reated_unix_seconds\x18\x08 \x01(\x01\x12\x12\n\nparameters\x18\t \x01(\x04\x12 \n\x05sizes\x18\n \x03(\x0b\x32\x11.mpcinfer.v1.Size\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\"U\n\rDeployRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.mpcinfer.v1.DeployHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x8a\x01\n\x0c\x44\x65ployHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07program\x18\x03 \x01(\x0c\x12)\n\x07weights\x18\x04 \x03(\x0b\x32\x18.mpcinfer.v1.WeightShare\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\"K\n\x0bWeightShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tfrac_bits\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x0c\"F\n\x0e\x44\x65ployResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\"G\n\x12RemoveModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\"&\n\x13RemoveModelResponse\x12\x0f\n\x07removed\x18\x01 \x01(\r\"g\n\x0cInferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12#\n\x06inputs\x18\x04 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\"\x97\x01\n\rInferResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost2\xf7\x02\n\x0cPartyService\x12\x41\n\x06Status\x12\x1a.mpcinfer.v1.StatusRequest\x1a\x1b.mpcinfer.v1.StatusResponse\x12M\n\nListModels\x12\x1e.mpcinfer.v1.ListModelsRequest\x1a\x1f.mpcinfer.v1.ListModelsResponse\x12\x43\n\x06\x44\x65ploy\x12\x1a.mpcinfer.v1.DeployRequest\x1a\x1b.mpcinfer.v1.DeployResponse(\x01\x12P\n\x0bRemoveModel\x12\x1f.mpcinfer.v1.RemoveModelRequest\x1a .mpcinfer.v1.RemoveModelResponse\x12>\n\x05Infer\x12\x19.mpcinfer.v1.InferRequest\x1a\x1a.mpcinfer.v1.InferResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mpcinfer/v1/party.proto\x12\x0bmpcinfer.v1\x1a\x18mpcinfer/v1/tensor.proto\"\x0f\n\rStatusRequest\"\xa4\x02\n\x0eStatusResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07parties\x18\x02 \x01(\r\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fpackage_version\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x15\n\rrequests_done\x18\x08 \x01(\x04\x12\x17\n\x0frequests_failed\x18\t \x01(\x04\x12\x18\n\x10requests_waiting\x18\n \x01(\r\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12&\n\x06models\x18\x0c \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\"\xb3\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\'\n\x06inputs\x18\x05 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12(\n\x07outputs\x18\x06 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12\x0e\n\x06reveal\x18\x07 \x01(\t\x12\x1c\n\x14\x63reated_unix_seconds\x18\x08 \x01(\x01\x12\x12\n\nparameters\x18\t \x01(\x04\x12 \n\x05sizes\x18\n \x03(\x0b\x32\x11.mpcinfer.v1.Size\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\r\x12\x19\n\x11vocabulary_digest\x18\x0c \x01(\x0c\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\"U\n\rDeployRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.mpcinfer.v1.DeployHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9e\x01\n\x0c\x44\x65ployHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07program\x18\x03 \x01(\x0c\x12)\n\x07weights\x18\x04 \x03(\x0b\x32\x18.mpcinfer.v1.WeightShare\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x12\n\nvocabulary\x18\x07 \x01(\x0c\"K\n\x0bWeightShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tfrac_bits\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x0c\"F\n\x0e\x44\x65ployResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\"G\n\x12RemoveModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\"&\n\x13RemoveModelResponse\x12\x0f\n\x07removed\x18\x01 \x01(\r\"g\n\x0cInferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12#\n\x06inputs\x18\x04 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\"\x97\x01\n\rInferResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\"\xe0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06parent\x18\x04 \x01(\x0c\x12\x0c\n\x04keep\x18\x05 \x01(\r\x12#\n\x06tokens\x18\x06 \x01(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\r\x12\r\n\x05top_k\x18\t \x01(\r\x12\x1a\n\x12repetition_penalty\x18\n \x01(\r\"\xa9\x01\n\x10GenerateResponse\x12\r\n\x05taken\x18\x01 \x01(\r\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\x0f\n\x07version\x18\x05 \x01(\r\"$\n\x11\x45ndSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x14\n\x12\x45ndSessionResponse\"3\n\x11VocabularyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"#\n\x12VocabularyResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x32\xe2\x04\n\x0cPartyService\x12\x41\n\x06Status\x12\x1a.mpcinfer.v1.StatusRequest\x1a\x1b.mpcinfer.v1.StatusResponse\x12M\n\nListModels\x12\x1e.mpcinfer.v1.ListModelsRequest\x1a\x1f.mpcinfer.v1.ListModelsResponse\x12\x43\n\x06\x44\x65ploy\x12\x1a.mpcinfer.v1.DeployRequest\x1a\x1b.mpcinfer.v1.DeployResponse(\x01\x12P\n\x0bRemoveModel\x12\x1f.mpcinfer.v1.RemoveModelRequest\x1a .mpcinfer.v1.RemoveModelResponse\x12>\n\x05Infer\x12\x19.mpcinfer.v1.InferRequest\x1a\x1a.mpcinfer.v1.InferResponse\x12I\n\x08Generate\x12\x1c.mpcinfer.v1.GenerateRequest\x1a\x1d.mpcinfer.v1.GenerateResponse0\x01\x12M\n\nEndSession\x12\x1e.mpcinfer.v1.EndSessionRequest\x1a\x1f.mpcinfer.v1.EndSessionResponse\x12O\n\nVocabulary\x12\x1e.mpcinfer.v1.VocabularyRequest\x1a\x1f.mpcinfer.v1.VocabularyResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,27 +37,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSRESPONSE']._serialized_start=84
   _globals['_STATUSRESPONSE']._serialized_end=376
   _globals['_MODELINFO']._serialized_start=379
-  _globals['_MODELINFO']._serialized_end=642
-  _globals['_LISTMODELSREQUEST']._serialized_start=644
-  _globals['_LISTMODELSREQUEST']._serialized_end=663
-  _globals['_LISTMODELSRESPONSE']._serialized_start=665
-  _globals['_LISTMODELSRESPONSE']._serialized_end=725
-  _globals['_DEPLOYREQUEST']._serialized_start=727
-  _globals['_DEPLOYREQUEST']._serialized_end=812
-  _globals['_DEPLOYHEADER']._serialized_start=815
-  _globals['_DEPLOYHEADER']._serialized_end=953
-  _globals['_WEIGHTSHARE']._serialized_start=955
-  _globals['_WEIGHTSHARE']._serialized_end=1030
-  _globals['_DEPLOYRESPONSE']._serialized_start=1032
-  _globals['_DEPLOYRESPONSE']._serialized_end=1102
-  _globals['_REMOVEMODELREQUEST']._serialized_start=1104
-  _globals['_REMOVEMODELREQUEST']._serialized_end=1175
-  _globals['_REMOVEMODELRESPONSE']._serialized_start=1177
-  _globals['_REMOVEMODELRESPONSE']._serialized_end=1215
-  _globals['_INFERREQUEST']._serialized_start=1217
-  _globals['_INFERREQUEST']._serialized_end=1320
-  _globals['_INFERRESPONSE']._serialized_start=1323
-  _globals['_INFERRESPONSE']._serialized_end=1474
-  _globals['_PARTYSERVICE']._serialized_start=1477
-  _globals['_PARTYSERVICE']._serialized_end=1852
+  _globals['_MODELINFO']._serialized_end=686
+  _globals['_LISTMODELSREQUEST']._serialized_start=688
+  _globals['_LISTMODELSREQUEST']._serialized_end=707
+  _globals['_LISTMODELSRESPONSE']._serialized_start=709
+  _globals['_LISTMODELSRESPONSE']._serialized_end=769
+  _globals['_DEPLOYREQUEST']._serialized_start=771
+  _globals['_DEPLOYREQUEST']._serialized_end=856
+  _globals['_DEPLOYHEADER']._serialized_start=859
+  _globals['_DEPLOYHEADER']._serialized_end=1017
+  _globals['_WEIGHTSHARE']._serialized_start=1019
+  _globals['_WEIGHTSHARE']._serialized_end=1094
+  _globals['_DEPLOYRESPONSE']._serialized_start=1096
+  _globals['_DEPLOYRESPONSE']._serialized_end=1166
+  _globals['_REMOVEMODELREQUEST']._serialized_start=1168
+  _globals['_REMOVEMODELREQUEST']._serialized_end=1239
+  _globals['_REMOVEMODELRESPONSE']._serialized_start=1241
+  _globals['_REMOVEMODELRESPONSE']._serialized_end=1279
+  _globals['_INFERREQUEST']._serialized_start=1281
+  _globals['_INFERREQUEST']._serialized_end=1384
+  _globals['_INFERRESPONSE']._serialized_start=1387
+  _globals['_INFERRESPONSE']._serialized_end=1538
+  _globals['_GENERATEREQUEST']._serialized_start=1541
+  _globals['_GENERATEREQUEST']._serialized_end=1765
+  _globals['_GENERATERESPONSE']._serialized_start=1768
+  _globals['_GENERATERESPONSE']._serialized_end=1937
+  _globals['_ENDSESSIONREQUEST']._serialized_start=1939
+  _globals['_ENDSESSIONREQUEST']._serialized_end=1975
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=1977
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=1997
+  _globals['_VOCABULARYREQUEST']._serialized_start=1999
+  _globals['_VOCABULARYREQUEST']._serialized_end=2050
+  _globals['_VOCABULARYRESPONSE']._serialized_start=2052
+  _globals['_VOCABULARYRESPONSE']._serialized_end=2087
+  _globals['_PARTYSERVICE']._serialized_start=2090
+  _globals['_PARTYSERVICE']._serialized_end=2700
 # @@protoc_insertion_point(module_scope)

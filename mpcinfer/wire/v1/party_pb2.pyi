@@ -40,7 +40,7 @@ class StatusResponse(_message.Message):
     def __init__(self, index: _Optional[int] = ..., parties: _Optional[int] = ..., protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., package_version: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., requests_done: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "version", "deployment_id", "owner", "inputs", "outputs", "reveal", "created_unix_seconds", "parameters", "sizes")
+    __slots__ = ("name", "version", "deployment_id", "owner", "inputs", "outputs", "reveal", "created_unix_seconds", "parameters", "sizes", "context", "vocabulary_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,8 @@ class ModelInfo(_message.Message):
     CREATED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     deployment_id: bytes
@@ -61,7 +63,9 @@ class ModelInfo(_message.Message):
     created_unix_seconds: float
     parameters: int
     sizes: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Size]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., deployment_id: _Optional[bytes] = ..., owner: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., reveal: _Optional[str] = ..., created_unix_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., sizes: _Optional[_Iterable[_Union[_tensor_pb2.Size, _Mapping]]] = ...) -> None: ...
+    context: int
+    vocabulary_digest: bytes
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., deployment_id: _Optional[bytes] = ..., owner: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., reveal: _Optional[str] = ..., created_unix_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., sizes: _Optional[_Iterable[_Union[_tensor_pb2.Size, _Mapping]]] = ..., context: _Optional[int] = ..., vocabulary_digest: _Optional[bytes] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -82,20 +86,22 @@ class DeployRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[DeployHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class DeployHeader(_message.Message):
-    __slots__ = ("request_id", "name", "program", "weights", "size", "digest")
+    __slots__ = ("request_id", "name", "program", "weights", "size", "digest", "vocabulary")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     name: str
     program: bytes
     weights: _containers.RepeatedCompositeFieldContainer[WeightShare]
     size: int
     digest: bytes
-    def __init__(self, request_id: _Optional[bytes] = ..., name: _Optional[str] = ..., program: _Optional[bytes] = ..., weights: _Optional[_Iterable[_Union[WeightShare, _Mapping]]] = ..., size: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    vocabulary: bytes
+    def __init__(self, request_id: _Optional[bytes] = ..., name: _Optional[str] = ..., program: _Optional[bytes] = ..., weights: _Optional[_Iterable[_Union[WeightShare, _Mapping]]] = ..., size: _Optional[int] = ..., digest: _Optional[bytes] = ..., vocabulary: _Optional[bytes] = ...) -> None: ...
 
 class WeightShare(_message.Message):
     __slots__ = ("name", "shape", "frac_bits", "seed")
@@ -158,3 +164,65 @@ class InferResponse(_message.Message):
     online: _tensor_pb2.PhaseCost
     offline: _tensor_pb2.PhaseCost
     def __init__(self, outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., version: _Optional[int] = ..., online: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., offline: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request_id", "model", "version", "parent", "keep", "tokens", "max_new_tokens", "temperature", "top_k", "repetition_penalty")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    request_id: bytes
+    model: str
+    version: int
+    parent: bytes
+    keep: int
+    tokens: _tensor_pb2.Tensor
+    max_new_tokens: int
+    temperature: int
+    top_k: int
+    repetition_penalty: int
+    def __init__(self, request_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., parent: _Optional[bytes] = ..., keep: _Optional[int] = ..., tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[int] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[int] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("taken", "outputs", "online", "offline", "version")
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    ONLINE_FIELD_NUMBER: _ClassVar[int]
+    OFFLINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    taken: int
+    outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    online: _tensor_pb2.PhaseCost
+    offline: _tensor_pb2.PhaseCost
+    version: int
+    def __init__(self, taken: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., online: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., offline: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+
+class EndSessionRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+
+class EndSessionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VocabularyRequest(_message.Message):
+    __slots__ = ("model", "version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class VocabularyResponse(_message.Message):
+    __slots__ = ("chunk",)
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    chunk: bytes
+    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...

@@ -61,6 +61,21 @@ class PartyServiceStub(object):
                 request_serializer=mpcinfer_dot_v1_dot_party__pb2.InferRequest.SerializeToString,
                 response_deserializer=mpcinfer_dot_v1_dot_party__pb2.InferResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/mpcinfer.v1.PartyService/Generate',
+                request_serializer=mpcinfer_dot_v1_dot_party__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_party__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/mpcinfer.v1.PartyService/EndSession',
+                request_serializer=mpcinfer_dot_v1_dot_party__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_party__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
+        self.Vocabulary = channel.unary_stream(
+                '/mpcinfer.v1.PartyService/Vocabulary',
+                request_serializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyResponse.FromString,
+                _registered_method=True)
 
 
 class PartyServiceServicer(object):
@@ -102,6 +117,28 @@ class PartyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Role client or owner. A language model goes on with a text: one answer for each step, with this party's share of a
+        token once there is one. To stop, cancel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Role client or owner, its own sessions only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Vocabulary(self, request, context):
+        """Role client or owner. The public side of a language model: tokenizer and chat template, in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PartyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +166,21 @@ def add_PartyServiceServicer_to_server(servicer, server):
                     servicer.Infer,
                     request_deserializer=mpcinfer_dot_v1_dot_party__pb2.InferRequest.FromString,
                     response_serializer=mpcinfer_dot_v1_dot_party__pb2.InferResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=mpcinfer_dot_v1_dot_party__pb2.GenerateRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_party__pb2.GenerateResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=mpcinfer_dot_v1_dot_party__pb2.EndSessionRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_party__pb2.EndSessionResponse.SerializeToString,
+            ),
+            'Vocabulary': grpc.unary_stream_rpc_method_handler(
+                    servicer.Vocabulary,
+                    request_deserializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +320,87 @@ class PartyService(object):
             '/mpcinfer.v1.PartyService/Infer',
             mpcinfer_dot_v1_dot_party__pb2.InferRequest.SerializeToString,
             mpcinfer_dot_v1_dot_party__pb2.InferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mpcinfer.v1.PartyService/Generate',
+            mpcinfer_dot_v1_dot_party__pb2.GenerateRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_party__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.PartyService/EndSession',
+            mpcinfer_dot_v1_dot_party__pb2.EndSessionRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_party__pb2.EndSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Vocabulary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mpcinfer.v1.PartyService/Vocabulary',
+            mpcinfer_dot_v1_dot_party__pb2.VocabularyRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_party__pb2.VocabularyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,106 @@
+"""What the lane does for owners and clients: one function for each kind of request."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mpcinfer.errors import AbortedError, NotFoundError
+from mpcinfer.graph.interpret import interpret
+from mpcinfer.party.catalogue import Catalogue, Model
+from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.inbox import Job
+from mpcinfer.party.stepping import Phase, Refused, Stepping, tapes
+from mpcinfer.protocol.tracing import Plan
+from mpcinfer.protocol.types import Shared
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a request to infer brings: this party's shares of inputs that were checked against this model."""
+
+    model: Model
+    inputs: list[Shared]
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """This party's output shares and what they cost."""
+
+    model: Model
+    outputs: list[Shared]
+    online: Phase
+    offline: Phase
+
+
+def found(catalogue: Catalogue, admitted: Model, step: dict[str, Any]) -> Model:
+    """Exactly the deployment for which this party has checked a request, and party 0 too."""
+    model = catalogue.find(admitted.name, admitted.version)
+    if not model.id == admitted.id == bytes.fromhex(step["deployment"]):
+        raise AbortedError("the model was deployed anew while the request waited; send it again")
+    return model
+
+
+def infer(by: Stepping, catalogue: Catalogue, epoch: Epoch, job: Job, step: dict[str, Any]) -> Inferred:
+    """Evaluate a model on shares of inputs."""
+    admitted, inputs = job.content.model, job.content.inputs
+    own_tape, mask_tape = tapes(step, 2)
+
+    def prepare() -> tuple[Model, Plan, bytes]:
+        model = found(catalogue, admitted, step)
+        return model, *model.plan([x.shape for x in inputs], epoch.mesh.parties)
+
+    model, plan, digest = by.agreed(epoch, prepare)
+    by.masked(epoch, model, mask_tape)
+    began, sent = time.perf_counter(), epoch.mesh.bytes_sent
+    tape = by.deal(epoch, own_tape, plan, digest, model.weights)
+    offline = Phase(time.perf_counter() - began, 0, epoch.mesh.bytes_sent - sent, tape.dealer_bytes)
+    holdings = model.holdings()
+    outputs, online = by.execute(
+        epoch, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
+    )
+    return Inferred(model, outputs, online, offline)
+
+
+def deploy(by: Stepping, catalogue: Catalogue, epoch: Epoch, job: Job, step: dict[str, Any]) -> Model:
+    """Commit a staged upload everywhere or nowhere."""
+    name, owner = job.facts["name"], job.caller
+    version = by.agreed(epoch, lambda: catalogue.next_version(name, owner))
+    notes = by.vote(epoch, None, f"{version} {secrets.token_hex(32)}")
+    # the id depends on fresh randomness of every party, so no attempt ever shares its masks with another
+    version = max(int(n.partition(" ")[0]) for n in notes.values())
+    nonces = "".join(notes[i].partition(" ")[2] for i in sorted(notes))
+    deployment = hashlib.sha256(f"{step['id']} {nonces}".encode()).digest()
+    try:
+        model: Model = by.agreed(epoch, lambda: catalogue.commit(job.id, deployment, version))
+        by.masked(epoch, model, tapes(step, 1)[0])
+    except BaseException:
+        catalogue.remove(deployment)
+        raise
+    # From here on another party may have seen that all are done: if this vote fails, the next epoch settles it.
+    by.vote(epoch, None)
+    catalogue.confirm(model)
+    _log.info("model %s version %d deployed by %s", name, version, owner)
+    return model
+
+
+def remove(by: Stepping, catalogue: Catalogue, epoch: Epoch, job: Job, step: dict[str, Any]) -> int:
+    """Delete versions of a model: how many."""
+    name, version = job.facts["name"], job.facts["version"]
+
+    by.agreed(epoch, lambda: catalogue.next_version(name, job.caller))  # refuses other owners
+    # A party whose file is damaged or gone does not know what is in it; another one does.
+    notes = by.vote(epoch, None, " ".join(i.hex() for i in catalogue.matching(name, version)))
+    deployments = {bytes.fromhex(i) for note in notes.values() for i in note.split()}
+    if not deployments:
+        raise Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
+    for deployment in deployments:
+        catalogue.remove(deployment)
+    _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
+    return len(deployments)

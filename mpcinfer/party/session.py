@@ -1,0 +1,204 @@
+"""Sessions: texts whose keys and values this party holds shares of, from one step to the next.
+
+All that happens to a session happens in steps, so it is the same at all parties. Only party 0 looks at the clock and
+says which sessions to forget.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mpcinfer.errors import BusyError, ConflictError, ContextLengthError, NotFoundError
+from mpcinfer.graph.program import Program
+from mpcinfer.party.catalogue import Model
+from mpcinfer.protocol.cache import CacheUse, RowStore, joined
+from mpcinfer.protocol.types import Cached, Shared
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Slot:
+    """The rows of a text and of all that continue or change it: shares, and what was opened of them, by cache."""
+
+    id: bytes
+    shares: dict[str, RowStore] = field(repr=False)
+    masked: dict[str, RowStore] = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        """How many rows have been appended to each cache."""
+        return next(iter(self.shares.values())).count
+
+
+@dataclass
+class Session:
+    """One text: which rows of its slot it is made of, and this party's shares of its tokens' indices, [1, length].
+
+    `token`: the one that was chosen last, which no step has taken in yet. `request`: the answer to whoever began it.
+    """
+
+    id: bytes
+    caller: str
+    model: Model
+    slot: Slot
+    runs: Runs
+    tokens: torch.Tensor = field(repr=False)
+    token: Shared | None = field(default=None, repr=False)
+    request: Future[Any] = field(default_factory=Future, repr=False)
+    touched: float = field(default_factory=time.monotonic)
+
+    @property
+    def active(self) -> bool:
+        """Whether its request is being worked on."""
+        return not self.request.done()
+
+    @property
+    def length(self) -> int:
+        """How many tokens have been taken in."""
+        return sum(end - first for first, end in self.runs)
+
+    def use(self) -> CacheUse:
+        """What to tell the dealer."""
+        return CacheUse(self.slot.id, self.runs, self.slot.count)
+
+    def caches(self, room: int) -> dict[str, Cached]:
+        """The caches, with room for so many rows."""
+        if not self.runs:
+            none = [(c, torch.zeros(c.shape, dtype=torch.int64)) for c in self.model.program.caches]
+            return {c.name: Cached(c.name, rows, rows, room, c.frac_bits) for c, rows in none}
+        return {
+            c.name: Cached(
+                c.name,
+                self.slot.shares[c.name].read(self.runs),
+                self.slot.masked[c.name].read(self.runs),
+                room,
+                c.frac_bits,
+            )
+            for c in self.model.program.caches
+        }
+
+    def grow(self, grown: list[Cached], tokens: Shared) -> None:
+        """Take in what a step has appended, for these tokens."""
+        first, new = self.slot.count, tokens.shape[1]
+        for cache in grown:
+            self.slot.shares[cache.name].append(cache.share[..., -new:, :])
+            self.slot.masked[cache.name].append(cache.masked[..., -new:, :])
+        self.runs = tuple(joined([*self.runs, (first, first + new)]))
+        self.tokens = torch.cat([self.tokens, tokens.share], dim=1)
+        self.touched = time.monotonic()
+
+
+class Sessions:
+    """The sessions of this party. The lane's thread changes them; others may look."""
+
+    def __init__(self, most: int, megabytes: int, idle_seconds: float) -> None:
+        self._most = most
+        self._megabytes = megabytes
+        self._idle_seconds = idle_seconds
+        self._sessions: dict[bytes, Session] = {}
+        self._ending: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def rows(self, program: Program) -> int:
+        """How many rows a slot of this model may have here."""
+        return (self._megabytes << 20) // row_bytes(program)
+
+    def find(self, session_id: bytes, caller: str, model: Model) -> Session:
+        """A session of this caller and model; NotFoundError for any other."""
+        session = self._sessions.get(session_id)
+        if session is None or session.caller != caller or session.model.id != model.id:
+            raise NotFoundError("there is no such session (any more); send the text from its beginning")
+        return session
+
+    def begin(
+        self, session_id: bytes, caller: str, model: Model, parent: bytes, keep: int, tape: bytes, more: int
+    ) -> Session:
+        """A new text, or one that keeps the first tokens of another, to which `more` tokens may be added.
+
+        ContextLengthError if it would be longer than the model takes or than there is memory for, BusyError if there
+        are as many sessions as there may be, NotFoundError if the parent is gone.
+        """
+        if session_id in self._sessions:
+            raise ConflictError("a session with this id exists; draw a new id for every request")
+        if len(self._sessions) >= self._most:
+            raise BusyError(f"{self._most} sessions are in use; try again later")
+        names = [c.name for c in model.program.caches]
+        if parent:
+            origin = self.find(parent, caller, model)
+            if not 0 <= keep <= origin.length:
+                raise NotFoundError(f"the session has {origin.length} tokens, fewer than are to be kept")
+            slot, runs, tokens = origin.slot, first_rows(origin.runs, keep), origin.tokens[:, :keep]
+        else:
+            keep = 0
+            slot = Slot(tape, {name: RowStore() for name in names}, {name: RowStore() for name in names})
+            runs, tokens = (), torch.empty((1, 0), dtype=torch.int64)
+        self.check_length(model.program, keep, more, slot.count)
+        session = Session(session_id, caller, model, slot, runs, tokens)
+        self._sessions[session_id] = session
+        return session
+
+    def check_length(self, program: Program, keep: int, more: int, appended: int = 0) -> None:
+        """ContextLengthError unless a text of keep + more tokens fits the model, and its rows this party's memory."""
+        if keep + more > program.context:
+            raise ContextLengthError(
+                f"the text and its answer have up to {keep + more} tokens and the model takes {program.context}: "
+                "shorten the text, or ask for fewer tokens"
+            )
+        if appended + more > self.rows(program):
+            raise ContextLengthError(
+                f"a session may take {self._megabytes} MiB of memory at a party (session_mb), which is "
+                f"{self.rows(program)} tokens of this model, those that were changed included: begin a new one, with a "
+                "shorter text"
+            )
+
+    def idle(self) -> list[bytes]:
+        """Party 0: which sessions to forget now."""
+        now = time.monotonic()
+        resting = sorted((s for s in self._sessions.values() if not s.active), key=lambda s: s.touched)
+        crowd = max(0, len(self._sessions) - (self._most - 1))
+        over = {s.id for s in resting[:crowd]} | {s.id for s in resting if now - s.touched > self._idle_seconds}
+        ended = {i for i in self._ending if i in self._sessions and not self._sessions[i].active}
+        return sorted(over | ended)
+
+    def end(self, session_id: bytes, caller: str) -> None:
+        """Its client does not need a session any more."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.caller == caller:
+            self._ending.add(session_id)
+
+    def forget(self, ids: list[bytes]) -> list[bytes]:
+        """Drop sessions; the slots that no session is left of."""
+        gone = [self._sessions.pop(i) for i in ids if i in self._sessions]
+        self._ending.difference_update(ids)
+        kept = {s.slot.id for s in self._sessions.values()}
+        return sorted({s.slot.id for s in gone} - kept)
+
+    def clear(self) -> None:
+        """The epoch has ended, and with it the masks of all rows."""
+        self._sessions.clear()
+        self._ending.clear()
+
+
+def first_rows(runs: Runs, count: int) -> Runs:
+    """The first `count` rows of these runs."""
+    kept = []
+    for first, end in runs:
+        take = min(count, end - first)
+        if take:
+            kept.append((first, first + take))
+        count -= take
+    return tuple(kept)
+
+
+def row_bytes(program: Program) -> int:
+    """What a token's rows take at a party: shares, and what was opened."""
+    return sum(16 * math.prod(size for size in c.shape if size) for c in program.caches)
