@@ -126,7 +126,7 @@ class Detokenizer:
 
 
 class StopTexts:
-    """Finds the first of several texts in one that comes in pieces; holds back what may be its beginning."""
+    """Finds in a text that comes in pieces the first of several others; holds back what may be its beginning."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
@@ -135,9 +135,9 @@ class StopTexts:
     def feed(self, text: str) -> tuple[str, bool]:
         """What may be shown now, and whether a stop text is complete: then nothing more may."""
         self._held += text
-        starts = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if starts:
-            safe, self._held = self._held[: min(starts)], ""
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:  # the one that is complete first, in whatever pieces it came
+            safe, self._held = self._held[: min(found)[1]], ""
             return safe, True
         most = max(map(len, self._stops), default=1) - 1
         begins = (n for n in range(min(most, len(self._held)), 0, -1) if self._begins(self._held[-n:]))
