@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 from assets import guard_parameters, minilm, open_nsfw
-from pretrained import GUARD_LABELS, mnist_network, prompt_guard, sentence_encoder
+from pretrained import GUARD_LABELS, language_model, mnist_network, prompt_guard, sentence_encoder
+from tokenizers import Tokenizer as Library
 from torch import nn
 
-from mpcinfer.client.text import Tokenizer
+from mpcinfer.client.text import Detokenizer, Tokenizer
+from mpcinfer.models.decoder import Decoder
 from mpcinfer.models.loaded import InputSpec, Sizes
+from mpcinfer.models.vocabulary import Vocabulary
 from tests.models.oracle import transformers
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(600)]
@@ -68,6 +71,40 @@ def test_the_guard_says_what_its_classifier_says() -> None:
     assert (logits.softmax(1)[:, 1] - score).abs().max() <= 1e-5
     verdicts = [GUARD_LABELS[i] for i in logits.argmax(1)]
     assert verdicts == ["injection"] * len(ATTACKS) + ["benign"] * len(HARMLESS)
+
+
+@pytest.mark.slow
+def test_the_language_model_answers() -> None:
+    loaded = language_model(context=64)
+    model, vocabulary = loaded.module, loaded.vocabulary
+    assert isinstance(model, Decoder) and vocabulary is not None and loaded.context == 64
+    assert Vocabulary.from_bytes(vocabulary.to_bytes()) == vocabulary
+    assert (vocabulary.bos, vocabulary.eos, vocabulary.stop) == ("<|im_start|>", "<|im_end|>", (0, 2))
+    tokenizer = Tokenizer.of(vocabulary, loaded.context)
+    for text in SENTENCES:
+        assert tokenizer.decode(tokenizer.ids(text)) == text
+
+    def answer(ids: torch.Tensor, tokens: int) -> str:
+        """What it writes, greedily."""
+        stream, text, caches = Detokenizer(tokenizer, ids), "", model.empty_caches()
+        for _ in range(tokens):
+            with torch.no_grad():
+                logits, *caches = model(ids.reshape(1, -1), *caches)
+            ids = logits.argmax(-1)
+            if ids.item() in vocabulary.stop:
+                break
+            text += stream.feed(int(ids))
+        return text + stream.flush()
+
+    assert answer(tokenizer.ids("The capital of France is"), 5).startswith(" Paris")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.chat(question)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Library.from_str(vocabulary.tokenizer), bos_token=vocabulary.bos, eos_token=vocabulary.eos
+    )
+    theirs.chat_template = vocabulary.template
+    assert ids.tolist() == theirs.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    assert "Paris" in answer(ids, 20)
 
 
 def test_the_others_are_what_they_should_be() -> None:

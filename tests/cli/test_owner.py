@@ -148,13 +148,13 @@ def test_all_refusals_with_their_places(shell: Shell, world: FakeCluster, monkey
     assert not world.parties[0].uploads
 
 
-def test_pickles_and_gguf_are_refused(shell: Shell, world: FakeCluster) -> None:
+def test_pickles_and_damaged_files_are_refused(shell: Shell, world: FakeCluster) -> None:
     torch.save(mlp().state_dict(), "m.pt2")
     Path("m.gguf").write_bytes(b"GGUF" + bytes(20))
-    for file, word in (("m.pt2", "torch.export.save"), ("m.gguf", "Hugging Face")):
+    for file, code, word in (("m.pt2", 1, "torch.export.save"), ("m.gguf", 2, "damaged or truncated GGUF file")):
         for arguments in (("explain", file), ("deploy", file, "--name", "m")):
             done = shell(*arguments)
-            assert done.code == 1 and word in done.err
+            assert done.code == code and word in done.err
 
 
 def test_samples(shell: Shell, world: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:

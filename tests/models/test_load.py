@@ -24,7 +24,7 @@ from mpcinfer.models.loaded import InputSpec, Loaded
 def importers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the importers of this package are asked for; they answer with a model of no operators."""
     asked: list[tuple[Any, ...]] = []
-    for name in ("huggingface", "onnx"):
+    for name in ("huggingface", "huggingface_decoder", "gguf", "onnx"):
 
         def importer(*arguments: Any, name: str = name) -> Loaded:
             asked.append((name, *arguments))
@@ -88,6 +88,27 @@ def test_a_hugging_face_directory(tmp_path: Path, importers: list[tuple[Any, ...
     assert importers == [("huggingface", tmp_path, "fill-mask")]
 
 
+def test_decoders(tmp_path: Path, importers: list[tuple[Any, ...]]) -> None:
+    path = tmp_path / "model.onnx"  # the name says nothing
+    path.write_bytes(b"GGUF")
+    assert load(path).kind == "gguf"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert load(tmp_path, task="text-generation").kind == "huggingface_decoder"
+    assert importers == [("gguf", path, None), ("huggingface_decoder", tmp_path, "text-generation", None)]
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"model_type": 1}', '{"model_type": "gemma2"}'])
+def test_other_configurations_are_no_decoders(tmp_path: Path, importers: list[tuple[Any, ...]], config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert load(tmp_path).kind == "huggingface"
+
+
+def test_only_decoders_have_a_context(tmp_path: Path, importers: list[tuple[Any, ...]]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="only these have a context to choose"):
+        load(tmp_path, context=5)
+
+
 def test_pickles_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = nn.Linear(3, 2), tmp_path / "m.pt2"
     pickles: list[Any] = [
@@ -108,7 +129,8 @@ def test_other_files(tmp_path: Path) -> None:
         with pytest.raises(kind, match=words):
             load(path)
 
-    refused(b"GGUF\x03\0\0\0" + bytes(40), UnsupportedError, "GGUF.*Hugging Face")
+    refused(b"GGUF\x03\0\0\0" + bytes(40), InputError, "lacks general.architecture")
+    refused(b"GGUF\x03", InputError, "damaged or truncated GGUF file")
     refused(b"hello, world", InputError, "no model")
     refused(b"PK\x03\x04 but no more", InputError, "damaged")
     save_file({"w": torch.zeros(2)}, tmp_path / "w")
