@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -137,6 +138,71 @@ class Connection:
         if failures:
             raise min(failures, key=_distance)
         return [finished_call.result() for finished_call in calls]
+
+    @contextmanager
+    def stream(
+        self, method: str, requests: Sequence[Any], *, timeout: float
+    ) -> Iterator[tuple[Iterator[list[Any]], Callable[[], None]]]:
+        """Make a call that has many answers at all parties: the answers, one of each party at a time, and how to stop.
+
+        The first error ends it everywhere, as in `call`. Leaving stops it.
+        """
+        deadline = time.monotonic() + timeout
+        links = self._open(max(0.001, min(timeout, CONNECT_TIMEOUT)))
+        calls: list[Any] = []
+        arrived: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in links]
+
+        def pump(index: int) -> None:
+            try:
+                for answer in calls[index]:
+                    arrived[index].put(answer)
+                arrived[index].put(None)
+            except grpc.RpcError:
+                for inbox in arrived:  # whoever waits for another party learns of it too
+                    inbox.put(index)
+
+        def stop() -> None:
+            for call in calls:
+                call.cancel()
+
+        def failed(index: int) -> MpcInferError:
+            """The error nearest to the cause, of those that come together."""
+            patience, failures = time.monotonic() + _GRACE, []
+            for i, call in enumerate(calls):
+                while not call.done() and i != index and time.monotonic() < patience:
+                    time.sleep(0.01)
+                if call.done() and call.code() is not grpc.StatusCode.OK:
+                    failures.append(self._failure(i, links[i], call))
+                    if call.details() == "Deadline Exceeded":
+                        failures[-1] = DeadlineError(f"{method} took longer than {timeout:g} s; allow it more time")
+            return min(failures, key=_distance)
+
+        def answers() -> Iterator[list[Any]]:
+            while True:
+                step = [inbox.get() for inbox in arrived]
+                lost = [item for item in step if isinstance(item, int)]
+                if lost:
+                    raise failed(lost[0])
+                if None in step:
+                    return
+                yield step
+
+        try:
+            for link, request in zip(links, requests, strict=True):
+                left = max(deadline - time.monotonic(), 0.001)
+                calls.append(getattr(link.stub, method)(request, timeout=left))
+            for index in range(len(calls)):
+                threading.Thread(target=pump, args=[index], name="answers", daemon=True).start()
+            yield answers(), stop
+        finally:
+            stop()
+
+    def forget_session(self, session: bytes) -> None:
+        """Tell the parties, who would find out anyway, that a session is not needed any more; waits for nothing."""
+        request = party_pb2.EndSessionRequest(session=session)
+        for link in self._links:
+            if link is not None:
+                link.stub.EndSession.future(request, timeout=LIST_TIMEOUT)
 
     def models(self, name: str | None = None, *, timeout: float = LIST_TIMEOUT) -> list[Model]:
         """The deployed models (only those called `name`, if given), by name and version.

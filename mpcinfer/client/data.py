@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,8 +24,11 @@ from mpcinfer.client.cluster import (
     cluster_status,
     wait_until_ready,
 )
+from mpcinfer.client.generation import Message, Prompt, Settings
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model, TensorSpec
+from mpcinfer.client.text import Tokenizer
+from mpcinfer.client.writing import Answer, Memory
 from mpcinfer.config import Cluster
 from mpcinfer.errors import (
     AbortedError,
@@ -37,6 +42,7 @@ from mpcinfer.errors import (
     StoreError,
 )
 from mpcinfer.graph.sizes import BATCH, agrees, filled, solve
+from mpcinfer.models.vocabulary import Vocabulary
 from mpcinfer.ring import prg
 from mpcinfer.ring.codec import FixedPoint, check_indices
 from mpcinfer.ring.domain import Ring
@@ -50,6 +56,7 @@ Cost = dict[str, dict[str, float]]
 MAX_REQUEST_BYTES = 64 * 2**20
 _READY_TIMEOUT = 15.0
 _MAX_CALLS = 64
+GENERATE_TIMEOUT = 3600.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -61,6 +68,8 @@ class Client:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._models: dict[tuple[str, int], Model] = {}
+        self._texts: dict[str, tuple[Tokenizer, Vocabulary]] = {}
+        self._memory = Memory()
         self.last_cost: Cost | None = None
         """What the last answer cost: {"online": {"seconds", "rounds", "bytes_sent_per_party"}, "offline": {"seconds",
         "rounds", "bytes_sent_per_party", "bytes_sent_by_dealer"}}; seconds and bytes per party of the slowest and the
@@ -92,6 +101,8 @@ class Client:
         """
         deadline = time.monotonic() + timeout
         model = self._model(name, version, deadline)
+        if model.context:
+            raise InputError(f"{name!r} is a language model: it generates")
         try:
             return self._infer(model, inputs, deadline)
         except NotFoundError:
@@ -101,6 +112,93 @@ class Client:
             if found == model:
                 raise
             return self._infer(found, inputs, deadline)
+
+    def generate(
+        self,
+        name: str,
+        prompt: Prompt | Sequence[int],
+        settings: Settings | None = None,
+        *,
+        version: int = 0,
+        timeout: float = GENERATE_TIMEOUT,
+        stream: bool = True,
+        **changes: Any,
+    ) -> Answer:
+        """Have a language model continue a text, or answer in a conversation, within `timeout` seconds.
+
+        prompt: a text, messages such as {"role": "user", "content": "..."}, or token ids. settings, and `changes` to
+        them by name (max_new_tokens, temperature, top_k, repetition_penalty, stop): see `Settings`. The answer is
+        iterated over as it is written; with stream=False it is complete. What the parties still hold of a text that
+        begins in the same way is not sent again. Raises ContextLengthError for too long a text, InputError for models
+        that write no text, and while it is written what `infer` raises.
+        """
+        deadline = time.monotonic() + timeout
+        model = self._model(name, version, deadline)
+        settings = replace(settings or Settings(), **changes)
+        tokenizer, stop = None, tuple[int, ...]()
+        if model.vocabulary_digest:
+            tokenizer, vocabulary = self._text(model, deadline)
+            stop = vocabulary.stop
+        if not model.context:
+            raise InputError(f"{name!r} is no language model: it has outputs to infer, but writes no text")
+        if isinstance(prompt, str) or any(isinstance(part, Mapping) for part in prompt):
+            if tokenizer is None:
+                raise InputError(f"{name!r} was deployed without a tokenizer: give token ids")
+            ids = tokenizer.ids(prompt) if isinstance(prompt, str) else tokenizer.chat(cast(Sequence[Message], prompt))
+        else:
+            ids = check_indices(torch.tensor(list(prompt)), model.inputs[0].limit, "the prompt")
+            if not len(ids):
+                raise InputError("the prompt has no token")
+        left = deadline - time.monotonic()
+        answer = Answer(self._connection, self._memory, model, tokenizer, ids.tolist(), settings, stop, left)
+        if not stream:
+            for _ in answer:
+                pass
+        return answer
+
+    def embed(self, name: str, texts: Sequence[str], *, timeout: float = 60.0) -> list[torch.Tensor]:
+        """What an encoder makes of each text: one vector, float32. Texts of equal length share a request.
+
+        InputError for a model that was deployed without a tokenizer, or makes no vector of a text.
+        """
+        deadline = time.monotonic() + timeout
+        model = self._model(name, 0, deadline)
+        if not model.vocabulary_digest or model.context or len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise InputError(f"{name!r} does not embed texts: it needs a tokenizer, one input and one output")
+        tokenizer, _ = self._text(model, deadline)
+        ids = [tokenizer.ids(text) for text in texts]
+        batched = len(model.inputs[0].shape) == 2
+        found: dict[int, torch.Tensor] = {}
+        for length in sorted({len(each) for each in ids}):
+            places = [i for i, each in enumerate(ids) if len(each) == length]
+            groups = [places] if batched else [[i] for i in places]
+            for group in groups:
+                x = torch.stack([ids[i] for i in group]) if batched else ids[group[0]]
+                y = self.infer(name, x, version=model.version, timeout=deadline - time.monotonic())
+                found.update(zip(group, y if batched else [y], strict=True))
+        return [found[i].reshape(-1) for i in range(len(ids))]
+
+    def vocabulary(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> Vocabulary:
+        """Tokenizer and chat template of a model, as its owner deployed them. InputError if there are none."""
+        deadline = time.monotonic() + timeout
+        return self._text(self._model(name, version, deadline), deadline)[1]
+
+    def _text(self, model: Model, deadline: float) -> tuple[Tokenizer, Vocabulary]:
+        """The text side of a model, the same from every party."""
+        digest = model.vocabulary_digest
+        if not digest:
+            raise InputError(f"{model.name!r} was deployed without a tokenizer")
+        if digest not in self._texts:
+            request = party_pb2.VocabularyRequest(model=model.name, version=model.version)
+            requests = [request] * self._connection.cluster.n
+            with self._connection.stream("Vocabulary", requests, timeout=deadline - time.monotonic()) as (parts, _):
+                # the parties' listings agree on the digest, so one of them will do
+                data = b"".join(part[0].chunk for part in parts)
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ProtocolError(f"party/0 answered with another vocabulary of {model.name!r} than it has announced")
+            vocabulary = Vocabulary.from_bytes(data)
+            self._texts[digest] = Tokenizer.of(vocabulary, model.context or None), vocabulary
+        return self._texts[digest]
 
     def models(self) -> list[Model]:
         """The deployed models, by name and version. AgreementError if the parties hold different ones."""

@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from mpcinfer.client.text import Tokenizer
 from mpcinfer.errors import InputError
+from mpcinfer.graph.capture import Captured, capture
+from mpcinfer.models.decoder import Decoder
 from mpcinfer.models.loaded import InputSpec, Loaded, Sizes
 
 # a free size of the examples: large enough to say something of sums, small enough to be evaluated quickly
@@ -87,6 +90,40 @@ def example_inputs(loaded: Loaded, specs: Sequence[InputSpec] = (), samples: Seq
     made = tuple(_made_up(loaded, spec) for spec in specs)
     sentences = loaded.tokenizer is not None and all(spec.dtype == "int" for spec in specs)
     return Examples(specs, made, "built-in sentences" if sentences else "made-up numbers", False, dynamic_shapes)
+
+
+def captured_model(loaded: Loaded, examples: Examples | None = None, *, reveal: str = "", **options: Any) -> Captured:
+    """A loaded model as `graph.capture.capture` makes it a Program, with examples made up unless they are given.
+
+    reveal: "" stands for "tokens" if it is a language model, for "logits" if not. options: as of `capture`.
+    """
+    if isinstance(loaded.module, Decoder):
+        tokens = examples.tensors[0] if examples is not None and examples.real else text_tokens(loaded)
+        return capture(
+            loaded.module,
+            loaded.module.example_inputs(tokens),
+            dynamic_shapes=loaded.module.dynamic_shapes(),
+            calibration=[tokens],
+            reveal=reveal or "tokens",
+            **options,
+        )
+    examples = examples or example_inputs(loaded)
+    return capture(
+        loaded.module, examples.tensors, dynamic_shapes=examples.dynamic_shapes, reveal=reveal or "logits", **options
+    )
+
+
+def text_tokens(loaded: Loaded) -> torch.Tensor:
+    """A text for a language model to be calibrated on, as it is read from its beginning, [1, length]."""
+    assert isinstance(loaded.module, Decoder)
+    config = loaded.module.config
+    if loaded.vocabulary is None:
+        ids = torch.arange(config.vocabulary)
+    else:
+        read = Tokenizer.of(loaded.vocabulary)
+        asked = [{"role": "user", "content": " ".join(_SENTENCES)}]
+        ids = read.chat(asked) if loaded.vocabulary.template else read.ids(" ".join(_SENTENCES))
+    return ids[: min(_EXAMPLE_SIZE, config.context)].reshape(1, -1)
 
 
 def _names(specs: Sequence[InputSpec]) -> dict[tuple[int, Sizes], str]:

@@ -39,6 +39,8 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     created: float
     sizes: tuple[Size, ...] = (Size(BATCH),)
+    context: int = 0  # of a language model: how many tokens a text and its answer may have
+    vocabulary_digest: str = ""
 
     @staticmethod
     def parse(info: party_pb2.ModelInfo) -> Model:
@@ -55,6 +57,8 @@ class Model:
             created=info.created_unix_seconds,
             # a party of before there were others says nothing: the one there was is the batch
             sizes=tuple(Size(s.name, s.low, s.high) for s in info.sizes) or (Size(BATCH),),
+            context=info.context,
+            vocabulary_digest=info.vocabulary_digest.hex(),
         )
 
     @property

@@ -6,17 +6,21 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from mpcinfer.client.cluster import CONNECT_TIMEOUT, LIST_TIMEOUT, Connection
+from mpcinfer.client.examples import captured_model
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model
 from mpcinfer.config import Cluster
 from mpcinfer.errors import AgreementError
 from mpcinfer.graph.capture import Captured, capture
+from mpcinfer.models.load import load
+from mpcinfer.models.vocabulary import Vocabulary
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import split
 from mpcinfer.wire.identity import Identity
@@ -96,11 +100,41 @@ class ModelOwner:
         )
         return self.upload(captured, name=name, progress=progress, timeout=timeout)
 
-    def upload(
-        self, captured: Captured, *, name: str, progress: Progress | None = None, timeout: float = DEPLOY_TIMEOUT
+    def deploy_file(
+        self,
+        path: AnyPath,
+        *,
+        name: str,
+        context: int | None = None,
+        task: str | None = None,
+        frac_bits: int = 16,
+        reveal: str = "",
+        progress: Progress | None = None,
+        timeout: float = DEPLOY_TIMEOUT,
     ) -> Deployed:
-        """Share what `graph.capture.capture` made of a model, whose weights are taken out of it; else as `deploy`."""
-        upload = _Upload(captured, name, self._connection.cluster.n, progress)
+        """Deploy a model as it lies on disk, with its tokenizer: what `models.load` knows that takes ids of a text.
+
+        reveal: by default "tokens" for a language model, "logits" for others. context: how many tokens a language
+        model's text and answer may have at most. Else as `deploy`.
+        """
+        loaded = load(Path(path), task=task, context=context)
+        captured = captured_model(loaded, frac_bits=frac_bits, reveal=reveal)
+        return self.upload(captured, name=name, vocabulary=loaded.vocabulary, progress=progress, timeout=timeout)
+
+    def upload(
+        self,
+        captured: Captured,
+        *,
+        name: str,
+        vocabulary: Vocabulary | None = None,
+        progress: Progress | None = None,
+        timeout: float = DEPLOY_TIMEOUT,
+    ) -> Deployed:
+        """Share what `graph.capture.capture` made of a model, whose weights are taken out of it; else as `deploy`.
+
+        vocabulary: what clients need to turn text into the model's tokens; public.
+        """
+        upload = _Upload(captured, name, vocabulary, self._connection.cluster.n, progress)
         try:
             answers = self._connection.call("Deploy", upload.streams(), timeout=timeout)
         except Exception:
@@ -141,12 +175,19 @@ class ModelOwner:
 class _Upload:
     """The shares of one model: a seed per weight for all parties but the last, which gets the bytes."""
 
-    def __init__(self, captured: Captured, name: str, parties: int, progress: Progress | None) -> None:
+    def __init__(
+        self, captured: Captured, name: str, vocabulary: Vocabulary | None, parties: int, progress: Progress | None
+    ) -> None:
         self.interrupted: BaseException | None = None
         self._progress = progress
         self._shares: list[memoryview] = []
         self._headers = [
-            party_pb2.DeployHeader(name=name, program=captured.program.to_bytes(), digest=hashlib.sha256().digest())
+            party_pb2.DeployHeader(
+                name=name,
+                program=captured.program.to_bytes(),
+                digest=hashlib.sha256().digest(),
+                vocabulary=vocabulary.to_bytes() if vocabulary is not None else b"",
+            )
             for _ in range(parties)
         ]
         request_id, digest = secrets.token_bytes(16), hashlib.sha256()

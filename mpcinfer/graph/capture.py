@@ -100,8 +100,8 @@ def capture(
     "argmax"; of a language model "tokens" or "logits". Inputs to which the model appends rows, returning them longer,
     are caches (see `Program`). calibration: other values than the example inputs to make limits from, one for each
     input that is no cache; caches are empty then. Parameters and persistent buffers are secret; non-persistent buffers,
-    integers in the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is computed here; outputs that are
-    None are left out.
+    integers in the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is
+    computed here; outputs that are None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
     its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
