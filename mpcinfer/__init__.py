@@ -18,6 +18,7 @@ __all__ = [
     "Client",
     "ConfigError",
     "ConflictError",
+    "ContextLengthError",
     "DeadlineError",
     "Deployed",
     "DtypeError",

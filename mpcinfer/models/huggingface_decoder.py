@@ -71,14 +71,17 @@ def _sizes(config: _Config, family: Family, asked: int | None) -> DecoderConfig:
 def _windows(config: _Config, family: Family, layers: int, context: int) -> tuple[int, ...]:
     """How far each layer looks back; a window that no text is longer than is none."""
     if config.get("attention_types") is not None:  # gpt_neo
-        kinds = [kind for group, times in config["attention_types"] for _ in range(times) for kind in group]
+        try:
+            kinds = [kind for group, times in config["attention_types"] for _ in range(times) for kind in group]
+        except (TypeError, ValueError) as error:
+            raise InputError("attention_types in config.json should list pairs of types and how often") from error
         window = _whole(config, "window_size")
     elif family.windowed or config.get("use_sliding_window"):
         if config.get("sliding_window") is None:
             return (0,) * layers
         first = 0 if family.windowed else config.get("max_window_layers") or 0
         given = config.get("layer_types") if not family.windowed else None
-        kinds = given or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        kinds = list(given or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)])
         window = _whole(config, "sliding_window")
     else:
         return (0,) * layers
@@ -93,7 +96,10 @@ def _windows(config: _Config, family: Family, layers: int, context: int) -> tupl
 
 def _rope(config: _Config, head_dim: int, longest: int) -> Rope:
     """As rope_parameters says, or what older files say in its place."""
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
+        raise UnsupportedError("rotary embeddings that differ from layer to layer are not supported")
+    settings = dict(settings)
     settings.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if settings.get("partial_rotary_factor") not in (None, 1.0):
         raise UnsupportedError("partial_rotary_factor is set in config.json, which is not supported for decoders")
@@ -103,7 +109,8 @@ def _rope(config: _Config, head_dim: int, longest: int) -> Rope:
         return rope.plain(theta, head_dim)
     if kind == "linear":
         return rope.linear(theta, head_dim, _number(settings, "factor"))
-    original = int(settings.get("original_max_position_embeddings") or longest)
+    given = "original_max_position_embeddings"
+    original = _whole(settings, given) if settings.get(given) is not None else longest
     if kind == "llama3":
         low, high = _number(settings, "low_freq_factor"), _number(settings, "high_freq_factor")
         return rope.llama3(theta, head_dim, _number(settings, "factor"), low, high, original)
@@ -115,19 +122,21 @@ def _rope(config: _Config, head_dim: int, longest: int) -> Rope:
             factor,
             original,
             magnitude=_magnitude(settings, factor),
-            beta_fast=settings.get("beta_fast") or 32.0,
-            beta_slow=settings.get("beta_slow") or 1.0,
-            truncate=settings.get("truncate", True),
+            beta_fast=_number({"beta_fast": 32.0} | settings, "beta_fast"),
+            beta_slow=_number({"beta_slow": 1.0} | settings, "beta_slow"),
+            truncate=bool(settings.get("truncate", True)),
         )
     raise UnsupportedError(f"rotary embeddings of type {kind!r}: only default, linear, llama3 and yarn are supported")
 
 
 def _magnitude(settings: _Config, factor: float) -> float | None:
     """YaRN's, where it isn't what follows from the factor alone."""
-    given, one, all_dims = (settings.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is None and one and all_dims and factor > 1:
-        return float((0.1 * one * math.log(factor) + 1) / (0.1 * all_dims * math.log(factor) + 1))
-    return None if given is None else float(given)
+    if settings.get("attention_factor") is not None:
+        return _number(settings, "attention_factor")
+    if settings.get("mscale") and settings.get("mscale_all_dim") and factor > 1:
+        one, all_dims = (1 + 0.1 * _number(settings, x) * math.log(factor) for x in ("mscale", "mscale_all_dim"))
+        return one / all_dims
+    return None
 
 
 def _whole(config: _Config, name: str) -> int:
@@ -139,6 +148,6 @@ def _whole(config: _Config, name: str) -> int:
 
 def _number(config: _Config, name: str) -> float:
     value = config.get(name)
-    if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InputError(f"config.json should set {name} to a positive number")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mpcinfer.errors import InputError
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -31,11 +33,14 @@ class Rope:
 
 def plain(theta: float, head_dim: int) -> Rope:
     """As in the original paper: frequencies fall geometrically from 1 towards 1 / theta."""
+    if theta <= 1:
+        raise InputError(f"rotary embeddings have a base above 1, not {theta}")
     return Rope(tuple(theta ** (-2 * i / head_dim) for i in range(head_dim // 2)))
 
 
 def linear(theta: float, head_dim: int, factor: float) -> Rope:
     """Positions divided by a factor."""
+    _check(factor)
     return plain(theta, head_dim).divided([factor] * (head_dim // 2))
 
 
@@ -44,6 +49,7 @@ def llama3(
 ) -> Rope:
     """Frequencies that turn more than `high_freq_factor` times in the original context stay, those that turn less than
     `low_freq_factor` times are divided by `factor`, those between are blended."""
+    _check(factor, high_freq_factor - low_freq_factor)
     base = plain(theta, head_dim)
     factors = []
     for speed in base.frequencies:
@@ -66,6 +72,7 @@ def yarn(
     truncate: bool = True,
 ) -> Rope:
     """YaRN (Peng et al. 2023): as llama3, blended linearly by dimension; `magnitude` is 1 + ln(factor) / 10 if None."""
+    _check(factor, theta - 1, beta_fast, beta_slow)
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -78,3 +85,8 @@ def yarn(
     blend = [min(1.0, max(0.0, (i - low) / width)) for i in range(head_dim // 2)]
     scaled = plain(theta, head_dim).divided([1 / (b / factor + 1 - b) for b in blend])
     return replace(scaled, magnitude=(1 + 0.1 * math.log(max(factor, 1.0))) if magnitude is None else magnitude)
+
+
+def _check(*numbers: float) -> None:
+    if any(number <= 0 for number in numbers):
+        raise InputError("the settings by which rotary embeddings are scaled contradict each other")

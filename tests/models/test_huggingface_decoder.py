@@ -128,6 +128,7 @@ def test_a_tied_head_is_one_parameter(tmp_path: Path) -> None:
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ from layer to layer"),
         ("llama", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt_neo", {"attention_types": [[["global", "sparse"], 1]]}, "type sparse"),
@@ -150,7 +151,10 @@ def test_models_that_are_something_else(family: str, settings: dict[str, Any], m
         ("llama", {"vocab_size": 61}, r"embed_tokens.weight has shape \[60, 16\] where config.json demands \[61, 16\]"),
         ("llama", {"num_hidden_layers": 3}, "the checkpoint lacks layers.2"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear"}}, "set factor to a positive number"),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1.0}}, "scaled contradict each other"),
+        ("llama", {"rope_parameters": {"rope_theta": 0.5}}, "a base above 1, not 0.5"),
         ("gpt_neo", {"attention_types": [[["global"], 3]]}, "describes 3 layers of 2"),
+        ("gpt_neo", {"attention_types": ["global"]}, "attention_types in config.json should list pairs"),
     ],
 )
 def test_settings_that_do_not_fit_the_tensors(
