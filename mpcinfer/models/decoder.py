@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        turn: tuple[torch.Tensor, torch.Tensor] | None,
+        turn: torch.Tensor | None,
         mask: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -98,7 +98,8 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
         q, k, v = (each.transpose(1, 2) for each in (self.q_norm(q), self.k_norm(k), v))
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            both = rotate(torch.cat([q, k], 1), turn)
+            q, k = both[:, : q.shape[1]], both[:, q.shape[1] :]
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
         mixed = functional.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=self.grouped
@@ -106,10 +107,11 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2)), keys, values
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[1, heads, length, head_dim] turned by the rows of `Rope.tables`."""
+def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """[1, heads, length, head_dim] turned by rows [length, 2 head_dim] of `Rope.table`: one product in all."""
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([second, first], -1) * sin
+    straight, crossed = (torch.cat([x, second, first], -1) * turn).chunk(2, -1)
+    return straight + crossed
 
 
 class Mlp(nn.Module):
@@ -144,7 +146,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        turn: tuple[torch.Tensor, torch.Tensor] | None,
+        turn: torch.Tensor | None,
         mask: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -158,8 +160,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Ids of new tokens, and what earlier calls left in the cache, to the logits of the token that comes next."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    turn: torch.Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -167,9 +168,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         if config.rope is None:
             self.positions = nn.Embedding(config.context, config.width)
-        else:  # tables that everybody knows: not part of the state, so they are public
-            for name, table in zip(("cos", "sin"), config.rope.tables(config.context), strict=True):
-                self.register_buffer(name, table, persistent=False)
+        else:  # a table that everybody knows: not part of the state, so it is public
+            self.register_buffer("turn", config.rope.table(config.context), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = config.normalisation()
         if not config.tied:
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         if self.config.rope is None:
             x = x + self.positions(positions)
         else:
-            turn = self.cos[positions], self.sin[positions]
+            turn = self.turn[positions]
         grown: list[torch.Tensor] = []
         for i, block in enumerate(self.blocks):
             mask = masks[self.config.windows[i]]

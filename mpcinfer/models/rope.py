@@ -18,12 +18,12 @@ class Rope:
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
 
-    def tables(self, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(c, s), float32 [context, head_dim], by which x turns into x * c + (x with its halves exchanged) * s."""
+    def table(self, context: int) -> torch.Tensor:
+        """[c s], float32 [context, 2 head_dim], by which x turns into x * c + (x with its halves exchanged) * s."""
         speeds = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
         angles = torch.arange(context, dtype=torch.float64, device="cpu")[:, None] * speeds
         cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
-        return torch.cat([cos, cos], 1).float(), torch.cat([-sin, sin], 1).float()
+        return torch.cat([cos, cos, -sin, sin], 1).float()
 
     def divided(self, factors: Sequence[float]) -> Rope:
         """With each frequency divided by a factor of its own."""

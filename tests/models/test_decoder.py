@@ -82,8 +82,8 @@ def test_one_exported_program_of_whole_operators_serves_every_step(style: str) -
 
 def test_a_tied_head_is_one_parameter_and_tables_are_no_parameters() -> None:
     model = decoder()
-    assert {"cos", "sin"} == {name for name, _ in model.named_buffers()}
-    assert not {"cos", "sin", "head.weight"} & set(model.state_dict())
+    assert {"turn"} == {name for name, _ in model.named_buffers()}
+    assert not {"turn", "head.weight"} & set(model.state_dict())
     assert "head.weight" in decoder(tied=False).state_dict()
 
 

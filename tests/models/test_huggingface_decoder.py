@@ -75,7 +75,7 @@ def test_tables_are_as_long_as_the_context(family: str, tmp_path: Path) -> None:
     theirs = decoders.make(family, tmp_path)
     model, tokens = decoder(tmp_path, 5), decoders.ids(5)
     assert (model(tokens, *model.empty_caches())[0] - decoders.expected(theirs, tokens)).abs().max() <= 1e-4
-    tables = [model.positions.weight] if family == "gpt2" else [model.cos, model.sin]
+    tables = [model.positions.weight] if family == "gpt2" else [model.turn]
     assert all(table.shape[0] == 5 for table in tables)
     assert set(model.config.windows) == {0}  # a window as long as the context is none
     for context in (0, 25):
