@@ -35,7 +35,7 @@ OWN = {
     "gpt2": {"layer_norm", "gelu"},
     "gpt_neo": {"layer_norm", "silu", "gt", "sub", "__and__"},
 }
-LAYOUT = {"sym_size", "getitem", "clone", "_unsafe_view"}
+LAYOUT = {"slice", "sym_size", "getitem", "clone", "_unsafe_view"}
 
 
 def decoder(**settings: Any) -> Decoder:
