@@ -34,8 +34,6 @@ MAX_AT_ONCE = 32
 _GRACE = 5  # seconds for requests in flight when the proxy stops
 _MIN_TOKEN = 16
 
-_log = logging.getLogger(__name__)
-
 
 class Proxy:
     """The endpoints."""
@@ -218,4 +216,5 @@ def server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
         lifespan="off",
         timeout_graceful_shutdown=_GRACE,
     )
+    logging.getLogger("uvicorn.access").disabled = True  # it would write down whole paths, whoever listens to it
     return uvicorn.Server(config)
