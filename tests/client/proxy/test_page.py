@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(90)
 
 QUESTION = "Who can read what I write here?"
 ANSWER = (
-    "Nobody but you. Your words were split into shares before they left this machine, and each party works on one share, "
+    "Nobody but you. Your words were split into shares before they left this machine, and each party works on one, "
     "which looks like noise because it is. <b>The answer</b> comes back in shares too, and only here are they added up."
 )
 
