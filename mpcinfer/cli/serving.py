@@ -30,15 +30,15 @@ def proxy(
     from mpcinfer.client.locate import locate
     from mpcinfer.client.proxy.app import create_app, server
     from mpcinfer.client.proxy.backend import of_client
+    from mpcinfer.wire.server import configure_logging
 
     token = None if token_file is None else read_token(token_file)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for name in ("uvicorn.error", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     members, _ = locate(cluster, identity)
     with connected(cluster, identity) as client:
         app = create_app(of_client(client, members, timeout=timeout), host=host, token=token)
         with listen(host, port) as listening:
+            configure_logging("info")
+            logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             shown = f"[{host}]" if ":" in host else host
             print(f"http://{shown}:{listening.getsockname()[1]}/ (API at /v1); Ctrl-C stops it", flush=True)
             server(app, host, port).run(sockets=[listening])
