@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from importlib import resources
 from typing import Any, NoReturn
 
@@ -19,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mpcinfer.client.proxy import requests, shapes
-from mpcinfer.client.proxy.backend import Backend
+from mpcinfer.client.proxy.backend import Backend, PartyCard
 from mpcinfer.client.proxy.body import ParameterError
 from mpcinfer.client.proxy.failures import refusal
 from mpcinfer.client.proxy.guard import Guard, is_loopback
@@ -31,6 +33,7 @@ from mpcinfer.errors import ConfigError, NotFoundError
 
 MAX_BODY = 4 << 20
 MAX_AT_ONCE = 32
+_FRESH = 2.0  # seconds that the parties' states are good for
 _GRACE = 5  # seconds for requests in flight when the proxy stops
 _MIN_TOKEN = 16
 
@@ -43,6 +46,9 @@ class Proxy:
         self._backend = backend
         self._gate = Gate(max_at_once)
         self._max_body = max_body
+        self._asking = asyncio.Lock()
+        self._cards: Sequence[PartyCard] = ()
+        self._stale = 0.0
         self._page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     def routes(self) -> list[Route]:
@@ -126,9 +132,12 @@ class Proxy:
         raise NotFoundError("no model of this name is deployed; GET /v1/models lists those that are")
 
     async def _parties(self, request: Request) -> Response:
-        """Who the parties are: for the page."""
-        cards = await asyncio.to_thread(self._backend.parties)
-        return JSONResponse({"parties": [vars(card) for card in cards]})
+        """Who the parties are, for the page. However many pages ask, the parties are asked once in a while."""
+        async with self._asking:
+            if time.monotonic() >= self._stale:
+                self._cards = await asyncio.to_thread(self._backend.parties)
+                self._stale = time.monotonic() + _FRESH
+        return JSONResponse({"parties": [asdict(card) for card in self._cards]})
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -10,14 +10,27 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from mpcinfer.client.proxy.body import ParameterError
-from mpcinfer.errors import BusyError, ContextLengthError, InputError, MpcInferError, NotFoundError
+from mpcinfer.errors import (
+    BusyError,
+    ContextLengthError,
+    IdentityError,
+    InputError,
+    MpcInferError,
+    NotFoundError,
+)
 
 _log = logging.getLogger(__name__)
+
+
+class TokenError(IdentityError):
+    """The caller's token is missing or wrong. Never leaves the proxy."""
+
 
 _CODES: dict[type[MpcInferError], str] = {
     NotFoundError: "model_not_found",
     ContextLengthError: "context_length_exceeded",
     BusyError: "rate_limit_exceeded",
+    TokenError: "invalid_api_key",
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -16,10 +16,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mpcinfer.client.proxy.failures import refusal
+from mpcinfer.client.proxy.failures import TokenError, refusal
 from mpcinfer.client.proxy.metrics import Clock, Meter
 from mpcinfer.client.proxy.streaming import CallerGone
-from mpcinfer.errors import ForbiddenError, IdentityError
+from mpcinfer.errors import ForbiddenError
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Guard:
         if self._token is not None and path not in _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
-                raise IdentityError("send the proxy's token as `Authorization: Bearer TOKEN` (the API key of clients)")
+                raise TokenError("send the proxy's token as `Authorization: Bearer TOKEN` (the API key of clients)")
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send JSON, with Content-Type: application/json")
 

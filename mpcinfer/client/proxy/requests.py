@@ -106,6 +106,8 @@ def response(content: object) -> Writing:
         prompt = [{"role": "system", "content": check_text(instructions, "instructions")}, *prompt]
     limit = body.integer("max_output_tokens", 1, _MAX_TOKENS)
     metadata = body.take("metadata")
+    if not isinstance(metadata, dict | None):
+        raise ParameterError("metadata must be an object", "metadata", "invalid_type")
     settings = _settings(body, limit, Settings.max_new_tokens, ())
     stream = body.flag("stream")
     options = Body(body.take("stream_options") or {})

@@ -17,8 +17,6 @@ from mpcinfer.client.generation import Prompt, Settings
 from mpcinfer.client.proxy.app import create_app, server
 from tests.client.proxy.writer import FakeGeneration, FakeWriter
 
-CANARY = "xylophonequartz"
-
 
 @contextmanager
 def serving(writer: FakeWriter, **options: Any) -> Iterator[str]:

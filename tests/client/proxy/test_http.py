@@ -46,7 +46,7 @@ def test_a_token(writer: FakeWriter) -> None:
         for header in ("", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer tökén"):
             headers = {"Authorization": header.encode()} if header else {}
             for answer in (http.get("/v1/models", headers=headers), http.post(CHAT, json=chat(), headers=headers)):
-                assert answer.status_code == 401 and problem(answer)["type"] == "authentication_error"
+                assert answer.status_code == 401 and problem(answer)["code"] == "invalid_api_key"
                 assert answer.headers["WWW-Authenticate"] == "Bearer" and TOKEN not in answer.text
             assert http.get("/metrics", headers=headers).status_code == 401
             assert http.get("/api/parties", headers=headers).status_code == 401

@@ -312,6 +312,7 @@ def test_bad_messages(client: openai.OpenAI, message: Any, param: str) -> None:
         ("responses", {"input": "a"}, "reasoning", {"effort": "high"}),
         ("responses", {"input": "a"}, "truncation", "auto"),
         ("responses", {"input": "a"}, "stop", "x"),
+        ("responses", {"input": "a"}, "metadata", "x"),
         ("responses", {"input": "a"}, "input", []),
         ("responses", {}, "input", None),
         ("embeddings", {"input": "a"}, "dimensions", 3),
