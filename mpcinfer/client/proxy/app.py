@@ -34,7 +34,7 @@ from mpcinfer.errors import ConfigError, NotFoundError
 MAX_BODY = 4 << 20
 MAX_AT_ONCE = 32
 _FRESH = 2.0  # seconds that the parties' states are good for
-_GRACE = 5  # seconds for requests in flight when the proxy stops
+_GRACE = 2  # seconds for requests in flight when the proxy stops
 _MIN_TOKEN = 16
 
 

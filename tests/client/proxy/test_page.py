@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,14 @@ def background(browser: Chrome) -> int:
 
 def test_a_conversation(page: Chrome, writer: FakeWriter, tmp_path: Path) -> None:
     page.save_screenshot(str(tmp_path / "empty.png"))
+    looked = threading.Event()
+    writer.before = lambda number: None if number != 20 else (looked.wait(20), None)[1]
     say(page, QUESTION)
-    until(page, lambda: len(writer.begun) == 1 and len(writer.begun[0].tokens) > 3)
     until(page, lambda: "Nobody but" in one(page, ".assistant .words").text)
     early = len(one(page, ".assistant .words").text)
     counts = texts(page, "#tokens") + texts(page, ".party .count")
     assert one(page, "#stop").is_displayed() and early < len(ANSWER), "the answer is shown while it is written"
+    looked.set()
     until(page, lambda: ended(page))
     # markup in an answer is text like any other
     assert one(page, ".assistant .words").text == ANSWER and not page.find_elements(By.CSS_SELECTOR, ".assistant b")
@@ -142,6 +145,7 @@ def test_on_a_phone(page: Chrome, writer: FakeWriter, tmp_path: Path) -> None:
     say(page, QUESTION)
     until(page, lambda: writer.begun and ended(page))
     assert page.execute_script("return document.documentElement.scrollWidth <= 390"), "nothing sticks out"
+    assert page.execute_script("const s = document.getElementById('state'); return s.scrollWidth <= s.clientWidth")
     assert not one(page, ".party").is_displayed()
     page.save_screenshot(str(tmp_path / "phone.png"))
     one(page, ".panel > summary").click()
