@@ -3,6 +3,9 @@
 # setup_env [EXTRA]   makes the environment if needed, installs this checkout with EXTRA (default: dev) into it, and puts
 #                     it first on PATH. Says nothing and takes no time when there is nothing to do.
 #
+# setup_browser       installs the browser that the proxy's page is tested in, where it is missing and apt-get may be used;
+#                     else says what to install, and the test of the page fails.
+#
 # PYTHON              the interpreter to make the environment with (default: python3.11, else python3)
 # MPCINFER_VENV       where the environment is (default: .venv in this checkout)
 
@@ -71,4 +74,20 @@ setup_env() {
         install_env "$venv" "${1:-dev}" 9>&-
     ) 9>"$venv.lock" || exit 1
     export PATH="$venv/bin:$PATH"
+}
+
+setup_browser() {
+    local packages="chromium chromium-driver" as_root=()
+    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then return; fi
+    if [ "$(id -u)" -ne 0 ]; then as_root=(sudo -n); fi
+    if command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then
+        echo "Installing $packages (once)." >&2
+        # shellcheck disable=SC2086  # a word each
+        if quietly "${as_root[@]}" apt-get update -q \
+            && quietly "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+                apt-get install -y -q --no-install-recommends $packages; then
+            return
+        fi
+    fi
+    echo "The test of the proxy's page needs a browser: install $packages (as root). Without them it fails." >&2
 }

@@ -23,6 +23,8 @@ from mpcinfer.cli.certificates import certs_app
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, ModelVersion, NodePath, StopAtEof
 from mpcinfer.cli.output import load_array, print_json, print_table, shapes, write_array
 from mpcinfer.cli.owner import deploy, explain
+from mpcinfer.cli.serving import proxy
+from mpcinfer.cli.writing import chat, embed, generate
 from mpcinfer.config import Node
 from mpcinfer.errors import ConfigError, DeadlineError, InputError, MpcInferError, UnavailableError
 
@@ -37,6 +39,10 @@ app.add_typer(certs_app, name="certs")
 app.command()(explain)
 app.command()(deploy)
 app.add_typer(models_app, name="models")
+app.command()(generate)
+app.command()(chat)
+app.command()(embed)
+app.command()(proxy)
 
 
 def main() -> None:

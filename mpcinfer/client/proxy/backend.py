@@ -1,0 +1,104 @@
+"""What the proxy asks of a client: to write, to embed, to list the models, to say how the parties are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mpcinfer.client.cluster import PartyStatus
+from mpcinfer.client.generation import Writer
+from mpcinfer.client.model import Model
+from mpcinfer.config import Cluster
+from mpcinfer.errors import UnsupportedError
+
+# a text, or the ids of one
+Text = str | Sequence[int]
+# name, text, seconds: the vector, and how many tokens the text has
+Embed = Callable[[str, Text, float], tuple[list[float], int]]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model as the proxy lists it; `created` in Unix seconds."""
+
+    name: str
+    owner: str
+    created: int
+
+
+@dataclass(frozen=True)
+class PartyCard:
+    """Who a party is, by the cluster file, and how it says it is doing."""
+
+    role: str
+    address: str
+    pin: str
+    state: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Everything behind the proxy. All of it may be called from several threads, and may block."""
+
+    writer: Writer
+    models: Callable[[], Sequence[ModelCard]]
+    parties: Callable[[], Sequence[PartyCard]]
+    embed: Embed
+    timeout: float = 600.0  # seconds for one answer
+
+
+class TextClient(Writer, Protocol):
+    """The part of `mpcinfer.client.data.Client` that deals with text."""
+
+    def embed(self, name: str, texts: Sequence[str], *, timeout: float) -> list[torch.Tensor]:
+        """A vector per text."""
+        ...
+
+    def infer(self, name: str, *inputs: torch.Tensor, timeout: float) -> Any:
+        """The output for inputs that are numbers already."""
+        ...
+
+    def models(self) -> list[Model]:
+        """The deployed models."""
+        ...
+
+    def status(self) -> list[PartyStatus]:
+        """How each party is doing."""
+        ...
+
+    def close(self) -> None:
+        """End the connection."""
+        ...
+
+
+def of_client(
+    client: TextClient,
+    cluster: Cluster,
+    *,
+    timeout: float = 600.0,
+    count: Callable[[str, str], int] = lambda name, text: 0,
+) -> Backend:
+    """The backend that a connected client is. count: the tokens of a text, for the usage of embeddings."""
+
+    def models() -> list[ModelCard]:
+        newest = {model.name: model for model in client.models()}  # in the order of versions
+        return [ModelCard(m.name, m.owner, int(m.created)) for m in newest.values()]
+
+    def parties() -> list[PartyCard]:
+        pins = {endpoint.role: endpoint.key_pin for endpoint in cluster.parties}
+        return [PartyCard(s.role, s.address, pins.get(s.role, ""), s.state, s.detail) for s in client.status()]
+
+    def embed(name: str, text: Text, seconds: float) -> tuple[list[float], int]:
+        if isinstance(text, str):
+            (vector,) = client.embed(name, [text], timeout=seconds)
+            return vector.flatten().tolist(), count(name, text)
+        output = client.infer(name, torch.tensor(list(text), dtype=torch.int64), timeout=seconds)
+        if not isinstance(output, torch.Tensor) or output.numel() != output.shape[-1]:
+            raise UnsupportedError(f"model {name!r} does not give one vector for a list of tokens")
+        return output.flatten().tolist(), len(text)
+
+    return Backend(client, models, parties, embed, timeout)
