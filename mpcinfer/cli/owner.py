@@ -27,8 +27,8 @@ ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A .pt2 file of torch.export, an ONNX file, a Hugging Face directory, or MODULE_OR_FILE.py:FUNCTION "
-        "returning (model, example_inputs).",
+        help="A .pt2 file of torch.export, an ONNX or GGUF file, a Hugging Face directory, or "
+        "MODULE_OR_FILE.py:FUNCTION returning (model, example_inputs).",
     ),
 ]
 Inputs = Annotated[
@@ -40,7 +40,17 @@ Samples = Annotated[
     typer.Option(help="Real inputs to calibrate limits on: .npy for one input, .npz or .safetensors for all."),
 ]
 Task = Annotated[str | None, typer.Option(help="What a Hugging Face model is to do.")]
-Reveal = Annotated[str, typer.Option(help="What clients learn: logits, probabilities, top-k or argmax.")]
+Reveal = Annotated[
+    str,
+    typer.Option(
+        help="What clients learn: logits (the default), probabilities, top-k or argmax; of a language model tokens "
+        "(the default), or logits too.",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None, typer.Option(help="Of a language model: the most tokens of a text with its answer.", min=2)
+]
 TopK = Annotated[int, typer.Option("--k", min=1, help="How many indices top-k reveals.")]
 FracBits = Annotated[int, typer.Option(help="Precision: fraction bits, 8 to 24.")]
 PublicNames = Annotated[list[str] | None, typer.Option(help="The name of a constant that is no secret.")]
@@ -55,28 +65,39 @@ def explain(
         list[str] | None, typer.Option(help="A free size, as length=32 (default: its maximum).", show_default=False)
     ] = None,
     task: Task = None,
-    reveal: Reveal = "logits",
+    context: Context = None,
+    reveal: Reveal = "",
     k: TopK = 5,
     frac_bits: FracBits = 16,
     public: PublicNames = None,
     as_json: Json = False,
 ) -> None:
-    """What a request would cost, layer by layer, before anything is deployed. Needs no cluster."""
-    from mpcinfer.client.price import price
+    """What a request would cost, layer by layer, before anything is deployed. Needs no cluster.
 
-    loaded, examples = _load(path, inputs, samples, task)
-    shapes = examples.shapes(dict(map(_size, at or ())))
+    Of a language model: a step that takes in --at new=1 token after --at cached=63 others, and chooses the next.
+    """
+    from mpcinfer.client.price import price, price_of_step
+
+    loaded, examples = _load(path, inputs, samples, task, context)
+    sizes = dict(map(_size, at or ()))
+    shapes = [] if loaded.context else examples.shapes(sizes)
     try:
         captured = _capture(loaded, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ())
     except UnsupportedError as error:
         if error.missing and not as_json:
             print_table(["OPERATOR", "AT"], [[op, place] for op, places in error.missing.items() for place in places])
         raise
-    explained = price(captured.program, shapes, parties=parties)
-    if as_json:
-        print_json({"model": loaded.kind, "examples": examples.origin, "reveal": reveal, **asdict(explained)})
+    if loaded.context:
+        new, cached = _step_sizes(sizes, loaded.context)
+        explained = price_of_step(captured.program, new, cached, parties=parties)
     else:
-        _print(explained, captured.program, f"{loaded.kind}, reveals {reveal}", examples)
+        explained = price(captured.program, shapes, parties=parties)
+    if as_json:
+        print_json(
+            {"model": loaded.kind, "examples": examples.origin, "reveal": captured.program.reveal, **asdict(explained)}
+        )
+    else:
+        _print(explained, captured.program, f"{loaded.kind}, reveals {captured.program.reveal}", examples)
 
 
 def deploy(
@@ -85,7 +106,8 @@ def deploy(
     inputs: Inputs = None,
     samples: Samples = None,
     task: Task = None,
-    reveal: Reveal = "logits",
+    context: Context = None,
+    reveal: Reveal = "",
     k: TopK = 5,
     frac_bits: FracBits = 16,
     public: PublicNames = None,
@@ -99,7 +121,7 @@ def deploy(
 
     # The cheap checks first: exporting a large model takes its time.
     with ModelOwner.connect(cluster, identity) as model_owner, progress(as_json) as report:
-        loaded, examples = _load(path, inputs, samples, task)
+        loaded, examples = _load(path, inputs, samples, task, context)
         captured = _capture(loaded, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ())
         calibrated = not all(declared.proven for declared in captured.program.inputs)
         numbers = [declared.name for declared in captured.program.inputs if declared.frac_bits]
@@ -107,7 +129,9 @@ def deploy(
             raise InputError(
                 f"how large {', '.join(numbers)} may be must be calibrated on real inputs: give some with --samples"
             )
-        deployed = model_owner.upload(captured, name=name, progress=report, timeout=timeout)
+        deployed = model_owner.upload(
+            captured, name=name, vocabulary=loaded.vocabulary, progress=report, timeout=timeout
+        )
     if as_json:
         print_json({**asdict(deployed), "calibrated_on": examples.origin if calibrated else None})
         return
@@ -120,7 +144,11 @@ def deploy(
 
 
 def _load(
-    path: str, inputs: Sequence[str] | None, samples: Sequence[Path] | None, task: str | None
+    path: str,
+    inputs: Sequence[str] | None,
+    samples: Sequence[Path] | None,
+    task: str | None,
+    context: int | None,
 ) -> tuple[Loaded, Examples]:
     from mpcinfer.client.examples import example_inputs, read_samples
     from mpcinfer.models.load import load
@@ -131,15 +159,24 @@ def _load(
     if ":" in path and not Path(path).exists():
         loaded, own = _from_function(path)
     else:
-        loaded = load(Path(path), specs or None, task)
+        loaded = load(Path(path), specs or None, task, context)
     given = read_samples(samples, [spec.name for spec in specs or loaded.inputs]) if samples else own
     return loaded, example_inputs(loaded, specs, given)
 
 
 def _capture(loaded: Loaded, examples: Examples, **options: Any) -> Captured:
-    from mpcinfer.graph.capture import capture
+    from mpcinfer.client.examples import captured_model
 
-    return capture(loaded.module, examples.tensors, dynamic_shapes=examples.dynamic_shapes, **options)
+    return captured_model(loaded, examples, **options)
+
+
+def _step_sizes(sizes: dict[str, int], context: int) -> tuple[int, int]:
+    """How many tokens are new and how many are cached."""
+    unknown = sorted(set(sizes) - {"new", "cached"})
+    new, cached = sizes.get("new", 1), sizes.get("cached", min(63, context - 1))
+    if unknown or new < 1 or new + cached > context:
+        raise InputError(f"of a language model name new and cached, {context} in all at most, as --at cached=255")
+    return new, cached
 
 
 def _from_function(path: str) -> tuple[Loaded, Sequence[Any]]:

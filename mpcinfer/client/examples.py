@@ -75,6 +75,8 @@ def example_inputs(loaded: Loaded, specs: Sequence[InputSpec] = (), samples: Seq
     length, length2, ...; the same range on the same axis is the same size. InputError for samples that do not fit, and
     for ids that cannot be made up.
     """
+    if isinstance(loaded.module, Decoder):
+        return _of_language_model(loaded, samples)
     specs = tuple(specs or loaded.inputs or _described(samples))
     exported = isinstance(loaded.module, ExportedProgram)
     dynamic_shapes = None if exported else _dynamic_shapes(specs)
@@ -97,33 +99,36 @@ def captured_model(loaded: Loaded, examples: Examples | None = None, *, reveal: 
 
     reveal: "" stands for "tokens" if it is a language model, for "logits" if not. options: as of `capture`.
     """
+    examples = examples or example_inputs(loaded)
     if isinstance(loaded.module, Decoder):
-        tokens = examples.tensors[0] if examples is not None and examples.real else text_tokens(loaded)
         return capture(
             loaded.module,
-            loaded.module.example_inputs(tokens),
+            loaded.module.example_inputs(examples.tensors[0]),
             dynamic_shapes=loaded.module.dynamic_shapes(),
-            calibration=[tokens],
+            calibration=examples.tensors,
             reveal=reveal or "tokens",
             **options,
         )
-    examples = examples or example_inputs(loaded)
     return capture(
         loaded.module, examples.tensors, dynamic_shapes=examples.dynamic_shapes, reveal=reveal or "logits", **options
     )
 
 
-def text_tokens(loaded: Loaded) -> torch.Tensor:
-    """A text for a language model to be calibrated on, as it is read from its beginning, [1, length]."""
+def _of_language_model(loaded: Loaded, samples: Sequence[torch.Tensor]) -> Examples:
+    """Ids of a text, as it is read from its beginning, for a model whose other inputs are its caches."""
     assert isinstance(loaded.module, Decoder)
-    config = loaded.module.config
+    config, spec = loaded.module.config, loaded.inputs[0]
+    if samples:
+        if len(samples) > 1:
+            raise InputError("samples for a language model are one tensor, the ids of a text")
+        return Examples((spec,), (_fitting(spec, samples[0].reshape(1, -1)),), "samples", True)
     if loaded.vocabulary is None:
-        ids = torch.arange(config.vocabulary)
+        ids, origin = torch.arange(config.vocabulary), "ids in turn"
     else:
-        read = Tokenizer.of(loaded.vocabulary)
-        asked = [{"role": "user", "content": " ".join(_SENTENCES)}]
-        ids = read.chat(asked) if loaded.vocabulary.template else read.ids(" ".join(_SENTENCES))
-    return ids[: min(_EXAMPLE_SIZE, config.context)].reshape(1, -1)
+        read, text = Tokenizer.of(loaded.vocabulary), " ".join(_SENTENCES)
+        ids = read.chat([{"role": "user", "content": text}]) if loaded.vocabulary.template else read.ids(text)
+        origin = "built-in sentences"
+    return Examples((spec,), (ids[: min(_EXAMPLE_SIZE, config.context)].reshape(1, -1),), origin, False)
 
 
 def _names(specs: Sequence[InputSpec]) -> dict[tuple[int, Sizes], str]:

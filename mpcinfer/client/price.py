@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpcinfer.graph.explain import Explanation, explain
+from mpcinfer.graph.explain import Explanation, explain, explain_step
 from mpcinfer.graph.program import Program
 from mpcinfer.wire.frames import dealt_bytes, round_bytes
 
@@ -16,3 +16,8 @@ def price(program: Program, shapes: Sequence[tuple[int, ...]], *, parties: int =
     cost model of `graph.explain` expects it. ShapeError for shapes that the program does not take.
     """
     return explain(program, shapes, parties=parties, round_bytes=round_bytes, dealt_bytes=dealt_bytes)
+
+
+def price_of_step(program: Program, tokens: int, rows: int, *, parties: int = 2) -> Explanation:
+    """The price of a step of a language model: `tokens` new ones after `rows` others, and the choice of the next."""
+    return explain_step(program, tokens, rows, parties=parties, round_bytes=round_bytes, dealt_bytes=dealt_bytes)

@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mpcinfer.graph.plan import plan_inference, plan_masks
+from mpcinfer.graph.plan import Planner, plan_inference, plan_masks
 from mpcinfer.graph.program import Input, Node, Program
+from mpcinfer.graph.step import capacity
+from mpcinfer.nn.sampling import Choice
 from mpcinfer.protocol.correlation import Kind, correction_bytes
-from mpcinfer.protocol.tracing import Cost, outermost_scope
+from mpcinfer.protocol.tracing import Cost, Plan, outermost_scope
 
 ROUND = 0.35e-3
 MULTIPLY_ADDS = 10e9
@@ -105,6 +107,32 @@ def explain(
     what `plan_inference` does.
     """
     plan, cost, _ = plan_inference(program, shapes, parties=parties)
+    return _explained(program, shapes, plan, cost, parties, round_bytes, dealt_bytes)
+
+
+def explain_step(
+    program: Program,
+    tokens: int,
+    rows: int,
+    *,
+    parties: int,
+    round_bytes: Callable[[int], int] = int,
+    dealt_bytes: Callable[[int], int] = int,
+) -> Explanation:
+    """The price of a step of a language model: so many tokens after `rows` others, and a choice of the next one."""
+    plan, cost, _ = Planner(program, parties=parties).step(tokens, capacity(rows + tokens), Choice())
+    return _explained(program, [(1, tokens)], plan, cost, parties, round_bytes, dealt_bytes)
+
+
+def _explained(
+    program: Program,
+    shapes: Sequence[tuple[int, ...]],
+    plan: Plan,
+    cost: Cost,
+    parties: int,
+    round_bytes: Callable[[int], int],
+    dealt_bytes: Callable[[int], int],
+) -> Explanation:
     nodes = {node.name: node for node in program.nodes}
     tallies: dict[str, _Tally] = {path(node): _Tally() for node in program.nodes}
 
