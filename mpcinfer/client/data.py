@@ -178,6 +178,12 @@ class Client:
                 found.update(zip(group, y if batched else [y], strict=True))
         return [found[i].reshape(-1) for i in range(len(ids))]
 
+    def count_tokens(self, name: str, text: str) -> int:
+        """How many tokens a text has for a model that was deployed with its tokenizer."""
+        deadline = time.monotonic() + LIST_TIMEOUT
+        tokenizer, _ = self._text(self._model(name, 0, deadline), deadline)
+        return len(tokenizer.ids(text))
+
     def vocabulary(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> Vocabulary:
         """Tokenizer and chat template of a model, as its owner deployed them. InputError if there are none."""
         deadline = time.monotonic() + timeout

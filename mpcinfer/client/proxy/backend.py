@@ -62,6 +62,10 @@ class TextClient(Writer, Protocol):
         """The output for inputs that are numbers already."""
         ...
 
+    def count_tokens(self, name: str, text: str) -> int:
+        """How many tokens a text has."""
+        ...
+
     def models(self) -> list[Model]:
         """The deployed models."""
         ...
@@ -75,18 +79,14 @@ class TextClient(Writer, Protocol):
         ...
 
 
-def of_client(
-    client: TextClient,
-    cluster: Cluster,
-    *,
-    timeout: float = 600.0,
-    count: Callable[[str, str], int] = lambda name, text: 0,
-) -> Backend:
-    """The backend that a connected client is. count: the tokens of a text, for the usage of embeddings."""
+def of_client(client: TextClient, cluster: Cluster, *, timeout: float = 600.0) -> Backend:
+    """The backend that a connected client is."""
 
     def models() -> list[ModelCard]:
         newest = {model.name: model for model in client.models()}  # in the order of versions
-        return [ModelCard(m.name, m.owner, int(m.created)) for m in newest.values()]
+        # those that write first, then those that embed; the others know no text
+        known = sorted((m for m in newest.values() if m.context or m.vocabulary_digest), key=lambda m: not m.context)
+        return [ModelCard(m.name, m.owner, int(m.created)) for m in known]
 
     def parties() -> list[PartyCard]:
         pins = {endpoint.role: endpoint.key_pin for endpoint in cluster.parties}
@@ -95,7 +95,7 @@ def of_client(
     def embed(name: str, text: Text, seconds: float) -> tuple[list[float], int]:
         if isinstance(text, str):
             (vector,) = client.embed(name, [text], timeout=seconds)
-            return vector.flatten().tolist(), count(name, text)
+            return vector.flatten().tolist(), client.count_tokens(name, text)
         output = client.infer(name, torch.tensor(list(text), dtype=torch.int64), timeout=seconds)
         if not isinstance(output, torch.Tensor) or output.numel() != output.shape[-1]:
             raise UnsupportedError(f"model {name!r} does not give one vector for a list of tokens")
