@@ -57,7 +57,7 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
 
     # room for squares costs precision, so limits may not ask for more of it than the examples do
     roomy = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
-    _stays(roomy, grown(0))
+    fitting = _stays(roomy, grown(0))
     shift = max([0, *(chosen.get("shift", 0) for chosen in roomy.chosen.values())])
     proof = Evaluation(program, weights, rounding=True, most_shift=shift)
 
@@ -78,9 +78,9 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     if not real:
         if not program.caches and proves(0):
             return _declared(program, [], proof)
-        if _stays(trial, grown(0)):
-            return _declared(program, [], trial)
-        raise _too_large(program, trial)
+        if fitting:
+            return _declared(program, [], roomy)
+        raise _too_large(program, roomy)
 
     exponents = range(2 - program.frac_bits, top + 1)
     exponent = _last(proves, exponents)
