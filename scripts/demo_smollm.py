@@ -48,7 +48,7 @@ def run(parties: int, tokens: int, say: Console) -> dict[str, Any]:
                 say.print(piece.text, end="", markup=False, highlight=False)
                 costs.append(piece.cost)
             say.print()
-    plain = continued(loaded.module, tokenizer.chat(asked).tolist(), len(answer.tokens), loaded.vocabulary.stop)
+    plain, logits = continued(loaded.module, tokenizer.chat(asked).tolist(), len(answer.tokens), loaded.vocabulary.stop)
     later = costs[1:] or costs  # the first came with the prompt
 
     def median(name: str) -> float:
@@ -65,20 +65,33 @@ def run(parties: int, tokens: int, say: Console) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "tokens": len(answer.tokens),
         "equal_tokens": sum(a == b for a, b in zip(answer.tokens, plain, strict=False)),
+        "first_divergence": divergence(answer.tokens, plain, logits),
         "per_token": {name: median(name) for name in names},
     }
 
 
-def continued(model: Decoder, ids: Sequence[int], most: int, stop: Sequence[int]) -> list[int]:
-    """The model's greedy continuation in float32, at most so many tokens."""
+def continued(
+    model: Decoder, ids: Sequence[int], most: int, stop: Sequence[int]
+) -> tuple[list[int], list[torch.Tensor]]:
+    """The model's greedy continuation in float32, at most so many tokens, and the logits [V] it chose them by."""
     found: list[int] = []
+    chosen_by: list[torch.Tensor] = []
     new, caches = torch.tensor([list(ids)]), model.empty_caches()
     with torch.no_grad():
         while len(found) < most and not (found and found[-1] in stop):
             logits, *grown = model(new, *caches)
+            chosen_by.append(logits[0])
             found.append(int(logits.argmax()))
             new, caches = torch.tensor([[found[-1]]]), tuple(grown)
-    return found
+    return found, chosen_by
+
+
+def divergence(private: Sequence[int], plain: Sequence[int], logits: Sequence[torch.Tensor]) -> str:
+    """Where the two differ first, and by how much the plaintext model preferred its own word there."""
+    for i, (ours, theirs) in enumerate(zip(private, plain, strict=False)):
+        if ours != theirs:
+            return f"at token {i + 1}, logits apart by {float(logits[i][theirs] - logits[i][ours]):.4f}"
+    return "none"
 
 
 def show(result: dict[str, Any], say: Console) -> bool:
@@ -88,6 +101,7 @@ def show(result: dict[str, Any], say: Console) -> bool:
     for name, value in (
         ("plaintext answer", result["plaintext"]),
         ("equal tokens", f"{result['equal_tokens']} of {result['tokens']}"),
+        ("first divergence", result["first_divergence"]),
         ("online", f"{cost['seconds_online']:.2f} s, {cost['rounds']:.0f} rounds"),
         ("offline", f"{cost['seconds_offline']:.2f} s"),
         ("sent by a party", f"{cost['bytes_sent_per_party'] / 1e6:.1f} MB"),

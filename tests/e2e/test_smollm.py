@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from mpcinfer.models.loaded import Loaded
 from tests.e2e.clusters import local_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.net, pytest.mark.timeout(10800)]
+
+_log = logging.getLogger(__name__)
 
 MORE = 32
 TEXT = (
@@ -97,7 +100,7 @@ def forced(client: Client, model: Decoder, prompt: list[int], more: int) -> list
 def same_words(results: list[tuple[int, int, float, float]]) -> None:
     largest = max(error for *_, error in results)
     equal = sum(ours == theirs for ours, theirs, *_ in results) / len(results)
-    print(f"{len(results)} positions: {equal:.2%} equal, largest error of a logit {largest:.4f}")
+    _log.info("%d positions: %.2f %% equal, largest error of a logit %.4f", len(results), 100 * equal, largest)
     assert largest <= MOST_ERROR
     assert all(gap < 2 * largest for ours, theirs, gap, _ in results if ours != theirs)
     assert equal >= LEAST_EQUAL
@@ -129,10 +132,10 @@ def test_free_running(client: Client, smollm: Loaded) -> None:
     for i, token in enumerate(answer.tokens):
         expected = plain(smollm.module, ids)
         if token != int(expected.argmax()):
-            print(f"first divergence at token {i}, gap {float(expected.max() - expected[token]):.4f}")
+            _log.info("first divergence at token %d, gap %.4f", i, float(expected.max() - expected[token]))
             break
         ids.append(token)
-    print("private:", answer.text)
+    _log.info("private: %s", answer.text)
     assert "Paris" in answer.text
 
 
