@@ -14,6 +14,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -121,12 +123,13 @@ def from_json(data: Mapping[str, Any]) -> Kind:
     return item
 
 
-def _fields(item: Kind) -> tuple[dict[str, Field], dict[str, Field]]:
+@lru_cache(maxsize=4096)  # a model's layers ask for the same correlations again and again
+def _fields(item: Kind) -> tuple[Mapping[str, Field], Mapping[str, Field]]:
     """The free and the derived fields. No name is both: shares of one would stand in for shares of the other."""
     free, derived = item.free(), item.derived()
     if not free.keys().isdisjoint(derived):
         raise ProtocolError(f"correlation {type(item).__name__} has a field that is both free and derived")
-    return free, derived
+    return MappingProxyType(free), MappingProxyType(derived)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -171,14 +174,15 @@ class Correlation(Sealed):
 
 def expand(item: Kind, name: str, key: bytes, *, last: bool, correction: memoryview | bytes | None = None) -> Tensors:
     """One party's shares of all fields of the correlation `name`, from its tape key (and the corrections, if last)."""
-    shares = {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in item.free().items()}
+    free, derived = _fields(item)
+    shares = {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in free.items()}
     if not last:
-        shares |= {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in item.derived().items()}
+        shares |= {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in derived.items()}
         return shares
     rest = memoryview(b"" if correction is None else correction)
     if len(rest) != correction_bytes(item):
         raise ProtocolError(f"the dealer sent {len(rest)} bytes where the plan asks for {correction_bytes(item)}")
-    for n, f in item.derived().items():
+    for n, f in derived.items():
         shares[n] = f.ring.unpack(rest[: f.packed_bytes], f.shape)
         rest = rest[f.packed_bytes :]
     return shares
@@ -186,13 +190,13 @@ def expand(item: Kind, name: str, key: bytes, *, last: bool, correction: memoryv
 
 def correction_bytes(item: Kind) -> int:
     """What the dealer sends for this correlation."""
-    return sum(f.packed_bytes for f in item.derived().values())
+    return sum(f.packed_bytes for f in _fields(item)[1].values())
 
 
 def free_values(item: Kind, name: str, keys: Sequence[bytes]) -> Tensors:
     """The dealer's view of the free fields: the sums of all parties' shares."""
     values: Tensors = {}
-    for n, f in item.free().items():
+    for n, f in _fields(item)[0].items():
         total = prg.expand(prg.derive(keys[0], name, n), f.shape, f.ring)
         for key in keys[1:]:
             total = f.ring.add(total, prg.expand(prg.derive(key, name, n), f.shape, f.ring))
@@ -202,7 +206,7 @@ def free_values(item: Kind, name: str, keys: Sequence[bytes]) -> Tensors:
 
 def deal(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> list[memoryview]:
     """The corrections of correlation `name` for the last party, packed, in field order."""
-    fields = item.derived()
+    fields = _fields(item)[1]
     if not fields:
         return []
     values = item.derive(free_values(item, name, keys), fixed)
