@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncClient": "client.data",
+    "AsyncClient": "client.aio",
     "Client": "client.data",
     "Deployed": "client.owner",
     "ModelOwner": "client.owner",

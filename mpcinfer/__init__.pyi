@@ -1,7 +1,7 @@
 # What type checkers see of the package; at run time `__init__.py` loads each of these on first use. As a stub it is not
 # an import of the client by everything that asks for the version.
 
-from mpcinfer.client.data import AsyncClient as AsyncClient
+from mpcinfer.client.aio import AsyncClient as AsyncClient
 from mpcinfer.client.data import Client as Client
 from mpcinfer.client.owner import Deployed as Deployed
 from mpcinfer.client.owner import ModelOwner as ModelOwner

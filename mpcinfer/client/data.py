@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -55,11 +52,7 @@ Cost = dict[str, dict[str, float]]
 
 MAX_REQUEST_BYTES = 64 * 2**20
 _READY_TIMEOUT = 15.0
-_MAX_CALLS = 64
 GENERATE_TIMEOUT = 3600.0
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class Client:
@@ -412,57 +405,3 @@ def _cost(answers: list[party_pb2.InferResponse]) -> Cost:
 
 def _total(costs: list[Cost]) -> Cost:
     return {phase: {item: sum(cost[phase][item] for cost in costs) for item in costs[0][phase]} for phase in costs[0]}
-
-
-class AsyncClient:
-    """`Client` for asyncio: the same calls, up to 64 of them at the same time, each in a thread of its own.
-
-    Cancelling a call stops waiting for it; the parties finish the request and the answer is dropped.
-    """
-
-    def __init__(self, client: Client, threads: ThreadPoolExecutor) -> None:
-        self._client = client
-        self._threads = threads
-
-    @classmethod
-    async def connect(
-        cls,
-        cluster: AnyPath | Cluster,
-        identity: AnyPath | Identity | None = None,
-        *,
-        timeout: float = CONNECT_TIMEOUT,
-    ) -> Self:
-        """Connect to all parties; see `Client.connect`."""
-        client = await asyncio.to_thread(Client.connect, cluster, identity, timeout=timeout)
-        return cls(client, ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="mpcinfer"))
-
-    @property
-    def last_cost(self) -> Cost | None:
-        """What the answer that came last cost; see `Client.last_cost`."""
-        return self._client.last_cost
-
-    async def infer(self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0) -> Any:
-        """See `Client.infer`."""
-        return await self._run(self._client.infer, name, *inputs, version=version, timeout=timeout)
-
-    async def models(self) -> list[Model]:
-        """See `Client.models`."""
-        return await self._run(self._client.models)
-
-    async def status(self) -> list[PartyStatus]:
-        """See `Client.status`."""
-        return await self._run(self._client.status)
-
-    async def close(self) -> None:
-        """Close the connection; calls in flight fail."""
-        await asyncio.to_thread(self._client.close)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def _run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from mpcinfer.errors import InputError, UnsupportedError
 from mpcinfer.graph.bounds import with_limits
-from mpcinfer.graph.export import Axes, exported_program, free_size
+from mpcinfer.graph.caches import without_caches
+from mpcinfer.graph.export import Axes, exported_program, free_size, operator_name
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.join import join_linears
+from mpcinfer.graph.layout import EMBEDDING, lay_out
 from mpcinfer.graph.probe import with_output_shapes
 from mpcinfer.graph.program import REVEALS, Cache, Constant, Input, Node, Parameter, Program, Ref, Value, references
 from mpcinfer.graph.reorder import pool_before_relu
@@ -28,39 +29,10 @@ from mpcinfer.nn import lookup, public, supported, takes_integers, yields_intege
 from mpcinfer.nn.shape import moves
 from mpcinfer.ring.codec import FixedPoint
 
-# position of the operand that may be a fixed weight
-_WEIGHT_AT = {
-    "mpc.linear": 1,
-    "mpc.tied_linear": 1,
-    "mpc.affine": 1,
-    "aten.conv1d.default": 1,
-    "aten.conv1d.padding": 1,
-    "aten.conv2d.default": 1,
-    "aten.conv2d.padding": 1,
-    "aten.conv_transpose1d.default": 1,
-    "aten.conv_transpose2d.input": 1,
-    "aten.matmul.default": 1,
-    "aten.mm.default": 1,
-    "aten.mul.Tensor": 1,
-    "aten.embedding.default": 0,
-}
-# operators that take a public tensor as it is; any other gets it as one more secret
-_TAKES_PUBLIC = """
-    aten.add.Tensor aten.sub.Tensor aten.rsub.Tensor aten.mul.Tensor
-    aten.embedding.default aten.index.Tensor aten.index_select.default aten.gather.default
-    aten.masked_fill.Scalar aten.masked_fill.Tensor aten.where.self aten.where.ScalarSelf aten.where.ScalarOther
-    aten.lt.Tensor aten.le.Tensor aten.gt.Tensor aten.ge.Tensor aten.eq.Tensor aten.ne.Tensor
-    aten.logical_and.default aten.logical_or.default aten.logical_xor.default
-    aten.bitwise_and.Tensor aten.bitwise_or.Tensor aten.bitwise_xor.Tensor
-    aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor
-    aten.maximum.default aten.minimum.default aten.max.other aten.min.other
-    aten.clamp.Tensor aten.clamp_min.Tensor aten.clamp_max.Tensor aten.scaled_dot_product_attention.default
-""".split()
 # where very negative numbers stand for minus infinity, that is for "masked"
 _MASKS = ("aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
 # of truth values only
 _LOGIC = re.compile(r"aten\.(logical_|bitwise_|__and__|__or__|__xor__)")
-_EMBEDDING = "aten.embedding.default"
 _ITEM = "_operator.getitem"
 _NO_MODULE = "_empty_nn_module_stack"  # what export writes where it knows none
 _CASTS = ("aten._to_copy.default", "aten.to.dtype")
@@ -155,14 +127,7 @@ class _Translator:
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
         self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
         self.nodes = join_linears(pool_before_relu(self.nodes, [r.name for r in self.results]), self.tensors)
-        # tables of embeddings by secret indices: one secret, one mask, however else they are used
-        self.tables = {
-            n.args[0].name
-            for n in self.nodes
-            if n.op == _EMBEDDING and not self._is_public(n.args[1]) and self._tensor(n.args[0]) is not None
-        }
-        self.weights: set[str] = set()
-        self.nodes = [self._laid_out(node) for node in self.nodes]
+        self.nodes, self.weights = lay_out(self.nodes, self.tensors, self.public, self.open)
 
     def _placeholders(self, exported: ExportedProgram, public: Collection[str], axes: Sequence[Axes]) -> None:
         state: Mapping[str, Any] = {**exported.state_dict, **exported.constants}
@@ -190,34 +155,8 @@ class _Translator:
             if spec.target in public or transient or literal:
                 self.public.add(spec.arg.name)
         self.names = [name for name, _ in taken]
-        self._inputs(exported, self._without_caches(exported, taken, axes or [{} for _ in taken]))
-
-    def _without_caches(
-        self, exported: ExportedProgram, taken: Sequence[tuple[str, torch.Tensor]], axes: Sequence[Axes]
-    ) -> list[tuple[str, torch.Tensor, Axes]]:
-        """The inputs that are no caches, after those that are have been declared.
-
-        A cache is an input with a free number of rows to which the model appends, and does no more with it, and whose
-        longer version it returns.
-        """
-        returned = {spec.arg.name for spec in exported.graph_signature.output_specs}
-        placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
-        others = []
-        for (name, meta), dims in zip(taken, axes, strict=True):
-            used = [n for n in placeholders[name].users if not public.sizes_only(_name(n.target))]
-            if len(used) != 1 or not _appends(used[0], name) or used[0].name not in returned:
-                others.append((name, meta, dims))
-                continue
-            size = meta.shape[-2]
-            if not isinstance(size, torch.SymInt):
-                raise UnsupportedError(f"input {name!r} is a cache with a fixed number of rows; make it dynamic")
-            dim = dims.get(meta.dim() - 2)
-            rows = free_size(size.node.expr, exported, dim, 0).high
-            if not rows:
-                raise UnsupportedError(f"cache {name!r} may grow without end: give its Dim a largest size")
-            shape = (*map(int, meta.shape[:-2]), 0, int(meta.shape[-1]))
-            self.caches.append(Cache(name, shape, self.codec.frac_bits, used[0].name, rows))
-        return others
+        others, self.caches = without_caches(exported, taken, axes or [{} for _ in taken], self.codec.frac_bits)
+        self._inputs(exported, others)
 
     def _inputs(self, exported: ExportedProgram, taken: Sequence[tuple[str, torch.Tensor, Axes]]) -> None:
         """Declare the inputs and the free sizes that they have, the batch first."""
@@ -245,7 +184,7 @@ class _Translator:
                 raise UnsupportedError(f"input {name!r} has dtype {meta.dtype}: inputs are floating point or indices")
 
     def _visit(self, node: fx.Node) -> None:
-        op, path = _name(node.target), _path(node)
+        op, path = operator_name(node.target), _path(node)
         sources = [source.name for source in node.all_input_nodes]
         if all(name in self.known for name in sources):
             self.known[node.name] = constant_value(node, self.known)
@@ -303,7 +242,7 @@ class _Translator:
             self.integers.add(node.name)
         if moves(op) and integers and integers[0] in self.indices:
             self.indices[node.name] = self.indices[integers[0]]
-        if op == _EMBEDDING and integers and integers[0] in self.indices:
+        if op == EMBEDDING and integers and integers[0] in self.indices:
             self._limit(self.indices[integers[0]], int(node.all_input_nodes[0].meta["val"].shape[0]))
 
     def _limit(self, name: str, rows: int) -> None:
@@ -331,44 +270,6 @@ class _Translator:
         if not results:
             raise UnsupportedError("the model has no output")
         return tuple(results)
-
-    def _laid_out(self, node: Node) -> Node:
-        """The node with one name for each role of a tensor, which may be a weight here and a plain secret there.
-
-        Weights of linear layers are stored [in, out], the way the kernels read them fastest.
-        """
-        if node.name in self.open:
-            return node
-        op, args = node.op, list(node.args)
-        if op == "aten.linear.default" and isinstance(args[1], Ref) and args[1].name in self.tables:
-            op = "mpc.tied_linear"
-        elif op == "aten.linear.default" and self._tensor(args[1]) is not None:
-            stored = f"{args[1].name}.T"
-            self.tensors[stored] = self.tensors[args[1].name].t()
-            op, args[1] = "mpc.linear", Ref(stored)
-        if op == "aten.div.Tensor" and (divisor := self._tensor(args[1])) is not None:
-            inverse = f"{args[1].name}.inverse"
-            self.tensors[inverse] = 1 / divisor
-            op, args[1] = "aten.mul.Tensor", Ref(inverse)
-        if op == "aten.mul.Tensor" and self._tensor(args[0]) is not None:
-            args.reverse()
-        for i, argument in enumerate(args):
-            tensor = self._tensor(argument)
-            if tensor is None or (argument.name in self.public and op in _TAKES_PUBLIC):
-                continue
-            weight = i == _WEIGHT_AT.get(op) and not (op == _EMBEDDING and self._is_public(args[1]))
-            if weight or argument.name in self.public:
-                args[i] = Ref(f"{argument.name}.{'weight' if weight else 'secret'}")
-                self.tensors[args[i].name] = tensor
-            if weight:
-                self.weights.add(args[i].name)
-        return replace(node, op=op, args=tuple(args))
-
-    def _is_public(self, argument: Any) -> bool:
-        return isinstance(argument, Ref) and (argument.name in self.public or argument.name in self.open)
-
-    def _tensor(self, argument: Any) -> torch.Tensor | None:
-        return self.tensors.get(argument.name) if isinstance(argument, Ref) else None
 
     def program(self, reveal: str, k: int) -> Program:
         """The translation, traced once, with what `reveal` adds to it."""
@@ -436,11 +337,6 @@ class _Translator:
         }
 
 
-def _name(target: Any) -> str:
-    name = getattr(target, "__name__", "")
-    return f"_operator.{name}" if name and getattr(operator, name, None) is target else str(target)
-
-
 def _made(node: fx.Node) -> Any:
     """What a node yields, or the first of several results."""
     meta = node.meta.get("val")
@@ -449,21 +345,6 @@ def _made(node: fx.Node) -> Any:
 
 def _is_truth(node: fx.Node) -> bool:
     return getattr(_made(node), "dtype", None) == torch.bool
-
-
-def _appends(node: fx.Node, name: str) -> bool:
-    """Whether a node appends rows, along the last axis but one, to the tensor called `name`."""
-    parts = node.args[0] if node.args else None
-    if not (str(node.target) == "aten.cat.default" and isinstance(parts, list | tuple) and len(parts) == 2):
-        return False
-    dims = node.meta["val"].dim()
-    is_first = isinstance(parts[0], fx.Node) and parts[0].name == name
-    return (
-        is_first
-        and isinstance(parts[1], fx.Node)
-        and parts[1] is not parts[0]
-        and node.args[1:] in ((-2,), (dims - 2,))
-    )
 
 
 def _kind(dtype: torch.dtype) -> str:

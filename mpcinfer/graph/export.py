@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,6 +65,12 @@ def _cause(error: Exception) -> str:
     _, found, fixes = rest.partition("Suggested fixes:\n")
     fixes = "; ".join(line.strip() for line in fixes.partition("\n\n")[0].splitlines())
     return f"{first[:300]} Suggested: {fixes[:300]}" if found else first[:300]
+
+
+def operator_name(target: Any) -> str:
+    """What the registry calls an operator."""
+    name = getattr(target, "__name__", "")
+    return f"_operator.{name}" if name and getattr(operator, name, None) is target else str(target)
 
 
 def free_size(symbol: Any, exported: ExportedProgram, dim: Any, number: int) -> Size:

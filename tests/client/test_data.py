@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from mpcinfer.client import data
+from mpcinfer.client.aio import AsyncClient
 from mpcinfer.client.cluster import Connection
-from mpcinfer.client.data import AsyncClient, Client
+from mpcinfer.client.data import Client
 from mpcinfer.errors import (
     AbortedError,
     AgreementError,
