@@ -147,8 +147,8 @@ class Dealer:
         use: the rows of caches that it is about, which they must name too.
 
         A tape is dealt once; two plans for it, a second call by one party, rows that the dealer does not have, a
-        time-out and a caller who goes while waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with the tape untouched, if `plan` is empty
-        and the dealer does not have it any more.
+        time-out and a caller who goes while waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with
+        the tape untouched, if `plan` is empty and the dealer does not have it any more.
         """
         if len(tape) != 16 or not 0 <= index < self.parties:
             raise InputError("a tape has an id of 16 bytes")
