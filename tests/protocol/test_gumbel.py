@@ -66,8 +66,8 @@ def test_draws_that_follow_each_other_are_independent() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda x: 1.03 * x,
-        lambda x: x + 0.03,
+        lambda x: 1.06 * x,
+        lambda x: x + 0.05,
         lambda x: -x,
         lambda x: np.random.default_rng(0).normal(0.577, 1.283, x.shape),  # the same mean and variance
         lambda x: np.round(x * 16) / 16,
@@ -79,7 +79,7 @@ def test_another_distribution_shows(fault: Callable[[np.ndarray], np.ndarray]) -
 
 
 def test_fewer_random_bits_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_UNIFORM_BITS", 6)
+    monkeypatch.setattr(module, "_UNIFORM_BITS", 5)
     assert fit(drawn()) < 1e-6
 
 
