@@ -76,7 +76,7 @@ def mlp(sizes: Sequence[int] = (4, 3, 2)) -> Program:
     return Program.from_bytes(
         json.dumps(
             {
-                "format": 2,
+                "format": 3,
                 "frac_bits": 16,
                 "inputs": [{"name": "x", "shape": [-1, sizes[0]], "frac_bits": 16, "limit": 0.0, "proven": False}],
                 "parameters": declared,
@@ -86,6 +86,7 @@ def mlp(sizes: Sequence[int] = (4, 3, 2)) -> Program:
                 "outputs": [{"name": result, "shape": [-1, sizes[-1]], "frac_bits": 16}],
                 "reveal": "logits",
                 "sizes": [{"name": "batch", "low": 1, "high": 0}],
+                "caches": [],
             }
         ).encode()
     )

@@ -38,14 +38,14 @@ class Known:
 
     model: Model
     id: bytes
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] = field(repr=False)
 
 
 @dataclass
 class Memory:
     """Which sessions there are, so that a text that begins as another one need not be taken in again."""
 
-    _known: list[Known] = field(default_factory=list)
+    _known: list[Known] = field(default_factory=list, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def longest(self, model: Model, tokens: Sequence[int]) -> tuple[bytes, int]:
@@ -214,7 +214,8 @@ class Answer:
                     arrived = True
                     yield answers
                 return
-            except (NotFoundError, AbortedError) as error:
+            except (NotFoundError, AbortedError, ContextLengthError) as error:
+                # too long with the parent: then its rows, those that were changed included, take too much memory
                 if self._cancelled.is_set():
                     return
                 aborted = isinstance(error, AbortedError)

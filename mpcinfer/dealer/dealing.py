@@ -146,9 +146,9 @@ class Dealer:
 
         use: the rows of caches that it is about, which they must name too.
 
-        A tape is dealt once; two plans for it, a second call by one party, a time-out and a caller who goes while
-        waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with the tape untouched, if `plan` is empty
-        and the dealer does not have it any more.
+        A tape is dealt once; two plans for it, a second call by one party, rows that the dealer does not have, a
+        time-out and a caller who goes while waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with
+        the tape untouched, if `plan` is empty and the dealer does not have it any more.
         """
         if len(tape) != 16 or not 0 <= index < self.parties:
             raise InputError("a tape has an id of 16 bytes")
@@ -167,6 +167,11 @@ class Dealer:
             if state.digest != digest:
                 self._burn(session, tape)
                 raise AgreementError("the parties named different plans for one tape; it is burnt")
+            try:
+                self._check_rows(session, agreed, use)
+            except (InputError, AgreementError):
+                self._burn(session, tape)
+                raise
             state.named.add(index)
             if len(state.named) == self.parties:
                 session.spent.add(tape)
@@ -221,6 +226,20 @@ class Dealer:
                 for slot in slots:
                     self._session.slots.pop(slot, None)
 
+    def _check_rows(self, session: _Session, plan: Plan, use: CacheUse | None) -> None:
+        """The plan's products are of rows that the dealer has, and what it appends comes next and once."""
+        growing = [item.cache for _, item in plan.entries if item.growing]  # type: ignore[attr-defined]
+        used = {item.cache for _, item in plan.entries if hasattr(item, "cache")}
+        if not used:
+            return
+        if use is None:
+            raise InputError("a plan for caches without saying whose they are")
+        if len(set(growing)) < len(growing):
+            raise InputError("a plan appends to a cache once")
+        caches = session.slots.get(use.slot, {})
+        if any((caches[name].count if name in caches else 0) != use.count for name in used):
+            raise AgreementError("the dealer has another number of rows of a cache than the parties")
+
     def _keep_masks(self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None) -> None:
         caches = {} if use is None else session.slots.setdefault(use.slot, {})
         for name, item in plan.entries:
@@ -228,11 +247,7 @@ class Dealer:
                 (value,) = free_values(item, name, keys).values()
                 session.fixed[plan.deployment, item.weight] = value  # type: ignore[attr-defined]
             if item.growing:
-                if use is None:
-                    raise InputError("a plan for caches without saying whose they are")
                 store = caches.setdefault(item.cache, RowStore())  # type: ignore[attr-defined]
-                if store.count != use.count:
-                    raise AgreementError("the dealer has another number of rows of a cache than the parties")
                 (value,) = free_values(item, name, keys).values()
                 store.append(value)
 
@@ -240,10 +255,11 @@ class Dealer:
         self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None
     ) -> Iterator[memoryview]:
         caches = {} if use is None else session.slots.get(use.slot, {})
+        new = {item.cache: item.free()["b"].shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
 
         def fixed(weight: str) -> torch.Tensor:
             if use is not None and weight in caches:
-                return caches[weight].read((*use.runs, (use.count, caches[weight].count)))
+                return caches[weight].read((*use.runs, (use.count, use.count + new.get(weight, 0))))
             mask = session.fixed.get((plan.deployment, weight))
             if mask is None:
                 raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")

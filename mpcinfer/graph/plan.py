@@ -174,7 +174,7 @@ def _key(node: Node, values: Mapping[str, Any], names: list[str]) -> bytes:
             digest.update(repr((type(x).__name__, x.shape, x.frac_bits, names.index(x.name))).encode())
             digest.update(repr(getattr(x, "capacity", 0)).encode())
         else:
-            digest.update(repr(x).encode())
+            digest.update(repr(x).encode() + b",")  # [1, 23] is not [12, 3]
 
     visit((node.op, node.args, node.kwargs))
     return digest.digest()

@@ -17,7 +17,7 @@ from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.session import Session, Sessions
-from mpcinfer.party.stepping import Phase, Stepping, tapes
+from mpcinfer.party.stepping import Phase, Refused, Stepping, tapes
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 
@@ -76,7 +76,7 @@ def generate(
             more = writing.tokens.shape[1] + max(0, writing.most - 1)
             writing.session = sessions.begin(job.id, job.caller, model, writing.parent, writing.keep, own_tape, more)
             writing.session.request = job.result
-        session = writing.session
+        session = sessions.find(job.id, job.caller, model)
         new, choice = writing.next_tokens()
         before = None
         if choice is not None and choice.penalises:
@@ -87,7 +87,13 @@ def generate(
         )
         return session, new, choice, plan, digest, before
 
-    session, new, choice, plan, digest, before = by.agreed(epoch, prepare)
+    begun = writing.session is not None
+    try:
+        session, new, choice, plan, digest, before = by.agreed(epoch, prepare)
+    except Refused:
+        if not begun and writing.session is not None:  # it began here, but not everywhere
+            sessions.forget([job.id])
+        raise
     model = session.model
     by.masked(epoch, model, mask_tape)
     began, sent = time.perf_counter(), epoch.mesh.bytes_sent

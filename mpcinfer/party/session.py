@@ -166,7 +166,7 @@ class Sessions:
         resting = sorted((s for s in self._sessions.values() if not s.active), key=lambda s: s.touched)
         crowd = max(0, len(self._sessions) - (self._most - 1))
         over = {s.id for s in resting[:crowd]} | {s.id for s in resting if now - s.touched > self._idle_seconds}
-        ended = {i for i in self._ending if i in self._sessions and not self._sessions[i].active}
+        ended = {i for i in self._ending.copy() if i in self._sessions and not self._sessions[i].active}
         return sorted(over | ended)
 
     def end(self, session_id: bytes, caller: str) -> None:

@@ -25,9 +25,11 @@ from mpcinfer.errors import (
     NotFoundError,
 )
 from mpcinfer.protocol import correlation
+from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask
 from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
 from mpcinfer.protocol.exponential import Exponential
+from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
 from mpcinfer.protocol.multiply import SquarePair, Triple
@@ -44,7 +46,10 @@ CLUSTER = b"c" * 32
 MATMUL = Bilinear("matmul")
 CONV = Bilinear("conv", ((1, 1), (1, 1), (1, 1), 1))
 MASK = WeightMask("w", (4, 3))
+SLOT = b"s" * 16
 KINDS: list[Kind] = [
+    CachedProduct("k", (2, 3), (8, 3), True),
+    CachedProduct("k", (2, 8), (8, 3), False),
     Comparison((5,)),
     Comparison((2, 3), thresholds=3, products=True),
     Comparison((3,), width=48),
@@ -52,8 +57,10 @@ KINDS: list[Kind] = [
     Exponential((40,), 16, 42),
     Exponential((3,), 20, 39, ceiling=True, width=48),
     FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
+    Gumbel((40,), 16),
     OneHot((2,), 3),
     Pieces((2, 3), 48, 2),
+    RowMask("other", (2, 3)),
     SquarePair((3, 2)),
     Triple(Bilinear("mul"), (4,), (4,)),
     Triple(MATMUL, (2, 3), (3, 4)),
@@ -120,19 +127,28 @@ class Session:
         told: bool = False,
         timeout: float = 20,
         alive: Callable[[], bool] = lambda: True,
+        use: CacheUse | None = None,
     ) -> bytes:
         """What one party gets for a tape."""
-        parts = self.dealer.deal(self.id, index, tape, plan.digest(), b"" if told else plan.to_bytes(), timeout, alive)
+        data = b"" if told else plan.to_bytes()
+        parts = self.dealer.deal(self.id, index, tape, plan.digest(), data, timeout, alive, use)
         return b"".join(bytes(part) for part in parts)
 
-    def asks(self, tape: bytes, plans: Plan | Sequence[Plan] = PLAN, **options: Any) -> list[Any]:
+    def asks(
+        self,
+        tape: bytes,
+        plans: Plan | Sequence[Plan] = PLAN,
+        uses: CacheUse | Sequence[CacheUse | None] | None = None,
+        **options: Any,
+    ) -> list[Any]:
         """All parties ask at once: their bytes or errors."""
         n = self.dealer.parties
         each = [plans] * n if isinstance(plans, Plan) else plans
+        use = [uses] * n if uses is None or isinstance(uses, CacheUse) else uses
 
         def one(i: int) -> bytes | MpcInferError:
             try:
-                return self.ask(i, tape, each[i], **options)
+                return self.ask(i, tape, each[i], use=use[i], **options)
             except MpcInferError as error:
                 return error
 
@@ -140,7 +156,8 @@ class Session:
         with ThreadPoolExecutor(n) as pool:
             answers = list(pool.map(one, range(n)))
         if self.dealer.tapes_dealt > before:
-            self.tape_keys[tape] = [chain.next(tape, each[0].digest()) for chain in self.chains]
+            digest = use[0].digest(each[0].digest()) if use[0] is not None else each[0].digest()
+            self.tape_keys[tape] = [chain.next(tape, digest) for chain in self.chains]
         return answers
 
     def shares(self, tape: bytes, plan: Plan, corrections: bytes) -> list[dict[str, Tensors]]:
@@ -266,7 +283,7 @@ def test_a_party_that_waits_in_a_session_that_ends_is_told(dealer: Dealer) -> No
 
 def test_any_restart_changes_all_streams(dealer: Dealer) -> None:
     """The same plan and the same tape id in a new session: nothing that masks anything is the same."""
-    plan, same = plan_of(*KINDS[:2], MASK), tape()
+    plan, same = plan_of(*KINDS[2:4], MASK), tape()
     seen: list[torch.Tensor] = []
     for _ in range(3):
         session = Session(dealer).join()
@@ -284,14 +301,13 @@ def test_any_restart_changes_all_streams(dealer: Dealer) -> None:
 @pytest.mark.parametrize("item", KINDS, ids=[f"{type(k).__name__}-{i}" for i, k in enumerate(KINDS)])
 def test_shares_add_up_to_what_the_kind_says(n: int, item: Kind) -> None:
     session = Session(Dealer(n, CLUSTER)).join()
-    plan, one = plan_of(MASK, item, deployment="d"), tape()
-    answers = session.asks(one, plan)
+    plan, one = plan_of(MASK, item, RowMask("k", (4, 3)), deployment="d"), tape()
+    answers = session.asks(one, plan, CacheUse(SLOT, (), 0))
     assert answers[:-1] == [b""] * (n - 1)
     assert len(answers[-1]) == plan.correction_bytes() == session.dealer.bytes_sent
     values = session.values(one, plan, answers[-1])
-    expected = item.derive(
-        {name: values["node#1"][name] for name in item.free()}, {"w": values["node#0"]["b"]}.__getitem__
-    )
+    fixed = {"w": values["node#0"]["b"], "k": values["node#2"]["b"]}
+    expected = item.derive({name: values["node#1"][name] for name in item.free()}, fixed.__getitem__)
     for name, declared in item.derived().items():
         assert torch.equal(values["node#1"][name], declared.ring.reduce(expected[name].to(declared.ring.dtype)))
     for name, declared in item.free().items():  # so few bits that they are all equal now and then say nothing
@@ -429,6 +445,135 @@ def test_opening_a_deployment_again_uses_another_mask(session: Session) -> None:
     one = tape()
     value = session.values(one, products, session.asks(one, products)[1])["node#0"]
     assert torch.equal(value["c"], value["a"] @ seen[1])
+
+
+# --- masks of rows -------------------------------------------------------------------------------------------------
+
+GROW = plan_of(
+    RowMask("k", (2, 3)), CachedProduct("k", (1, 3), (8, 3), True), CachedProduct("k", (1, 8), (8, 3), False)
+)
+
+
+def grown(session: Session, use: CacheUse, plan: Plan = GROW) -> dict[str, Tensors]:
+    """What a tape of some rows and of products with them deals."""
+    one = tape()
+    return session.values(one, plan, session.asks(one, plan, use)[-1])
+
+
+def right_products(values: dict[str, Tensors], rows: torch.Tensor) -> bool:
+    """Whether products are with these masks, with zeros where there is none."""
+    scores, back = values["node#1"], values["node#2"]
+    wanted = torch.zeros(1, 8, dtype=torch.int64)
+    wanted[:, : len(rows)] = scores["a"] @ rows.T
+    return torch.equal(scores["c"], wanted) and torch.equal(back["c"], back["a"][:, : len(rows)] @ rows)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_products_are_with_the_rows_that_are_named(n: int) -> None:
+    session = Session(Dealer(n, CLUSTER)).join()
+    masks = torch.empty(0, 3, dtype=torch.int64)
+    for runs in ((), ((0, 2),), ((0, 1),), ((0, 1), (4, 6)), ((1, 2), (3, 4), (7, 8))):
+        values = grown(session, CacheUse(SLOT, runs, len(masks)))
+        new = values["node#0"]["b"]
+        assert right_products(values, torch.cat([*(masks[a:b] for a, b in runs), new]))
+        masks = torch.cat([masks, new])
+    assert len(masks.unique()) == masks.numel()  # no mask of a row is that of another
+
+
+def test_slots_have_nothing_in_common(session: Session) -> None:
+    first, second = grown(session, CacheUse(SLOT, (), 0)), grown(session, CacheUse(b"t" * 16, (), 0))
+    assert not (first["node#0"]["b"] == second["node#0"]["b"]).any()
+    assert right_products(second, second["node#0"]["b"])
+
+
+def refused(session: Session, uses: Sequence[CacheUse | None], plan: Plan = GROW) -> set[type]:
+    """What the parties are told; nothing is dealt, the tape is burnt, and the slot is as it was."""
+    held = session.dealer._session
+    assert held is not None
+    one, before = tape(), session.dealer.tapes_dealt
+    counts = {name: store.count for name, store in held.slots.get(SLOT, {}).items()}
+    answers = session.asks(one, plan, uses, timeout=10)
+    assert not [a for a in answers if not isinstance(a, Exception)]
+    assert session.dealer.tapes_dealt == before and session.dealer.bytes_sent in (0, before * GROW.correction_bytes())
+    assert {name: store.count for name, store in held.slots.get(SLOT, {}).items()} == counts
+    assert one in held.spent and not held.tapes
+    assert [type(a) for a in session.asks(one, PLAN)] == [ConflictError] * len(answers)
+    return {type(a) for a in answers} - {AbortedError, ConflictError}
+
+
+@pytest.mark.parametrize(
+    "plan", [GROW, plan_of(RowMask("k", (2, 3))), plan_of(CachedProduct("k", (1, 3), (8, 3), True))]
+)
+def test_rows_of_nobody_are_refused(session: Session, plan: Plan) -> None:
+    assert refused(session, [None, None], plan) == {InputError}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 1 << 62])
+def test_another_number_of_rows_is_refused(session: Session, count: int) -> None:
+    """As after a dealer has forgotten: rows are never numbered from the beginning again."""
+    grown(session, CacheUse(SLOT, (), 0))
+    assert refused(session, [CacheUse(SLOT, (), count)] * 2) == {AgreementError}
+    values = grown(session, CacheUse(SLOT, (), 2))
+    assert right_products(values, values["node#0"]["b"])
+    assert refused(session, [CacheUse(b"t" * 16, (), 1)] * 2) == {AgreementError}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        CacheUse(SLOT, ((0, 2),), 2),
+        CacheUse(SLOT, ((0, 1), (1, 2)), 2),  # the same rows, told in another way
+        CacheUse(SLOT, (), 2),
+        CacheUse(b"t" * 16, (), 0),
+        None,
+    ],
+)
+def test_parties_that_mean_other_rows_are_refused(session: Session, other: CacheUse | None) -> None:
+    grown(session, CacheUse(SLOT, (), 0))
+    assert refused(session, [CacheUse(SLOT, ((0, 1),), 2), other]) <= {AgreementError, InputError}
+
+
+def test_a_plan_appends_to_a_cache_once(session: Session) -> None:
+    twice = plan_of(RowMask("k", (2, 3)), RowMask("k", (2, 3)))
+    assert refused(session, [CacheUse(SLOT, (), 0)] * 2, twice) == {InputError}
+
+
+def test_caches_of_a_slot_have_as_many_rows_each(session: Session) -> None:
+    grown(session, CacheUse(SLOT, (), 0))
+    both = plan_of(RowMask("k", (2, 3)), RowMask("v", (2, 3)))
+    assert refused(session, [CacheUse(SLOT, (), 2)] * 2, both) == {AgreementError}
+
+
+def test_rows_are_not_appended_by_a_tape_that_fails(session: Session) -> None:
+    with pytest.raises(DeadlineError):
+        session.ask(0, tape(), GROW, timeout=0.05, use=CacheUse(SLOT, (), 0))
+    assert session.dealer._session is not None and not session.dealer._session.slots
+    values = grown(session, CacheUse(SLOT, (), 0))
+    assert right_products(values, values["node#0"]["b"])
+
+
+def test_masks_of_rows_are_forgotten_when_told_and_with_the_session(dealer: Dealer, session: Session) -> None:
+    others = b"t" * 16
+    for slot in (SLOT, others):
+        grown(session, CacheUse(slot, (), 0))
+    dealer.forget(tape(), [SLOT])  # of another session
+    assert dealer._session is not None and set(dealer._session.slots) == {SLOT, others}
+    dealer.forget(session.id, [SLOT, b"u" * 16])
+    assert set(dealer._session.slots) == {others}
+    assert refused(session, [CacheUse(SLOT, ((0, 2),), 2)] * 2) == {AgreementError}
+    assert grown(session, CacheUse(others, ((0, 2),), 2))
+    again = Session(dealer).join()
+    assert not dealer._session.slots
+    assert refused(again, [CacheUse(others, ((0, 2),), 4)] * 2) == {AgreementError}
+
+
+def test_a_dealer_without_a_session_forgets_nothing(dealer: Dealer) -> None:
+    dealer.forget(tape(), [SLOT])
+
+
+def test_masks_of_rows_stay_out_of_texts(session: Session) -> None:
+    rows = grown(session, CacheUse(SLOT, (), 0))["node#0"]["b"]
+    assert not [word for word in rows.reshape(-1).tolist() if str(word) in repr(session.dealer._session)]
 
 
 def test_what_the_dealer_keeps_opens_no_earlier_tape(session: Session) -> None:

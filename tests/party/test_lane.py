@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import mpcinfer.party.lane as lane_module
+import mpcinfer.party.stepping as stepping
 import mpcinfer.protocol.linear as linear_module
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, StoreError, UnavailableError
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.stepping import Stepping
 from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.types import Weight
 from mpcinfer.wire.v1 import party_pb2
@@ -58,11 +59,11 @@ def later(work: Callable[[], Any]) -> Future[Any]:
 
 
 class Gate:
-    """Holds one lane at the beginning of a protocol's execution (or `before` another of its methods) until opened."""
+    """Holds one lane at the beginning of a protocol's execution (or `before` another part of a step) until opened."""
 
-    def __init__(self, lane: Lane, before: str = "_execute", skip: int = 0) -> None:
+    def __init__(self, lane: Lane, before: str = "execute", skip: int = 0) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
-        real, count = getattr(lane, before), [0]
+        real, count = getattr(lane._by, before), [0]
 
         def held(*args: Any, **kwargs: Any) -> Any:
             count[0] += 1
@@ -71,7 +72,7 @@ class Gate:
                 assert self.open.wait(60)
             return real(*args, **kwargs)
 
-        setattr(lane, before, held)
+        setattr(lane._by, before, held)
 
 
 # --- when all is well ----------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def test_a_party_that_dies_in_the_middle_of_a_request(cluster: InProcess, caller
 
 
 def test_a_dealer_that_dies_while_it_is_needed(cluster: InProcess, caller: Caller) -> None:
-    gate = Gate(cluster.parties[0].lane, "_deal")
+    gate = Gate(cluster.parties[0].lane, "deal")
     running = later(lambda: caller.infer(X))
     assert gate.reached.wait(30)
     wait = cluster.new_epoch()
@@ -293,14 +294,14 @@ def test_who_waits_when_the_epoch_ends_is_answered_at_once(cluster: InProcess, c
 def test_a_failure_in_the_middle_of_a_protocol_ends_the_epoch(
     cluster: InProcess, caller: Caller, where: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lane = cluster.parties[where].lane
-    real = lane._execute
+    by = cluster.parties[where].lane._by
+    real = by.execute
 
     def broken(*_: Any) -> Any:
-        lane._execute = real  # type: ignore[method-assign]
+        by.execute = real  # type: ignore[method-assign]
         raise RuntimeError("canary value")
 
-    lane._execute = broken  # type: ignore[method-assign]
+    by.execute = broken  # type: ignore[method-assign]
     wait = cluster.new_epoch()
     answers = caller.infer(X)
     assert isinstance(answers[where], ProtocolError)
@@ -373,7 +374,7 @@ def test_a_deploy_killed_after_f_was_opened_and_repeated_uses_another_mask(
     """F' - F must not be W' - W, which it would be under one B."""
     caller, seen = cluster.caller(), masked_weights(monkeypatch)
     other = random_weights(PROGRAM, 1)
-    gate = Gate(cluster.parties[1].lane, "_vote", skip=6)  # the last vote, after F
+    gate = Gate(cluster.parties[1].lane, "vote", skip=6)  # the last vote, after F
     running = later(lambda: caller.deploy(PROGRAM, WEIGHTS))
     assert gate.reached.wait(30)
     first = {name: f for name, f in seen}
@@ -431,7 +432,7 @@ def test_a_deploy_that_breaks_off_anywhere_is_on_all_parties_or_on_none(
 ) -> None:
     """The party is killed before its vote number `skip` (from 0: the request, the version, nonces, commit, ...)."""
     caller = cluster.caller()
-    gate = Gate(cluster.parties[dies].lane, "_vote", skip=skip)
+    gate = Gate(cluster.parties[dies].lane, "vote", skip=skip)
     running = later(lambda: caller.deploy(PROGRAM, WEIGHTS))
     assert gate.reached.wait(30)
     wait = cluster.new_epoch()
@@ -482,7 +483,7 @@ def test_no_mask_and_no_opening_ever_repeats(
     """Same model, same input, through restarts in the middle of requests: 64-bit words drawn and opened are all new."""
     drawn: dict[int, list[int]] = {}
     opened: list[int] = []
-    real_draw, real_exchange = Tape.draw, lane_module._exchange
+    real_draw, real_exchange = Tape.draw, stepping._exchange
     owner: dict[int, int] = {}
 
     def words(tensor: torch.Tensor) -> list[int]:
@@ -504,15 +505,15 @@ def test_no_mask_and_no_opening_ever_repeats(
                     opened.extend(words(value))
         return values
 
-    real_execute = Lane._execute
+    real_execute = Stepping.execute
 
-    def execute(lane: Lane, *args: Any) -> Any:
-        owner[threading.get_ident()] = lane.index
-        return real_execute(lane, *args)
+    def execute(by: Stepping, *args: Any) -> Any:
+        owner[threading.get_ident()] = by.index
+        return real_execute(by, *args)
 
     monkeypatch.setattr(Tape, "draw", draw)
-    monkeypatch.setattr(lane_module, "_exchange", exchange)
-    monkeypatch.setattr(Lane, "_execute", execute)
+    monkeypatch.setattr(stepping, "_exchange", exchange)
+    monkeypatch.setattr(Stepping, "execute", execute)
     epochs = set()
     for breaks in ("party", "dealer", "nothing"):
         assert right(caller.infer(X))

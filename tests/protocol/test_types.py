@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mpcinfer.errors import ProtocolError
-from mpcinfer.protocol.types import Mask, Masked, Shared, SharedBits, Weight, sealed_types
+from mpcinfer.protocol.types import Cached, Mask, Masked, Shared, SharedBits, Weight, sealed_types
 from mpcinfer.ring.domain import BIT, Z64, Ring
 
 SECRET = 987654321
@@ -22,6 +22,7 @@ ALL: list[Any] = [
     Mask(NUMBERS, Z64, "relu#0:Comparison.r"),
     Masked(NUMBERS),
     Weight("fc1.weight", NUMBERS, NUMBERS, 16),
+    Cached("keys0", NUMBERS[:, None], NUMBERS[:, None], 32, 16),
 ]
 
 
