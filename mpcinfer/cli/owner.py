@@ -129,9 +129,7 @@ def deploy(
             raise InputError(
                 f"how large {', '.join(numbers)} may be must be calibrated on real inputs: give some with --samples"
             )
-        deployed = model_owner.upload(
-            captured, name=name, vocabulary=loaded.vocabulary, progress=report, timeout=timeout
-        )
+        deployed = model_owner.upload(captured, name=name, vocabulary=loaded.words(), progress=report, timeout=timeout)
     if as_json:
         print_json({**asdict(deployed), "calibrated_on": examples.origin if calibrated else None})
         return

@@ -119,7 +119,7 @@ class ModelOwner:
         """
         loaded = load(Path(path), task=task, context=context)
         captured = captured_model(loaded, frac_bits=frac_bits, reveal=reveal)
-        return self.upload(captured, name=name, vocabulary=loaded.vocabulary, progress=progress, timeout=timeout)
+        return self.upload(captured, name=name, vocabulary=loaded.words(), progress=progress, timeout=timeout)
 
     def upload(
         self,

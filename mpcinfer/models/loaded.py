@@ -53,6 +53,15 @@ class Loaded:
     vocabulary: Vocabulary | None = None
     context: int = 0
 
+    def words(self) -> Vocabulary | None:
+        """What turns text into the model's tokens: the vocabulary of a language model, the tokenizer of an encoder."""
+        if self.vocabulary is not None or self.tokenizer is None:
+            return self.vocabulary
+        try:
+            return Vocabulary(self.tokenizer.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.tokenizer} cannot be read ({type(error).__name__})") from error
+
 
 def parse_inputs(specs: Sequence[str]) -> tuple[InputSpec, ...]:
     """Specifications such as "ids:int[1..256]" or "x:float[1,3,224,224]"; InputError saying what is wrong with one."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from demo_minilm import DOCUMENTS, LEAST_COSINE, LIMITS, QUERIES, Texts, deploy, misplaced, search
 from pretrained import sentence_encoder
+from torch.nn.functional import cosine_similarity
 
 from mpcinfer import Client, ModelOwner
+from mpcinfer.client.examples import captured_model
 from mpcinfer.client.text import Tokenizer
 from mpcinfer.models.loaded import Loaded
 from tests.e2e.clusters import local_cluster
@@ -65,3 +67,16 @@ def test_three_parties(minilm: Loaded, tmp_path: Path) -> None:
     with deployed(minilm, tmp_path / "cluster", 3) as client:
         found = Texts.embedded(client, "minilm", minilm, texts)
     assert found.cosines().min() >= LEAST_COSINE
+
+
+def test_texts_are_embedded_by_name(minilm: Loaded, tmp_path: Path) -> None:
+    with local_cluster(tmp_path / "cluster", 2, limits=LIMITS) as cluster:
+        with ModelOwner.connect(cluster.cluster_path) as owner:
+            owner.upload(captured_model(minilm), name="minilm", vocabulary=minilm.words())
+        with Client.connect(cluster.cluster_path) as client:
+            found = client.embed("minilm", DOCUMENTS[:3])
+            assert minilm.vocabulary is None and client.vocabulary("minilm").tokenizer
+    assert minilm.tokenizer is not None
+    ids = [Tokenizer.load(minilm.tokenizer).ids(text) for text in DOCUMENTS[:3]]
+    plain = [minilm.module(x).flatten() for x in ids]
+    assert all(cosine_similarity(a, b, 0) >= LEAST_COSINE for a, b in zip(found, plain, strict=True))
