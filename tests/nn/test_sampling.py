@@ -95,16 +95,16 @@ def test_greedy_takes_the_largest_and_of_equals_the_first(parties: int) -> None:
 
 # --- temperature ---------------------------------------------------------------------------------------------------
 
-DRAWS, AT_ONCE = 2000, 100
+DRAWS = 2000
 HEAD = torch.linspace(-1.5, 1.5, 20)[torch.randperm(20, generator=torch.Generator().manual_seed(1))]
 
 
 def frequencies(choice: Choice, *key: object, parties: int = 2) -> np.ndarray:
-    counts = np.zeros(20, dtype=int)
-    for i in range(DRAWS // AT_ONCE):
-        for token in choose(fixed(*HEAD.tolist()), choice, parties, None, AT_ONCE, *key, i)[0]:
-            counts[token] += 1
-    return counts
+    """How often each token is drawn: what chooses one works on an axis of draws, too."""
+    world = LocalWorld(parties, seed("draws", *key))
+    heads = fixed(*HEAD.tolist()).expand(DRAWS, 20).contiguous()
+    results = world.run(lambda ctx, x: next_token(ctx, x, None, choice), world.share(heads, 16))
+    return np.bincount(world.reveal(results).numpy(), minlength=20)
 
 
 def p_value(counts: np.ndarray, temperature: float = 1.0) -> float:
@@ -112,19 +112,17 @@ def p_value(counts: np.ndarray, temperature: float = 1.0) -> float:
     return float(stats.chisquare(counts, expected).pvalue)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", range(3))
+@pytest.mark.parametrize("world", range(5))
 def test_draws_follow_the_softmax(world: int) -> None:
     assert p_value(frequencies(Choice.of(1.0, 0, 1.0), world)) > 1e-3
 
 
-@pytest.mark.slow
 def test_draws_follow_the_softmax_at_another_temperature_and_with_three_parties() -> None:
     counts = frequencies(Choice.of(0.5, 0, 1.0), "half", parties=3)
-    assert p_value(counts, 0.5) > 1e-3 > p_value(counts)
+    assert p_value(counts, 0.5) > 1e-3
+    assert p_value(counts) < 1e-6
 
 
-@pytest.mark.slow
 def test_noise_that_is_too_large_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sampling.gumbel
     # shares are multiplied by integers only: by 333 / 256
