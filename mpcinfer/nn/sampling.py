@@ -60,8 +60,8 @@ async def next_token(ctx: Context, logits: Shared, before: Shared | None, choice
     2019). A temperature T: the argmax of logits + T g for independent Gumbel noise g (Gumbel-max), whose shares are
     dealt, so the dealer knows the noise, and no more. With top_k, what is not among the k largest is pushed below
     reach; of equal logits at the border none is kept unless all fit (but the largest always is).
-    Logits must stay below 2^13. Rounds and bytes: `argmax_along`, for a penalty 12 rounds more, for top_k 8 for each of
-    11 steps of a search.
+    Logits must stay below 2^13. Rounds and bytes: `argmax_along`, for a penalty 11 rounds more, for top_k those of a
+    maximum, 8 for each of 11 steps of a search, and 4.
     """
     x = logits
     if choice.penalises:
@@ -81,7 +81,7 @@ async def _penalised(ctx: Context, x: Shared, before: Shared, penalty: int) -> S
     seen = await step(ctx, counts, (1,), (0, 1), _COUNT_WIDTH)
     one, inverse = 1 << UNIT_BITS, round(2 ** (2 * UNIT_BITS) / penalty)
     change = await piecewise_linear(ctx, x, (0,), (penalty - one, inverse - one), (0, 0), width(x))
-    change = await truncate(ctx, change, UNIT_BITS)
+    change = await truncate(ctx, Shared(change.share, x.frac_bits + UNIT_BITS), UNIT_BITS)
     return x + await multiply(ctx, change, seen)
 
 
