@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ def constants(program: Program) -> dict[str, Public]:
     return {c.name: public_constant(c) for c in program.constants}
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """The plan and the cost of a node, under no name, what it yields, and the values that it was given."""
+
+    plan: Plan
+    cost: Cost
+    result: Any
+    given: list[Any]
+
+
 class Planner:
     """Traces a Program. What equal nodes ask for is traced once: the layers of a network are much the same."""
 
@@ -37,7 +48,7 @@ class Planner:
         self.program = program
         self._parties = parties
         self._deployment = deployment
-        self._known: dict[bytes, tuple[Plan, Cost, Any, list[str]]] = {}
+        self._known: dict[bytes, _Traced] = {}
         # public numbers decide what is computed: which pairs a mask lets through, which rows of a table
         self._holdings: dict[str, Shared | Weight | Public] = {**constants(program)}
         for p in program.parameters:
@@ -97,7 +108,7 @@ class Planner:
 class _Run:
     """The entries and the cost of the nodes of one trace."""
 
-    def __init__(self, known: dict[bytes, tuple[Plan, Cost, Any, list[str]]], parties: int) -> None:
+    def __init__(self, known: dict[bytes, _Traced], parties: int) -> None:
         self.entries: list[tuple[str, Kind]] = []
         self.cost = Cost()
         self._known = known
@@ -115,16 +126,17 @@ class _Run:
         """What evaluates a node, for `evaluated`."""
 
         async def rule(node: Node, values: Mapping[str, Any]) -> Any:
-            names: list[str] = []
-            key = _key(node, values, names)
+            given: list[Any] = []
+            key = _key(node, values, given)
             if key not in self._known:
                 plan, cost, result = trace(lambda ctx: evaluate(node, ctx, values, frac_bits), parties=self._parties)
-                self._known[key] = _renamed(plan, node.name, "", {}), cost, result, names
-            plan, cost, result, traced = self._known[key]
-            again = dict(zip(traced, names, strict=True))
-            messages = [Counter({node.name: message.total()}) for message in cost.messages]
-            self.add(_renamed(plan, "", node.name, again), dataclasses.replace(cost, messages=messages))
-            return _named(result, again)
+                self._known[key] = _Traced(_renamed(plan, node.name, "", {}), cost, result, given)
+            known = self._known[key]
+            names = {a.name: b.name for a, b in zip(known.given, given, strict=True) if isinstance(a, Weight | Cached)}
+            messages = [Counter({node.name: message.total()}) for message in known.cost.messages]
+            plan = _renamed(known.plan, "", node.name, names)
+            self.add(plan, dataclasses.replace(known.cost, messages=messages))
+            return _anew(known.result, {id(a): b for a, b in zip(known.given, given, strict=True)}, names)
 
         return rule
 
@@ -141,15 +153,29 @@ def _renamed(plan: Plan, before: str, after: str, names: Mapping[str, str]) -> P
     return Plan(tuple(entries))
 
 
-def _named(result: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(result, Cached) and names.get(result.name, result.name) != result.name:
-        return Cached(names[result.name], result.share, result.masked, result.capacity, result.frac_bits)
-    return result
+def _anew(result: Any, given: Mapping[int, Any], names: Mapping[str, str]) -> Any:
+    """What a node yields, for another one: what it hands on is that one's, anything else is nobody else's.
+
+    A number times itself is cheaper than two numbers' product, so it matters which values are one and the same.
+    """
+    if id(result) in given:
+        return given[id(result)]
+    if isinstance(result, list | tuple):
+        return [_anew(item, given, names) for item in result]
+    if isinstance(result, Cached):
+        name = names.get(result.name, result.name)
+        return Cached(name, result.share, result.masked, result.capacity, result.frac_bits)
+    return Shared(result.share, result.frac_bits) if isinstance(result, Shared) else result
 
 
-def _key(node: Node, values: Mapping[str, Any], names: list[str]) -> bytes:
-    """A digest of all that the trace of a node depends on; `names` gains those of its weights and caches, in order."""
+def _key(node: Node, values: Mapping[str, Any], given: list[Any]) -> bytes:
+    """A digest of all that the trace of a node depends on; `given` gains the values it is given, each once."""
     digest = hashlib.sha256()
+
+    def place(x: Any) -> int:
+        if not any(x is other for other in given):
+            given.append(x)
+        return next(i for i, other in enumerate(given) if x is other)
 
     def visit(x: Any) -> None:
         if isinstance(x, Ref):
@@ -165,13 +191,12 @@ def _key(node: Node, values: Mapping[str, Any], names: list[str]) -> bytes:
                 visit(item)
         elif isinstance(x, Public):
             value = x.value.contiguous()
-            digest.update(repr(("public", x.shape, x.frac_bits, str(value.dtype))).encode())
+            digest.update(repr(("public", x.shape, x.frac_bits, str(value.dtype), place(x))).encode())
             digest.update(value.numpy().tobytes())
         elif isinstance(x, Shared):
-            digest.update(repr(("shared", x.shape, x.frac_bits)).encode())
+            digest.update(repr(("shared", x.shape, x.frac_bits, place(x))).encode())
         elif isinstance(x, Weight | Cached):
-            names.append(x.name)
-            digest.update(repr((type(x).__name__, x.shape, x.frac_bits, names.index(x.name))).encode())
+            digest.update(repr((type(x).__name__, x.shape, x.frac_bits, place(x))).encode())
             digest.update(repr(getattr(x, "capacity", 0)).encode())
         else:
             digest.update(repr(x).encode() + b",")  # [1, 23] is not [12, 3]

@@ -16,7 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mpcinfer.config import PROTOCOL_VERSION, Limits
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.server import build
+from mpcinfer.dealer.service import _use
 from mpcinfer.errors import AbortedError, AgreementError, ConfigError, ForbiddenError, InputError, MpcInferError
+from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.wire import channel
@@ -80,6 +82,7 @@ def test_only_parties_join_and_ask_for_tapes(keys: Keys, connect: Any, role: str
     for error in (
         refused(stub.Join, joining(keys, 0)),
         refused(stub.Deal, dealer_pb2.DealRequest(session=b"s" * 16, tape=b"t" * 16)),
+        refused(stub.Forget, dealer_pb2.ForgetRequest(session=b"s" * 16, slots=[b"t" * 16])),
     ):
         assert type(error) is ForbiddenError and role in str(error)
     assert stub.DealerStatus(dealer_pb2.DealerStatusRequest(), timeout=20).package_version
@@ -174,3 +177,38 @@ def test_a_configuration_for_a_party_is_refused(keys: Keys) -> None:
 def test_a_port_in_use_is_refused(keys: Keys) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         build(keys.node("dealer"))
+
+
+def test_no_call_takes_a_tensor() -> None:
+    """What parties may tell the dealer: ids, digests, plans and numbers of rows; no message has room for a share."""
+    allowed = {
+        "JoinRequest": {"session", "index", "nonce", "public_key", "cluster_digest", "protocol_version"},
+        "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches"},
+        "CacheUse": {"slot", "runs", "count"},
+        "ForgetRequest": {"session", "slots"},
+        "DealerStatusRequest": set(),
+    }
+    taken = [method.input_type for method in dealer_pb2.DESCRIPTOR.services_by_name["DealerService"].methods]
+    taken += [f.message_type for message in taken for f in message.fields if f.message_type is not None]
+    assert {message.name: {f.name for f in message.fields} for message in taken} == allowed
+
+
+@pytest.mark.parametrize(
+    ("slot", "runs", "count"),
+    [
+        (b"short", [], 0),
+        (b"s" * 16, [0], 1),
+        (b"s" * 16, [0, 2], 1),
+        (b"s" * 16, [1, 1], 1),
+        (b"s" * 16, [1, 0], 1),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(slot: bytes, runs: list[int], count: int) -> None:
+    with pytest.raises(InputError):
+        _use(dealer_pb2.CacheUse(slot=slot, runs=runs, count=count))
+
+
+def test_rows_arrive_as_they_were_meant() -> None:
+    use = CacheUse(b"s" * 16, ((0, 2), (5, 9)), 9)
+    numbers = [n for run in use.runs for n in run]
+    assert _use(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count)) == use

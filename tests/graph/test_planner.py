@@ -164,6 +164,26 @@ def test_arguments_are_told_apart(parties: int) -> None:
     assert_agrees(model, capture(model, [x]), [x], parties, 1)
 
 
+class Products(nn.Module):
+    """Squares and products of numbers of one shape, some of which hand on what they are given."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b = x.relu(), y.relu()
+        kept = nn.functional.dropout(a, 0.1, False)
+        return x * y, x * x, a * b, a * a, a * kept, kept * kept, (a + 0.0) * a, x.contiguous() * x
+
+
+def test_what_is_one_value_and_what_are_two(parties: int) -> None:
+    """A number times itself opens less; two equal nodes yield two values, even if they are traced once."""
+    x, y = grid(2, 6), grid(2, 6, seed=1)
+    captured = capture(Products().eval(), [x, y])
+    shapes = [(2, 6)] * 2
+    inputs = [Shared(meta(*shape), 16) for shape in shapes]
+    direct = trace(lambda ctx: interpret(captured.program, ctx, {}, inputs), parties=parties)
+    same(Planner(captured.program, parties=parties).inference(shapes), (*direct[:2], [x.shape for x in direct[2]]))
+    assert_agrees(Products(), captured, [x, y], parties, 40)
+
+
 def key(program: Program, at: int) -> bytes:
     """What tells the trace of a node from others."""
     keys: list[bytes] = []
