@@ -58,5 +58,6 @@ def world(tmp_path: Path) -> Iterator[FakeCluster]:
     """Two fake parties, with cluster file and keys in the working directory."""
     for fake in running(2):
         fake.write(tmp_path, "client/a", "owner/o")
-        fake.deploy(info("same", [spec("x", -1, 3)], [spec("y", -1, 3)], parameters=12))
+        # a digest of a tokenizer, as models of text have it: the proxy lists no others
+        fake.deploy(info("same", [spec("x", -1, 3)], [spec("y", -1, 3)], parameters=12, vocabulary_digest=bytes(32)))
         yield fake

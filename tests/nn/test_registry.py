@@ -8,6 +8,7 @@ from torch import nn
 
 from mpcinfer.graph.capture import capture
 from mpcinfer.nn import lookup, operator, supported
+from tests.decoders_local import decoder
 from tests.nn.operators import GROUPS, prepared
 
 
@@ -15,6 +16,7 @@ def test_every_operator_is_exported_and_tested() -> None:
     used = {node.op for name in GROUPS for node in prepared(name)[2].program.nodes}
     for reveal in ("argmax", "top-k", "probabilities"):
         used |= {n.op for n in capture(nn.Linear(4, 6).eval(), [torch.zeros(1, 4)], reveal=reveal).program.nodes}
+    used |= {n.op for n in decoder()[1].program.nodes}
     assert sorted(set(supported()) - used) == []
 
 
