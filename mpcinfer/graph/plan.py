@@ -194,7 +194,7 @@ def _key(node: Node, values: Mapping[str, Any], given: list[Any]) -> bytes:
             digest.update(repr(("public", x.shape, x.frac_bits, str(value.dtype), place(x))).encode())
             digest.update(value.numpy().tobytes())
         elif isinstance(x, Shared):
-            # what was expanded has strides of zero, and is computed with as it was before
+            # of what was expanded only the parts that differ are worked on
             digest.update(repr(("shared", x.shape, x.share.stride(), x.frac_bits, place(x))).encode())
         elif isinstance(x, Weight | Cached):
             digest.update(repr((type(x).__name__, x.shape, x.frac_bits, place(x))).encode())

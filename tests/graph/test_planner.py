@@ -24,6 +24,7 @@ from mpcinfer.protocol.types import Cached, Shared, Weight
 from tests.decoders_local import GREEDY, decoder
 from tests.graph.conftest import Case
 from tests.models_local import assert_agrees, grid, on_grid
+from tests.nn.operators import GROUPS
 
 
 def meta(*shape: int) -> torch.Tensor:
@@ -96,6 +97,17 @@ def test_a_plan_is_that_of_the_program_traced_as_a_whole(
         ours = planner.inference(shapes)
         same(ours, (plan, cost, [x.shape for x in outputs]))
         assert ours[0] == plan
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_plan_of_every_operator(group: str) -> None:
+    """Called in all ways that the tests of operators know, side by side."""
+    xs = GROUPS[group].inputs()
+    program = capture(GROUPS[group].model(), xs).program
+    inputs = [Shared(meta(*x.shape), v.frac_bits) for x, v in zip(xs, program.inputs, strict=True)]
+    plan, cost, outputs = trace(lambda ctx: interpret(program, ctx, holdings(program), inputs), parties=2)
+    ours = Planner(program, parties=2).inference([tuple(x.shape) for x in xs])
+    same(ours, (plan, cost, [x.shape for x in outputs]))
 
 
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
@@ -182,6 +194,18 @@ def test_what_is_one_value_and_what_are_two(parties: int) -> None:
     direct = trace(lambda ctx: interpret(captured.program, ctx, {}, inputs), parties=parties)
     same(Planner(captured.program, parties=parties).inference(shapes), (*direct[:2], [x.shape for x in direct[2]]))
     assert_agrees(Products(), captured, [x, y], parties, 40)
+
+
+class Quotients(nn.Module):
+    """By as many numbers, and by fewer that were expanded."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x / y, x / y[:, :1].expand(2, 6)
+
+
+def test_numbers_that_were_expanded_are_told_from_others(parties: int) -> None:
+    x, y = grid(2, 6), grid(2, 6, seed=1).abs() + 1
+    assert_agrees(Quotients(), capture(Quotients().eval(), [x, y]), [x, y], parties, 40)
 
 
 def key(program: Program, at: int) -> bytes:
