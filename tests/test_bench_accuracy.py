@@ -208,6 +208,7 @@ def test_results_are_used_again_if_they_are_of_the_same_points(bench: Any) -> No
             bench.reused(earlier, row | change, 2, ["spu"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_command_judges_ours_and_says_why_a_peer_failed(tmp_path: Path) -> None:
     interpreter = tmp_path / "peers" / "prix" / "bin" / "python"

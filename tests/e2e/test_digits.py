@@ -75,7 +75,7 @@ def trained(one_thread: None) -> Trained:
     return Trained(model, images[test], labels[test], model(images[test]))
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2-parties", "3-parties"])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["2-parties", "3-parties"])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     with local_cluster(tmp_path_factory.mktemp("digits") / "cluster", request.param) as running:
         yield running

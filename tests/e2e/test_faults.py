@@ -170,6 +170,7 @@ def wait_until_waiting(local: LocalCluster, count: int, parties: range) -> None:
 # --- processes that stop, die and hang ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_graceful_stop_then_a_start_one_by_one(local: LocalCluster) -> None:
     """A running request is finished. Then: party down at start, dealer down at start, models from the store."""
     n = local.cluster.n
@@ -247,7 +248,8 @@ def test_a_dealer_killed_in_the_middle_of_a_request(cluster: LocalCluster) -> No
     assert {role for role in pids if cluster.pid(role) != pids[role]} == {"dealer"}
 
 
-@pytest.mark.parametrize("role", ["party/1", pytest.param("party/0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["party/1", "party/0"])
 def test_a_party_killed_during_an_upload(cluster: LocalCluster, role: str) -> None:
     def progress(sent: int, total: int) -> None:
         assert total > 1 << 23

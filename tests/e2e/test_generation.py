@@ -248,7 +248,7 @@ def test_a_text_may_be_taken_in_only(scene: Scene) -> None:
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["party/1", "dealer"])
+@pytest.mark.parametrize("role", ["party/1", pytest.param("dealer", marks=pytest.mark.slow)])
 def test_a_process_that_dies_in_the_middle(scene: Scene, bob: Client, role: str) -> None:
     text = token_ids(8, 8)
     answer = bob.generate("tiny", text, max_new_tokens=80, timeout=60)

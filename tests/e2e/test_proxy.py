@@ -134,6 +134,7 @@ def test_four_at_a_time(url: str) -> None:
     assert [a.usage.completion_tokens for a in answers] == [4] * 4
 
 
+@pytest.mark.slow
 def test_several_answers_to_one_prompt(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=asked("n"), max_tokens=5, n=3, temperature=1.0)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]

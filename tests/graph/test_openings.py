@@ -176,6 +176,7 @@ def test_a_mask_that_is_one_bit_short_shows(network: Network, monkeypatch: pytes
         assert_uniform(views(network, "zero"))
 
 
+@pytest.mark.slow
 def test_ids_masked_by_ids_show(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     if network.captured.program.inputs[0].frac_bits:
         pytest.skip("it has no ids")
