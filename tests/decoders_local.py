@@ -14,7 +14,7 @@ from mpcinfer.graph.program import Program
 from mpcinfer.graph.step import Stepped, capacity, step
 from mpcinfer.models.decoder import Decoder, DecoderConfig
 from mpcinfer.models.rope import Rope
-from mpcinfer.nn.sampling import Choice
+from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.local import Transcript
 from mpcinfer.protocol.types import Cached, Shared
 from tests.models_local import deploy_local
@@ -104,7 +104,7 @@ class LocalText:
         self.planner = Planner(self.program, parties=parties)
         self.rows: list[list[Cached] | None] = [None] * parties
         self.length = 0
-        self.before = [Shared(torch.empty(0, dtype=torch.int64))] * parties
+        self.before = [Seen(None, Shared(torch.empty(0, dtype=torch.int64)))] * parties
 
     def take_in(self, tokens: Sequence[int] | list[Shared], choice: Choice | None) -> list[Stepped]:
         """One step, which must cost what was planned."""
@@ -113,7 +113,8 @@ class LocalText:
         more = new[0].shape[1]
         room = capacity(self.length + more)
         caches = [with_room(self.program, rows, room) for rows in self.rows]
-        self.before = [Shared(torch.cat([old.share, x.share[0]])) for old, x in zip(self.before, new, strict=True)]
+        fresh = [torch.cat([old.fresh.share, x.share[0]]) for old, x in zip(self.before, new, strict=True)]
+        self.before = [Seen(old.counts, Shared(x)) for old, x in zip(self.before, fresh, strict=True)]
         self.world.transcript = Transcript()
         done: list[Stepped] = self.world.run(
             lambda ctx, held, x, own, all_ids: step(self.program, ctx, held, x, own, choice, all_ids),
@@ -125,7 +126,9 @@ class LocalText:
         )
         self.rows = [each.caches for each in done]
         self.length += more
-        plan, cost, logits = self.planner.step(more, room, choice, self.length)
+        plan, cost, logits = self.planner.step(more, room, choice, len(fresh[0]))
+        if done[0].counts is not None:
+            self.before = [Seen(each.counts, Shared(fresh[0][:0])) for each in done]
         seen = self.world.transcript
         assert (seen.rounds, seen.bytes_sent) == (cost.rounds, cost.bytes_sent)
         assert seen.dealer_bytes == plan.correction_bytes() and logits == done[0].logits

@@ -14,7 +14,7 @@ import torch
 from mpcinfer.graph.interpret import Holdings, check_inputs, evaluate, evaluated, public_constant, released
 from mpcinfer.graph.program import Node, Program, Ref
 from mpcinfer.graph.step import step
-from mpcinfer.nn.sampling import Choice
+from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Kind
 from mpcinfer.protocol.linear import mask_weight
@@ -81,7 +81,7 @@ class Planner:
         """The plan and the cost of a step over so many tokens of a session whose caches then have `room`, and the
         shape of the logits (see `graph.step`; () without a choice).
 
-        before: how many tokens there are then, if the choice depends on them.
+        before: how many tokens have not been counted then, if the choice depends on them.
         """
         program = self.program
         run = _Run(self._known, self._parties)
@@ -92,8 +92,8 @@ class Planner:
         ids = Shared(_meta([1, tokens]))
 
         async def protocol(ctx: Context) -> tuple[int, ...]:
-            all_ids = Shared(_meta([before])) if choice is not None and choice.penalises else None
-            done = await step(program, ctx, self._holdings, ids, caches, choice, all_ids, run.node(program.frac_bits))
+            seen = Seen(None, Shared(_meta([before]))) if choice is not None and choice.penalises else None
+            done = await step(program, ctx, self._holdings, ids, caches, choice, seen, run.node(program.frac_bits))
             return done.logits
 
         return self._finished(run, protocol)

@@ -9,7 +9,7 @@ from typing import Any
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.graph.interpret import EvaluateNode, Holdings, evaluate, evaluated, released
 from mpcinfer.graph.program import Program
-from mpcinfer.nn.sampling import Choice, next_token
+from mpcinfer.nn.sampling import Choice, Seen, next_token
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.types import Cached, Shared
 
@@ -21,13 +21,14 @@ CHUNK = 32  # tokens of a prompt in one step, at most
 class Stepped:
     """The caches after a step. If a token was chosen: it, and what may leave of it (and of the logits, if they may).
 
-    `logits` is their shape.
+    `logits` is their shape; `counts` are of tokens, if a penalty has counted them (see `nn.sampling.Seen`).
     """
 
     caches: list[Cached]
     token: Shared | None = None
     outputs: tuple[Shared, ...] = ()
     logits: tuple[int, ...] = ()
+    counts: Shared | None = None
 
 
 def capacity(rows: int) -> int:
@@ -42,13 +43,13 @@ async def step(
     tokens: Shared,
     caches: Mapping[str, Cached],
     choice: Choice | None,
-    before: Shared | None = None,
+    before: Seen | None = None,
     evaluate_node: EvaluateNode | None = None,
 ) -> Stepped:
     """Evaluate tokens [1, l] after those whose keys and values the caches hold.
 
-    choice: how the next token is chosen; None if there is none to choose, since more of the prompt follows. before: all
-    tokens so far, the new ones too, [m], for a penalty. The chosen token stays shared: [1, 1], to be fed back.
+    choice: how the next token is chosen; None if there is none to choose, since more of the prompt follows. before: the
+    tokens so far, the new ones too, for a penalty. The chosen token stays shared: [1, 1], to be fed back.
     """
 
     def node_rule(node: Any, values: Mapping[str, Any]) -> Any:
@@ -63,9 +64,9 @@ async def step(
     logits = found[-1]
     if not isinstance(logits, Shared) or len(logits.shape) != 2 or logits.shape[0] != 1:
         raise UnsupportedError("a model with caches yields the logits of the next token only, [1, vocabulary]")
-    token = await next_token(ctx.scope("mpc.sampling"), logits.map(lambda t: t[0]), before, choice)
+    token, counts = await next_token(ctx.scope("mpc.sampling"), logits.map(lambda t: t[0]), before, choice)
     token = token.map(lambda t: t.reshape(1, 1))
     outputs = [released(ctx.scope("output0"), token)]
     if program.reveal == "logits":
         outputs.append(released(ctx.scope("output1"), logits))
-    return Stepped(grown, token, tuple(outputs), logits.shape)
+    return Stepped(grown, token, tuple(outputs), logits.shape, counts)

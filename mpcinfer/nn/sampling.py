@@ -52,10 +52,18 @@ class Choice:
         return self.penalty != 1 << UNIT_BITS
 
 
-async def next_token(ctx: Context, logits: Shared, before: Shared | None, choice: Choice) -> Shared:
-    """The index of the chosen one of the logits [V]: an integer, [].
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of a text: how often each was counted so far, [V] (None: none was), and those not counted yet, [m]."""
 
-    before: the indices of all tokens so far [m], needed for a penalty.
+    counts: Shared | None
+    fresh: Shared
+
+
+async def next_token(ctx: Context, logits: Shared, before: Seen | None, choice: Choice) -> tuple[Shared, Shared | None]:
+    """The index of the chosen one of the logits [V], an integer, []; and how often each token has been there so far.
+
+    before: the tokens so far, needed for a penalty, which counts those that were not counted; else there are no counts.
     A penalty p divides positive logits of tokens that were there by p and multiplies negative ones (Keskar et al.
     2019). A temperature T: the argmax of logits + T g for independent Gumbel noise g (Gumbel-max), whose shares are
     dealt, so the dealer knows the noise, and no more. With top_k, what is not among the k largest is pushed below
@@ -63,26 +71,28 @@ async def next_token(ctx: Context, logits: Shared, before: Shared | None, choice
     Logits must stay below 2^13. Rounds and bytes: `argmax_along`, for a penalty 11 rounds more, for top_k those of a
     maximum, 8 for each of 11 steps of a search, and 4.
     """
-    x = logits
+    x, counts = logits, None
     if choice.penalises:
         assert before is not None
-        x = await _penalised(ctx.scope("penalty"), x, before, choice.penalty)
+        x, counts = await _penalised(ctx.scope("penalty"), x, before, choice.penalty)
     if choice.temperature:
         if 0 < choice.top_k < x.shape[-1]:
             x = await _only_top(ctx.scope("top"), x, choice.top_k)
         noise = gumbel(ctx.scope("noise"), x.shape, x.frac_bits)
         x = x.rescaled(x.frac_bits + UNIT_BITS)
         x = x + Shared(noise.share * choice.temperature, x.frac_bits)
-    return (await argmax_along(ctx, x, width(logits)))[1]
+    return (await argmax_along(ctx, x, width(logits)))[1], counts
 
 
-async def _penalised(ctx: Context, x: Shared, before: Shared, penalty: int) -> Shared:
-    counts = (await one_hot(ctx, before, x.shape[-1])).map(lambda t: t.sum(0))
+async def _penalised(ctx: Context, x: Shared, before: Seen, penalty: int) -> tuple[Shared, Shared]:
+    counts = (await one_hot(ctx, before.fresh, x.shape[-1])).map(lambda t: t.sum(0))
+    if before.counts is not None:
+        counts = counts + before.counts
     seen = await step(ctx, counts, (1,), (0, 1), _COUNT_WIDTH)
     one, inverse = 1 << UNIT_BITS, round(2 ** (2 * UNIT_BITS) / penalty)
     change = await piecewise_linear(ctx, x, (0,), (penalty - one, inverse - one), (0, 0), width(x))
     change = await truncate(ctx, Shared(change.share, x.frac_bits + UNIT_BITS), UNIT_BITS)
-    return x + await multiply(ctx, change, seen)
+    return x + await multiply(ctx, change, seen), counts
 
 
 async def _only_top(ctx: Context, x: Shared, k: int) -> Shared:

@@ -11,7 +11,7 @@ import torch
 
 from mpcinfer.errors import AbortedError
 from mpcinfer.graph.step import CHUNK, Stepped, capacity, step
-from mpcinfer.nn.sampling import Choice
+from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.party.actions import found
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
@@ -70,7 +70,7 @@ def generate(
     writing: Writing = job.content
     own_tape, mask_tape = tapes(announced, 2)
 
-    def prepare() -> tuple[Session, Shared, Choice | None, Plan, bytes, Shared | None]:
+    def prepare() -> tuple[Session, Shared, Choice | None, Plan, bytes, Seen | None]:
         model = found(catalogue, writing.model, announced)
         if writing.session is None:
             more = writing.tokens.shape[1] + max(0, writing.most - 1)
@@ -80,11 +80,10 @@ def generate(
         new, choice = writing.next_tokens()
         before = None
         if choice is not None and choice.penalises:
-            before = Shared(torch.cat([session.tokens, new.share], dim=1)[0])
-        length = session.length + new.shape[1]
-        plan, digest = model.step_plan(
-            new.shape[1], capacity(length), choice, length if before is not None else 0, epoch.mesh.parties
-        )
+            uncounted = torch.cat([session.tokens[:, session.counted :], new.share], dim=1)[0]
+            before = Seen(session.counts, Shared(uncounted))
+        room, fresh = capacity(session.length + new.shape[1]), 0 if before is None else before.fresh.shape[0]
+        plan, digest = model.step_plan(new.shape[1], room, choice, fresh, epoch.mesh.parties)
         return session, new, choice, plan, digest, before
 
     begun = writing.session is not None
@@ -110,6 +109,8 @@ def generate(
     )
     session.grow(done.caches, new)
     session.token = done.token
+    if done.counts is not None:
+        session.counts, session.counted = done.counts, session.length
     writing.taken = min(writing.taken + new.shape[1], writing.tokens.shape[1])
     writing.chosen += choice is not None
     writing.done.put(Written(writing.taken, done.outputs, online, offline))

@@ -41,6 +41,8 @@ class Slot:
 class Session:
     """One text: which rows of its slot it is made of, and this party's shares of its tokens' indices, [1, length].
 
+    `counts`: how often each token of the vocabulary is among the first `counted`, if a penalty needed to know.
+
     `token`: the one that was chosen last, which no step has taken in yet. `request`: the answer to whoever began it.
     """
 
@@ -51,6 +53,8 @@ class Session:
     runs: Runs
     tokens: torch.Tensor = field(repr=False)
     token: Shared | None = field(default=None, repr=False)
+    counts: Shared | None = field(default=None, repr=False)
+    counted: int = 0
     request: Future[Any] = field(default_factory=Future, repr=False)
     touched: float = field(default_factory=time.monotonic)
 
@@ -143,6 +147,8 @@ class Sessions:
             runs, tokens = (), torch.empty((1, 0), dtype=torch.int64)
         self.check_length(model.program, keep, more, slot.count)
         session = Session(session_id, caller, model, slot, runs, tokens)
+        if parent and origin.counted <= keep:
+            session.counts, session.counted = origin.counts, origin.counted
         self._sessions[session_id] = session
         return session
 

@@ -18,7 +18,7 @@ from mpcinfer.graph.plan import Planner, constants
 from mpcinfer.graph.program import Program
 from mpcinfer.graph.step import step
 from mpcinfer.models.encoder import Attention
-from mpcinfer.nn.sampling import Choice
+from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.tracing import Cost, Plan, outermost_scope, trace
 from mpcinfer.protocol.types import Cached, Shared, Weight
 from tests.decoders_local import GREEDY, decoder
@@ -126,7 +126,7 @@ def test_a_step_s_plan_too(style: str, tokens: int, room: int, choice: Choice | 
     for c in program.caches:
         rows = meta(*c.shape[:-2], room - tokens, c.shape[-1])
         caches[c.name] = Cached(c.name, rows, rows, room, c.frac_bits)
-    ids, seen = Shared(meta(1, tokens)), Shared(meta(before))
+    ids, seen = Shared(meta(1, tokens)), Seen(None, Shared(meta(before)))
     plan, cost, done = trace(
         lambda ctx: step(program, ctx, holdings(program), ids, caches, choice, seen), parties=2, deployment="d"
     )

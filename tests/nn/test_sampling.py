@@ -9,7 +9,7 @@ from scipy import stats
 
 import mpcinfer.nn.sampling as sampling
 from mpcinfer.errors import InputError
-from mpcinfer.nn.sampling import MAX_PENALTY, MAX_TEMPERATURE, UNIT_BITS, Choice, next_token, smallest
+from mpcinfer.nn.sampling import MAX_PENALTY, MAX_TEMPERATURE, UNIT_BITS, Choice, Seen, next_token, smallest
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.local import LocalWorld, Transcript
 from mpcinfer.protocol.tracing import Cost, trace
@@ -35,8 +35,10 @@ def choose(
     """As many tokens as `draws`, all from the same logits and at the same time."""
     world = LocalWorld(parties, seed("sampling", *key))
 
-    async def protocol(ctx: Context, x: Shared, seen: Shared) -> list[Shared]:
-        return await together(*(next_token(ctx.scope(f"{i}"), x, seen, choice) for i in range(draws)))
+    async def protocol(ctx: Context, x: Shared, fresh: Shared) -> list[Shared]:
+        seen = Seen(None, fresh)
+        drawn = await together(*(next_token(ctx.scope(f"{i}"), x, seen, choice) for i in range(draws)))
+        return [token for token, _ in drawn]
 
     results = world.run(protocol, world.share(logits, 16), world.share(torch.tensor(before or [0])))
     assert all(token.shape == () and token.frac_bits == 0 for each in results for token in each)
@@ -104,6 +106,7 @@ def frequencies(choice: Choice, *key: object, parties: int = 2) -> np.ndarray:
     world = LocalWorld(parties, seed("draws", *key))
     heads = fixed(*HEAD.tolist()).expand(DRAWS, 20).contiguous()
     results = world.run(lambda ctx, x: next_token(ctx, x, None, choice), world.share(heads, 16))
+    results = [token for token, _ in results]
     return np.bincount(world.reveal(results).numpy(), minlength=20)
 
 
@@ -217,14 +220,34 @@ def test_a_penalty_is_that_of_the_formula(parties: int, penalty: float) -> None:
     world = LocalWorld(parties, seed("penalty"))
     units = Choice.of(0.0, 0, penalty).penalty
     results = world.run(
-        lambda ctx, s, b: sampling._penalised(ctx, s, b, units), world.share(x, 16), world.share(torch.tensor(before))
+        lambda ctx, s, b: sampling._penalised(ctx, s, Seen(None, b), units),
+        world.share(x, 16),
+        world.share(torch.tensor(before)),
     )
+    assert world.reveal([counts for _, counts in results]).tolist() == [before.count(i) for i in range(21)]
+    results = [penalised for penalised, _ in results]
     y, exact = world.reveal(results).double() / ONE, x.double() / ONE
     seen = torch.zeros(21, dtype=torch.bool)
     seen[before] = True
     expected = torch.where(seen, torch.where(exact > 0, exact / penalty, exact * penalty), exact)
     assert torch.equal(y[~seen], exact[~seen])
     assert float((y - expected).abs().max()) < float(exact.abs().max()) * 2.0**-UNIT_BITS + 2.0**-15
+
+
+def test_what_was_counted_need_not_be_counted_again(parties: int) -> None:
+    x, choice = fixed(3, 5, 4, -1), Choice.of(0.0, 0, 2.0)
+    world = LocalWorld(parties, seed("counts"))
+
+    async def protocol(ctx: Context, x: Shared, first: Shared, second: Shared) -> list[Shared]:
+        _, counts = await next_token(ctx.scope("first"), x, Seen(None, first), choice)
+        token, counts = await next_token(ctx.scope("second"), x, Seen(counts, second), choice)
+        assert counts is not None
+        return [token, counts]
+
+    first, second = (world.share(torch.tensor([i])) for i in (1, 2))
+    results = world.run(protocol, world.share(x, 16), first, second)
+    token, counts = (world.reveal(shares) for shares in zip(*results, strict=True))
+    assert int(token) == 0 and counts.tolist() == [0, 1, 1, 0]
 
 
 def test_a_penalty_changes_what_is_chosen(parties: int) -> None:
@@ -253,8 +276,9 @@ def test_costs(parties: int, choice: Choice, more_rounds: int) -> None:
 
     def traced(choice: Choice) -> Cost:
         plan, cost, token = trace(
-            lambda ctx: next_token(ctx, Shared(meta(20), 16), Shared(meta(7)), choice), parties=parties
+            lambda ctx: next_token(ctx, Shared(meta(20), 16), Seen(None, Shared(meta(7))), choice), parties=parties
         )
+        token = token[0]
         assert token.shape == ()
         assert not any(mask.startswith("Gumbel") for mask in cost.openings)
         return cost
