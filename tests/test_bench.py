@@ -50,6 +50,7 @@ def check_ours(report: Any) -> None:
         assert len(ours["samples"]["total"]) == report["settings"]["repeat"]
 
 
+@pytest.mark.slow
 def test_report_is_complete_and_says_why_peers_failed(tmp_path: Path) -> None:
     # one cannot be installed, the other can but crashes; --repeat 1, so that medians are the samples
     fake_environment(tmp_path, "crypten", 'echo "no such package" >&2; exit 1')

@@ -258,6 +258,9 @@ class Connection:
     def _failure(self, index: int, link: _Link, call: Any) -> MpcInferError:
         endpoint = self.cluster.parties[index]
         error = channel.from_rpc_error(call, f"{endpoint.role} at {endpoint.address}")
+        if call.code() is grpc.StatusCode.CANCELLED and not call.trailing_metadata():
+            # not by us, who cancel only what we do not look at any more: its server ended in the middle of the call
+            return UnavailableError(f"{endpoint.role} at {endpoint.address} has gone away; start it (again)")
         if call.code() is grpc.StatusCode.UNAVAILABLE:
             if type(error) is UnavailableError and not call.trailing_metadata():  # gRPC speaks, not the party
                 error = UnavailableError(f"{endpoint.role} at {endpoint.address} has gone away; start it (again)")

@@ -113,6 +113,7 @@ def test_an_answer_and_what_follows_it(scene: Scene, bob: Client) -> None:
     assert scene.right(again, [*more, *followed.tokens, 5])
 
 
+@pytest.mark.slow
 def test_answers_of_one_beginning_at_the_same_time(scene: Scene, bob: Client) -> None:
     text = token_ids(9, 1)
     assert scene.right(bob.generate("tiny", text, max_new_tokens=1, stream=False), text)
@@ -122,6 +123,7 @@ def test_answers_of_one_beginning_at_the_same_time(scene: Scene, bob: Client) ->
     assert all(map(scene.right, answers, texts)) and [a.cached_tokens for a in answers] == [9] * 3
 
 
+@pytest.mark.slow
 def test_chance_and_penalties(bob: Client) -> None:
     text = token_ids(5, 2)
     greedy = bob.generate("closed", text, max_new_tokens=3, stream=False).tokens
@@ -155,6 +157,7 @@ def test_cancelling_frees_the_lane_and_what_was_taken_in_stays(scene: Scene, bob
     assert followed.cached_tokens == 13 and scene.right(followed, [*text, answer.tokens[0], 1])
 
 
+@pytest.mark.slow
 def test_more_texts_than_are_kept(scene: Scene, bob: Client) -> None:
     """The oldest are forgotten, and taken in anew when needed."""
     texts = [[i, *token_ids(3, 6)] for i in range(SESSIONS + 1)]

@@ -99,6 +99,7 @@ def test_a_plan_is_that_of_the_program_traced_as_a_whole(
         assert ours[0] == plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_plan_of_every_operator(group: str) -> None:
     """Called in all ways that the tests of operators know, side by side."""
