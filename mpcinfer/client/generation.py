@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
@@ -23,7 +23,7 @@ class Settings:
     temperature: float = 0.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Piece:
     received: for each party the bytes of its share of this token, which are noise.
     """
 
-    text: str
-    token: int
+    text: str = field(repr=False)
+    token: int = field(repr=False)
     cost: StepCost
-    received: tuple[bytes, ...]
+    received: tuple[bytes, ...] = field(repr=False)
 
 
 class Generation(Protocol):

@@ -255,7 +255,7 @@ class Dealer:
         self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None
     ) -> Iterator[memoryview]:
         caches = {} if use is None else session.slots.get(use.slot, {})
-        new = {item.cache: item.free()["b"].shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
+        new = {item.cache: item.shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
 
         def fixed(weight: str) -> torch.Tensor:
             if use is not None and weight in caches:

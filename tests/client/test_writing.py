@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 
 import mpcinfer.client.writing as writing
 from mpcinfer.client.data import Client
-from mpcinfer.client.generation import Settings
+from mpcinfer.client.generation import Piece, Settings, StepCost
 from mpcinfer.client.model import Model
 from mpcinfer.client.writing import Answer, Known, Memory
 from mpcinfer.errors import (
@@ -429,3 +430,8 @@ def test_embed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(client, "_model", lambda *_, wrong=wrong: wrong)
         with pytest.raises(InputError, match="does not embed"):
             client.embed("e", ["a"])
+
+
+def test_pieces_and_settings_do_not_print_what_is_private() -> None:
+    piece = Piece("zebra", 4711, StepCost(0.0, 0.0, 1, 2, 3), (b"zebra",))
+    assert not {"zebra", "4711"} & set(re.findall(r"\w+", repr(piece) + repr(Settings(stop=("zebra",)))))
