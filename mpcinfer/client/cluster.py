@@ -108,7 +108,7 @@ class Connection:
         requests: one per party (for a streaming call: an iterator of messages). Returns the answers by party. The
         first error ends the call everywhere; of errors that come together the one nearest to the cause is raised.
         """
-        deadline = time.monotonic() + timeout
+        deadline, late = time.monotonic() + timeout, f"{method} took longer than {timeout:g} s; allow it more time"
         links = self._open(min(timeout, CONNECT_TIMEOUT))
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         calls: list[Any] = []
@@ -126,9 +126,7 @@ class Connection:
                     break
                 if calls[index].code() is grpc.StatusCode.OK:
                     continue
-                failures.append(self._failure(index, links[index], calls[index]))
-                if calls[index].details() == "Deadline Exceeded":  # gRPC's words: nobody at the party had an error
-                    failures[-1] = DeadlineError(f"{method} took longer than {timeout:g} s; allow it more time")
+                failures.append(self._failure(index, links[index], calls[index], late))
                 if _distance(failures[-1]) == 0:
                     break
                 patience = patience or time.monotonic() + _GRACE
@@ -147,7 +145,7 @@ class Connection:
 
         The first error ends it everywhere, as in `call`. Leaving stops it.
         """
-        deadline = time.monotonic() + timeout
+        deadline, late = time.monotonic() + timeout, f"{method} took longer than {timeout:g} s; allow it more time"
         links = self._open(max(0.001, min(timeout, CONNECT_TIMEOUT)))
         calls: list[Any] = []
         arrived: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in links]
@@ -172,9 +170,7 @@ class Connection:
                 while not call.done() and i != index and time.monotonic() < patience:
                     time.sleep(0.01)
                 if call.done() and call.code() is not grpc.StatusCode.OK:
-                    failures.append(self._failure(i, links[i], call))
-                    if call.details() == "Deadline Exceeded":
-                        failures[-1] = DeadlineError(f"{method} took longer than {timeout:g} s; allow it more time")
+                    failures.append(self._failure(i, links[i], call, late))
             return min(failures, key=_distance)
 
         def answers() -> Iterator[list[Any]]:
@@ -255,7 +251,9 @@ class Connection:
                 raise min(failures, key=_distance)
             return [link for link in self._links if link is not None]
 
-    def _failure(self, index: int, link: _Link, call: Any) -> MpcInferError:
+    def _failure(self, index: int, link: _Link, call: Any, late: str) -> MpcInferError:
+        if call.details() == "Deadline Exceeded":  # gRPC's words: nobody at the party had an error
+            return DeadlineError(late)
         endpoint = self.cluster.parties[index]
         error = channel.from_rpc_error(call, f"{endpoint.role} at {endpoint.address}")
         if call.code() is grpc.StatusCode.CANCELLED and not call.trailing_metadata():
