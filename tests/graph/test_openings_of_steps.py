@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from mpcinfer.graph.plan import Planner
 from mpcinfer.graph.step import step
-from mpcinfer.nn.sampling import Choice
+from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64
@@ -43,7 +43,9 @@ def view(tokens: list[int], *key: object) -> View:
         own = holdings[ctx.index]
         begun = await step(PROGRAM, ctx.scope("first"), own, first, with_room(PROGRAM, None, ROOM), None)
         caches = with_room(PROGRAM, begun.caches, ROOM)
-        done = await step(PROGRAM, ctx.scope("last"), own, last, caches, CHOICE, all_ids.map(lambda t: t[0]))
+        done = await step(
+            PROGRAM, ctx.scope("last"), own, last, caches, CHOICE, Seen(None, all_ids.map(lambda t: t[0]))
+        )
         return list(done.outputs)
 
     return observe(steps, torch.tensor([tokens]), key=seed(*key), world=world, weights=holdings)
