@@ -15,7 +15,7 @@ from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.types import Cached, Shared
 from mpcinfer.ring.domain import Z64
-from mpcinfer.ring.kernels import matmul
+from mpcinfer.ring.products import matmul
 
 
 class RowStore:

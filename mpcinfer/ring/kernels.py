@@ -8,68 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numba import njit
 from torch.nn import functional
+
+from mpcinfer.ring.products import matmul, matmul_t
 
 # im2col of larger inputs is done in slices of the batch, to bound memory (elements of 8 bytes)
 _PATCH_ELEMENTS = 1 << 26
-
-
-@njit("void(int64[:, ::1], int64[:, ::1], int64[:, ::1])", nogil=True, cache=True)
-def _skinny(x: Any, w: Any, out: Any) -> None:
-    """out = x @ w for very few rows: one pass over w, four of its rows at a time."""
-    m, k = x.shape
-    n = w.shape[1]
-    out[:] = 0
-    for j0 in range(0, n, 256):
-        j1 = min(n, j0 + 256)
-        fours = k // 4 * 4
-        for p in range(0, fours, 4):
-            for i in range(m):
-                a, b, c, d = x[i, p], x[i, p + 1], x[i, p + 2], x[i, p + 3]
-                for j in range(j0, j1):
-                    out[i, j] += a * w[p, j] + b * w[p + 1, j] + c * w[p + 2, j] + d * w[p + 3, j]
-        for p in range(fours, k):
-            for i in range(m):
-                a = x[i, p]
-                for j in range(j0, j1):
-                    out[i, j] += a * w[p, j]
-
-
-def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x @ w mod 2^64 with torch's shape rules; fastest with w contiguous."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if x.device.type == "meta" or w.dim() != 2 or rows > 2 or not rows:
-        return x @ w
-    flat = x.reshape(rows, x.shape[-1]).contiguous()
-    out = torch.empty((rows, w.shape[1]), dtype=torch.int64)
-    _skinny(flat.numpy(), w.contiguous().numpy(), out.numpy())
-    return out.reshape(*x.shape[:-1], w.shape[1])
-
-
-@njit("void(int64[:, ::1], int64[:, ::1], int64[:, ::1])", nogil=True, cache=True)
-def _dots(x: Any, w: Any, out: Any) -> None:
-    """out = x @ w.T for very few rows: one pass over w."""
-    m, k = x.shape
-    for i in range(m):
-        for j in range(w.shape[0]):
-            total = np.int64(0)
-            for p in range(k):
-                total += x[i, p] * w[j, p]
-            out[i, j] = total
-
-
-def matmul_t(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x @ w.T mod 2^64, w [n, k] contiguous."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if x.device.type == "meta" or rows > 2 or not rows:
-        return x @ w.t()
-    flat = x.reshape(rows, x.shape[-1]).contiguous()
-    out = torch.empty((rows, w.shape[0]), dtype=torch.int64)
-    _dots(flat.numpy(), w.contiguous().numpy(), out.numpy())
-    return out.reshape(*x.shape[:-1], w.shape[0])
 
 
 def pool_windows(
@@ -126,7 +71,7 @@ def conv(
         order = (1, *range(2 + d, 2 + 2 * d), 0, *range(2, 2 + d))
         patches = view.permute(order).reshape(groups, c // groups * depth, batch * area)
         rows = w.reshape(groups, o // groups, c // groups * depth)
-        y = torch.stack([rows[g] @ patches[g] for g in range(groups)]) if groups > 1 else (rows[0] @ patches[0])[None]
+        y = matmul(rows, patches)
         parts.append(y.reshape(o, batch, *out).transpose(0, 1))
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
 

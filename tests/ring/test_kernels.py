@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: against torch in float64 on small integers, and mod 2^64 on large ones."""
+"""Convolutions and what bilinear maps share: against torch in float64 on small integers, and mod 2^64 on large ones."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ CONVOLUTIONS = {
     "no batch": ((0, 3, 7, 6), (5, 3, 3, 3), (1, 1), (0, 0), (1, 1), 1),
     "no batch, depthwise": ((0, 3, 7, 6), (3, 1, 3, 3), (1, 1), (0, 0), (1, 1), 3),
 }
-MATRICES = [
-    ((1, 7), (7, 5)), ((2, 8), (8, 300)), ((3, 8), (8, 5)), ((16, 33), (33, 9)), ((7,), (7, 5)), ((1, 1, 6), (6, 257)),
-    ((2, 3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5)), ((1, 4), (4, 1)), ((0, 4), (4, 3)), ((1, 0), (0, 3)), ((4, 7), (7,)),
-]  # fmt: skip
 
 
 def small(shape: tuple[int, ...]) -> torch.Tensor:
@@ -110,29 +106,6 @@ def test_a_window_larger_than_the_image() -> None:
         x, w = (torch.empty(s, dtype=torch.int64, device=device) for s in ((1, 1, 2, 2), (1, 1, 3, 3)))
         with pytest.raises(ValueError, match="does not fit"):
             kernels.conv(x, w, (1, 1), (0, 0), (1, 1), 1)
-
-
-@pytest.mark.parametrize(("xs", "ws"), MATRICES)
-def test_matmul(xs: tuple[int, ...], ws: tuple[int, ...]) -> None:
-    x, w = small(xs), small(ws)
-    assert torch.equal(kernels.matmul(x, w), (x.double() @ w.double()).long())
-    x, w = large(xs), large(ws)
-    with np.errstate(over="ignore"):
-        expected = x.numpy().view(np.uint64) @ w.numpy().view(np.uint64)
-    assert (kernels.matmul(x, w).numpy() == expected.view(np.int64)).all()
-    assert MATMUL.shape(xs, ws) == tuple(expected.shape)
-
-
-@given(st.integers(1, 2), st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31))
-def test_the_skinny_kernel_is_the_matrix_product(m: int, k: int, n: int, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    x, w = (torch.randint(-(2**63), 2**63 - 1, s, generator=g) for s in ((m, k), (k, n)))
-    assert torch.equal(kernels.matmul(x, w), x @ w)
-
-
-def test_matmul_takes_transposed_weights() -> None:
-    x, w = large((1, 9)), large((5, 9)).T
-    assert torch.equal(kernels.matmul(x, w), x @ w)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1))
