@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from mpcinfer.errors import ConfigError
 
 PROTOCOL_VERSION = 1
+PEER_TRANSPORTS = ("tls", "grpc")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A name is also a DNS label and part of a URI, hence lower case and short.
@@ -185,7 +186,9 @@ class Node:
     """What one party or dealer process is started with.
 
     `store` and `store_key` (the directory of model shares at rest and the file of the key they are encrypted with)
-    are set for a party and None for the dealer. `listen` may have port 0 (any free port).
+    are set for a party and None for the dealer. `listen` may have port 0 (any free port). Parties send each other
+    openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
+    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC.
     """
 
     cluster: Cluster
@@ -197,12 +200,18 @@ class Node:
     store_key: Path | None = None
     limits: Limits = Limits()
     log_level: str = "info"
+    peer_port: int = 0
+    peer_transport: str = "tls"
 
     def __post_init__(self) -> None:
         self.cluster.endpoint(self.role)
         split_address(self.listen)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}; use one of {', '.join(LOG_LEVELS)}")
+        if self.peer_transport not in PEER_TRANSPORTS:
+            raise ConfigError(f"peer_transport is {self.peer_transport!r}; use one of {', '.join(PEER_TRANSPORTS)}")
+        if not 0 <= self.peer_port <= 65535:
+            raise ConfigError(f"peer_port is {self.peer_port}; use a port from 1 to 65535, or 0 for any free one")
         if self.role == "dealer" and (self.store or self.store_key):
             raise ConfigError("a dealer keeps nothing at rest: remove store and store_key (and MPCINFER_STORE)")
         if self.role != "dealer" and not (self.store and self.store_key):
@@ -227,6 +236,7 @@ class Node:
         store, store_key = table.take("store", str, ""), table.take("store_key", str, "")
         limits = _limits(_Table(f"{file}, limits", table.take("limits", dict, {})))
         log_level = table.take("log_level", str, "info")
+        peer_port, peer_transport = table.take("peer_port", int, 0), table.take("peer_transport", str, "tls")
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -239,6 +249,8 @@ class Node:
             store_key=here / store_key if store_key else None,
             limits=limits,
             log_level=(os.environ.get("MPCINFER_LOG_LEVEL") or log_level).lower(),
+            peer_port=peer_port,
+            peer_transport=peer_transport,
         )
 
 

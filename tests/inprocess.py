@@ -213,6 +213,7 @@ class InProcess:
         party.inbox.close(MpcInferError("killed"))
         party.lane._thread.join(20)
         assert not party.lane._thread.is_alive()
+        party.former.close()
         lock, party.store._lock_file = party.store._lock_file, None
         assert lock is not None
         os.close(lock)

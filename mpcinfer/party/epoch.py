@@ -25,12 +25,14 @@ from mpcinfer.config import PROTOCOL_VERSION, Node
 from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
 from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.wire import channel, mesh
+from mpcinfer.wire.direct import Direct, Listener, dial
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.mesh import Link, Mesh
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2
 
 _log = logging.getLogger(__name__)
 _FORGET_SECONDS = 10.0
+_DIRECT_SECONDS = 5.0
 
 
 @dataclass
@@ -98,6 +100,10 @@ class Former:
 
     def __init__(self, node: Node, identity: Identity, wake: Callable[[], None]) -> None:
         self._node = node
+        host = node.listen.rpartition(":")[0]
+        self._listener = (
+            Listener(f"{host}:{node.peer_port}", node.cluster, identity) if node.peer_transport == "tls" else None
+        )
         self._identity = identity
         self._index = int(node.role.partition("/")[2])
         self._wake = wake
@@ -130,6 +136,11 @@ class Former:
         with self._changed:
             return 0 in self._arrivals and not self._arrivals[0].link.broken.is_set()
 
+    def close(self) -> None:
+        """Accept no more connections of parties."""
+        if self._listener is not None:
+            self._listener.close()
+
     def form(self) -> Epoch:
         """One attempt; raises what went wrong, with nothing left open."""
         links: dict[int, Link] = {}
@@ -161,7 +172,6 @@ class Former:
             session=session,
             nonce=nonce,
         )
-        greeting = hello.SerializeToString()
         higher = range(self._index + 1, cluster.n)
         with ThreadPoolExecutor(max(1, len(higher) + 1)) as pool:
             dealing = pool.submit(self._connect, "dealer", limits.connect_timeout_s)
@@ -176,13 +186,18 @@ class Former:
                 raise failures[0]
         for peer, ch in zip(higher, channels[1:], strict=True):
             links[peer] = mesh.dial(peer, ch, self._notify)
-            links[peer].send(mesh.HELLO, greeting)
-        nonces = {self._index: nonce}
+            links[peer].send(mesh.HELLO, hello.SerializeToString())
+        nonces, offered = {self._index: nonce}, dict[int, bytes]()
         for peer in range(self._index):
             arrival = lower.get(peer) or self._take(peer, session, deadline)
             links[peer] = arrival.link
             nonces[peer] = arrival.hello.nonce
-            arrival.link.send(mesh.HELLO, greeting)
+            offer = mesh_pb2.Hello()
+            offer.CopyFrom(hello)
+            if self._listener is not None:
+                offer.direct_port, offer.direct_token = self._listener.port, self._listener.offer(f"party/{peer}")
+                offered[peer] = offer.direct_token
+            arrival.link.send(mesh.HELLO, offer.SerializeToString())
         epoch_mesh = Mesh(self._index, links)
         watchdog = epoch_mesh.limited(max(0.1, deadline - time.monotonic()))
         try:
@@ -192,8 +207,15 @@ class Former:
                 if answer.session != session:
                     raise AbortedError(f"party {peer} is forming another session")
                 nonces[peer] = answer.nonce
+                if answer.direct_port:
+                    self._go_direct(links[peer], answer)
+            for peer, token in offered.items():
+                self._accept_direct(links[peer], token)
         finally:
             watchdog.cancel()
+            if self._listener is not None:
+                for token in offered.values():
+                    self._listener.withdraw(token)
         stub = dealer_pb2_grpc.DealerServiceStub(channels[0])
         ordered = [nonces[i] for i in range(cluster.n)]
         key = self._join(stub, session, ordered, deadline)
@@ -203,6 +225,27 @@ class Former:
         if self._index == 0:
             threading.Thread(target=self._watch_dealer, args=[epoch], name="dealer-watch", daemon=True).start()
         return epoch
+
+    def _go_direct(self, link: Link, offer: mesh_pb2.Hello) -> None:
+        """Connect as a party with a higher index offers, and tell it whether that worked."""
+        found: Direct | None = None
+        if self._node.peer_transport == "tls":
+            endpoint = self._node.cluster.parties[link.peer]
+            try:
+                found = dial(
+                    endpoint, offer.direct_port, offer.direct_token, self._node.cluster, self._identity, link.parse
+                )
+            except UnavailableError as error:
+                _log.warning("%s; openings go through gRPC, which takes longer", error)
+        link.send(mesh.HELLO, mesh_pb2.Direct(connected=found is not None).SerializeToString())
+        if found is not None:
+            link.use(found)
+
+    def _accept_direct(self, link: Link, token: bytes) -> None:
+        """What the other end made of an offer."""
+        assert self._listener is not None
+        if mesh_pb2.Direct.FromString(link.receive(mesh.HELLO)).connected:
+            link.use(self._listener.take(token, link.parse, _DIRECT_SECONDS))
 
     def _watch_dealer(self, epoch: Epoch) -> None:
         """Party 0 sees when the dealer stops or restarts (and has forgotten everything), even if nobody needs it then.

@@ -57,6 +57,8 @@ class Party:
             self.server = Server(node, identity, node.limits.max_waiting_requests + 4 * node.cluster.n + 16, add)
         except BaseException:
             self.store.close()
+            if hasattr(self, "former"):
+                self.former.close()
             raise
 
     def start(self) -> None:
@@ -71,6 +73,7 @@ class Party:
         self.lane.stop(self._limits.stop_grace_s)
         self.inbox.close(UnavailableError(f"party {self.index} is stopping"))
         self.server.stop()
+        self.former.close()
         self.store.close()
 
 

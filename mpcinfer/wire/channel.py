@@ -12,21 +12,19 @@ import logging
 import secrets
 import socket
 import ssl
-import tempfile
 import time
 import traceback
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NoReturn
 
 import grpc
 import grpc.aio
-from cryptography.hazmat.primitives import serialization
 
 from mpcinfer import errors
 from mpcinfer.config import Cluster, Endpoint, split_address
 from mpcinfer.errors import ConfigError, IdentityError, InputError, MpcInferError, UnavailableError
 from mpcinfer.wire.identity import Identity, dns_name, peer_from_certificate
+from mpcinfer.wire.tls import tls_context
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +142,8 @@ class _ClosedAfterHandshake(Exception):
 
 def _handshake(endpoint: Endpoint, cluster: Cluster, identity: Identity, timeout: float) -> bytes:
     """The server's certificate (PEM), after a handshake in which both sides accepted each other's."""
-    context, deadline = _ssl_context(cluster, identity), time.monotonic() + timeout
+    context, deadline = tls_context(cluster, identity), time.monotonic() + timeout
+    context.set_alpn_protocols(["h2"])
     # gRPC servers refuse a client's certificate by closing the connection, without a TLS alert. A server that stops
     # in this moment does the same once; by the second attempt it no longer listens.
     for _ in range(2):
@@ -207,28 +206,6 @@ def _attempt(context: ssl.SSLContext, endpoint: Endpoint, identity: Identity, de
 
 def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
-
-
-def _ssl_context(cluster: Cluster, identity: Identity) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
-    context.load_verify_locations(cadata=cluster.ca_pem.decode())
-    # The standard library takes a key only from a file, so it goes there encrypted with a passphrase used once.
-    passphrase = secrets.token_bytes(32).hex().encode()
-    key = serialization.load_pem_private_key(identity.key_pem, password=None)
-    with tempfile.TemporaryDirectory() as directory:
-        key_file, cert_file = Path(directory, "key"), Path(directory, "certificate")
-        key_file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.BestAvailableEncryption(passphrase),
-            )
-        )
-        cert_file.write_bytes(identity.cert_pem)
-        context.load_cert_chain(cert_file, key_file, password=passphrase)
-    return context
 
 
 def _who(endpoint: Endpoint) -> str:

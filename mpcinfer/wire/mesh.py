@@ -16,12 +16,24 @@ import grpc
 
 from mpcinfer.errors import AbortedError, ConfigError, IdentityError, MpcInferError, ProtocolError
 from mpcinfer.wire import channel
+from mpcinfer.wire.direct import Direct
 from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
 
 HELLO = mesh_pb2.FRAME_KIND_HELLO
 CONTROL = mesh_pb2.FRAME_KIND_CONTROL
 OPENING = mesh_pb2.FRAME_KIND_OPENING
+
+_DRAIN_SECONDS = 2.0
+
+
+class _Stream:
+    """Frames in both directions, counted."""
+
+    def __init__(self, incoming: Iterator[Any], put: Callable[[Any], None], first: int = 0) -> None:
+        self.incoming = incoming
+        self.put = put
+        self.sent = self.received = first
 
 
 class Link:
@@ -32,33 +44,42 @@ class Link:
         peer: int,
         incoming: Iterator[Any],
         outgoing: SimpleQueue[Any],
-        wrap: Callable[..., Any],
+        types: tuple[Any, Any],
         cancel: Callable[[], Any],
     ) -> None:
         self.peer = peer
         self.bytes_sent = 0
-        self._incoming = incoming
         self._outgoing = outgoing
-        self._wrap = wrap
+        self._wrap, self.parse = types[0], types[1].FromString
         self._cancel = cancel
-        self._sent = 0
-        self._received = 0
+        self._all = self._openings = _Stream(incoming, outgoing.put)
+        self._direct: Direct | None = None
         self.broken = threading.Event()
+
+    def use(self, direct: Direct) -> None:
+        """From now on openings travel over direct connections."""
+        self._direct = direct
+        self._openings = _Stream(
+            direct, direct.put, 1
+        )  # a number 0 takes fewer bytes, and a round should cost the same
+        if self.broken.is_set():
+            direct.close()
 
     def send(self, kind: int, payload: bytes) -> None:
         """Queue a message; never blocks."""
+        stream = self._openings if kind == OPENING else self._all
         for start in range(0, len(payload) or 1, CHUNK):
             part = payload if len(payload) <= CHUNK else payload[start : start + CHUNK]
             frame = mesh_pb2.Frame(
-                sequence=self._sent,
+                sequence=stream.sent,
                 kind=kind,  # type: ignore[arg-type]
                 more=start + CHUNK < len(payload),
                 payload=part,
             )
-            self._sent += 1
+            stream.sent += 1
             message = self._wrap(frame=frame)
             self.bytes_sent += message.ByteSize() + GRPC_HEADER
-            self._outgoing.put(message)
+            stream.put(message)
 
     def receive(self, kind: int) -> bytes:
         """The next message, which must be of this kind; AbortedError when the stream has ended.
@@ -66,17 +87,18 @@ class Link:
         ConfigError or IdentityError if the other end refused the stream for that.
         """
         parts: list[bytes] = []
+        stream = self._openings if kind == OPENING else self._all
         while True:
             try:
-                frame = next(self._incoming).frame
+                frame = next(stream.incoming).frame
             except StopIteration:
                 raise self._lost() from None
             except Exception as error:  # grpc raises RpcError at the dialler and bare exceptions at the acceptor
                 raise self._lost(error) from error
-            if frame.sequence != self._received or frame.kind != kind:
+            if frame.sequence != stream.received or frame.kind != kind:
                 self.close()
                 raise ProtocolError(f"party {self.peer} sent a frame out of order")
-            self._received += 1
+            stream.received += 1
             if not frame.more and not parts:
                 payload: bytes = frame.payload
                 return payload
@@ -89,9 +111,22 @@ class Link:
         self.broken.set()
         self._outgoing.put(None)
         self._cancel()
+        if self._direct is not None:
+            self._direct.close()
 
-    def finish(self) -> None:
-        """Send nothing more, but let what is queued arrive; `close` must follow."""
+    def ended(self) -> None:
+        """The gRPC stream has ended. What arrived over direct connections before may still be read, for a moment."""
+        self.broken.set()
+        self._outgoing.put(None)
+        if self._direct is not None:
+            timer = threading.Timer(_DRAIN_SECONDS, self._direct.close)
+            timer.daemon = True
+            timer.start()
+
+    def finish(self, seconds: float) -> None:
+        """Send nothing more, but let what is queued arrive, for at most `seconds`; `close` must follow."""
+        if self._direct is not None:
+            self._direct.flush(seconds)
         self._outgoing.put(None)
 
     def _lost(self, error: Exception | None = None) -> MpcInferError:
@@ -110,10 +145,10 @@ def dial(peer: int, opened: grpc.Channel, on_end: Callable[[], None]) -> Link:
     """Open the stream to a party with a higher index."""
     outgoing: SimpleQueue[Any] = SimpleQueue()
     call = mesh_pb2_grpc.MeshServiceStub(opened).Connect(iter(outgoing.get, None))
-    link = Link(peer, call, outgoing, mesh_pb2.ConnectRequest, call.cancel)
+    link = Link(peer, call, outgoing, (mesh_pb2.ConnectRequest, mesh_pb2.ConnectResponse), call.cancel)
 
     def ended() -> None:
-        link.broken.set()
+        link.ended()
         on_end()
 
     if not call.add_callback(ended):
@@ -126,11 +161,10 @@ def accept(
 ) -> tuple[Link, Iterator[Any]]:
     """The other end: the link, and the iterator that the RPC handler must return."""
     outgoing: SimpleQueue[Any] = SimpleQueue()
-    link = Link(peer, incoming, outgoing, mesh_pb2.ConnectResponse, context.cancel)
+    link = Link(peer, incoming, outgoing, (mesh_pb2.ConnectResponse, mesh_pb2.ConnectRequest), context.cancel)
 
     def ended() -> None:
-        link.broken.set()
-        outgoing.put(None)
+        link.ended()
         on_end()
 
     if not context.add_callback(ended):
@@ -182,7 +216,7 @@ class Mesh:
         """End all links, but let what was sent arrive first, for at most `seconds`."""
         end = time.monotonic() + seconds
         for link in self.links.values():
-            link.finish()
+            link.finish(max(0.0, end - time.monotonic()))
         for link in self.links.values():
             link.broken.wait(max(0.0, end - time.monotonic()))
         self.close()

@@ -30,7 +30,8 @@ TEXT = (
     "been there one morning, white and finished, with a lamp already burning. Children liked that version best, of "
     "course, and so did the keeper, who told it to every visitor who climbed the stairs. He had a way of stopping "
     "before the end, looking out at the water, and waiting until somebody asked what happened next. Then he would "
-    "shrug and say that the rest depended on the weather, and on whether they had brought anything to eat."
+    "shrug and say that the rest depended on the weather, and on whether they had brought anything to eat. Nobody ever "
+    "had, and so nobody ever heard how it ended, which was exactly how the keeper liked it."
 )
 # tokens of each prompt
 LENGTHS = (5, 9, 16, 24, 40, 63, 90, 120, 160, 200)

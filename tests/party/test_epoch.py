@@ -216,3 +216,45 @@ def test_party_0_beginning_anew_replaces_what_stands(tmp_path: Path) -> None:
         wait()
         x = torch.randn(1, 4)
         assert (reveal(caller.infer(x)) - plain(weights, x)).abs().max() < 1e-3
+
+
+# --- how openings travel ------------------------------------------------------------------------------------------
+
+
+def with_transport(keys: Keys, role: str, transport: str) -> Party:
+    return Party(replace(keys.node(role), peer_transport=transport))
+
+
+@pytest.mark.parametrize(
+    "transports", [("tls", "tls"), ("grpc", "tls"), ("tls", "grpc"), ("grpc", "grpc")], ids="-".join
+)
+def test_openings_go_direct_if_both_ends_want_it(tmp_path: Path, transports: tuple[str, str]) -> None:
+    cluster = InProcess(tmp_path, 2)
+    try:
+        cluster.start_dealer()
+        for i, transport in enumerate(transports):
+            cluster.parties[i] = with_transport(cluster.keys, f"party/{i}", transport)
+            cluster.parties[i].start()
+        wait_for(lambda: all(p.lane.state == "ready" for p in cluster.parties.values()))
+        links = [p.former.current.mesh.links[1 - i] for i, p in cluster.parties.items() if p.former.current]
+        assert [link._direct is not None for link in links] == [transports == ("tls", "tls")] * 2
+        program = mlp([4, 3])
+        weights, x = random_weights(program), torch.ones(1, 4, dtype=torch.float64)
+        caller = cluster.caller()
+        caller.deploy(program, weights)
+        assert (reveal(caller.infer(x)) - plain(weights, x)).abs().max() < 1e-3
+    finally:
+        cluster.stop()
+
+
+def test_a_port_that_cannot_be_reached_leaves_grpc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise UnavailableError("party/1 cannot be reached on port 1 (TimeoutError)")
+
+    monkeypatch.setattr("mpcinfer.party.epoch.dial", unreachable)
+    with InProcess(tmp_path, 2) as cluster:
+        epoch = cluster.parties[0].former.current
+        assert epoch is not None and epoch.mesh.links[1]._direct is None
+        assert "openings go through gRPC" in caplog.text

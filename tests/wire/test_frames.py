@@ -17,7 +17,7 @@ SIZES = [0, 1, 100, 115, 116, 127, 128, 16_370, 16_384, CHUNK - 1, CHUNK, CHUNK 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("wrap", [mesh_pb2.ConnectRequest, mesh_pb2.ConnectResponse])
 def test_a_round(size: int, wrap: Any) -> None:
-    link = Link(1, iter(()), SimpleQueue(), wrap, lambda: None)
+    link = Link(1, iter(()), SimpleQueue(), (wrap, wrap), lambda: None)
     link.send(HELLO, b"hello")  # every stream begins with one, whose number 0 takes no bytes
     before = link.bytes_sent
     link.send(OPENING, bytes(size))

@@ -16,9 +16,11 @@ import grpc
 import pytest
 
 from mpcinfer.errors import AbortedError, ProtocolError
-from mpcinfer.wire import mesh
+from mpcinfer.wire import direct, mesh
+from mpcinfer.wire.direct import Listener
 from mpcinfer.wire.mesh import CONTROL, HELLO, OPENING, Link, Mesh
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
+from tests.inprocess import Keys
 
 MIB = 1 << 20
 Pair = tuple[Link, Link]
@@ -78,6 +80,18 @@ class Network:
         dialler = self.dial(0, 1, port)
         return dialler, acceptor.link(0)
 
+    def go_direct(self, dialler: Link, acceptor: Link, keys: Keys) -> None:
+        """Openings of this pair travel over direct connections from now on."""
+        own, peer = acceptor.peer, dialler.peer
+        listener = Listener("127.0.0.1:0", keys.cluster, keys.identity(f"party/{peer}"))
+        token = listener.offer(f"party/{own}")
+        identity = keys.identity(f"party/{own}")
+        dialler.use(
+            direct.dial(keys.cluster.parties[peer], listener.port, token, keys.cluster, identity, dialler.parse)
+        )
+        acceptor.use(listener.take(token, acceptor.parse, 10))
+        listener.close()
+
     def meshes(self, n: int) -> list[Mesh]:
         links: list[dict[int, Link]] = [{} for _ in range(n)]
         acceptors = [self.acceptor() for _ in range(n)]
@@ -101,11 +115,18 @@ def network() -> Iterator[Network]:
     made.close()
 
 
-@pytest.fixture(params=["dialler", "acceptor"])
-def ends(request: pytest.FixtureRequest, network: Network) -> Pair:
-    """Two ends of a stream; the first is the one that acts in the test, whichever way the stream was opened."""
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return Keys(tmp_path_factory.mktemp("keys"), 5)
+
+
+@pytest.fixture(params=["grpc dialler", "grpc acceptor", "direct dialler", "direct acceptor"])
+def ends(request: pytest.FixtureRequest, network: Network, keys: Keys) -> Pair:
+    """Two ends of a link; the first is the one that acts in the test, whichever way the stream was opened."""
     pair = network.pair()
-    return pair if request.param == "dialler" else (pair[1], pair[0])
+    if "direct" in request.param:
+        network.go_direct(*pair, keys)
+    return pair if "dialler" in request.param else (pair[1], pair[0])
 
 
 def at_once(*work: Callable[[], Any]) -> list[Any]:
@@ -132,12 +153,15 @@ def test_a_message_of_any_size_arrives_whole_in_frames_of_at_most_a_mebibyte(end
     here.send(OPENING, b"next")
     assert there.receive(OPENING) == b"next"
     frames = max(1, -(-size // MIB))
-    assert here._sent == frames + 1 == there._received
+    first = int(here._openings is not here._all)
+    assert here._openings.sent - first == frames + 1 == there._openings.received - first
     assert size < here.bytes_sent - 4 < size + 25 * (frames + 1)
 
 
-def frame(link: Link, sequence: int, kind: int = OPENING, **fields: Any) -> Any:
-    return link._wrap(frame=mesh_pb2.Frame(sequence=sequence, kind=kind, **fields))  # type: ignore[arg-type]
+def put(link: Link, sequence: int, kind: int = OPENING, **fields: Any) -> None:
+    """A frame of any content, where openings travel."""
+    stream = link._openings
+    stream.put(link._wrap(frame=mesh_pb2.Frame(sequence=stream.sent + sequence, kind=kind, **fields)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +171,7 @@ def frame(link: Link, sequence: int, kind: int = OPENING, **fields: Any) -> Any:
 )
 def test_a_frame_out_of_order_ends_the_stream(ends: Pair, sequence: int, kind: int) -> None:
     here, there = ends
-    here._outgoing.put(frame(here, sequence, kind, payload=b"secret-canary"))
+    put(here, sequence, kind, payload=b"secret-canary")
     with pytest.raises(ProtocolError) as caught:
         there.receive(OPENING)
     assert "canary" not in str(caught.value)
@@ -160,7 +184,7 @@ def test_a_repeated_and_a_swapped_frame_end_the_stream(network: Network) -> None
     for order in ((0, 0), (1, 0)):
         here, there = network.pair()
         for sequence in order:
-            here._outgoing.put(frame(here, sequence))
+            put(here, sequence)
         with pytest.raises(ProtocolError):
             there.receive(OPENING)
             there.receive(OPENING)
@@ -168,8 +192,8 @@ def test_a_repeated_and_a_swapped_frame_end_the_stream(network: Network) -> None
 
 def test_another_kind_inside_a_message_ends_the_stream(ends: Pair) -> None:
     here, there = ends
-    here._outgoing.put(frame(here, 0, more=True, payload=b"a"))
-    here._outgoing.put(frame(here, 1, CONTROL, payload=b"b"))
+    put(here, 0, more=True, payload=b"a")
+    put(here, 1, CONTROL, payload=b"b")
     with pytest.raises(ProtocolError):
         there.receive(OPENING)
 
@@ -221,9 +245,14 @@ def test_finish_lets_what_was_sent_arrive(network: Network, ends: Pair) -> None:
         there.receive(OPENING)
 
 
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_an_exchange_gives_everybody_everything_once(network: Network, n: int) -> None:
+def test_an_exchange_gives_everybody_everything_once(network: Network, keys: Keys, n: int, transport: str) -> None:
     meshes = network.meshes(n)
+    if transport == "direct":
+        for low in range(n):
+            for high in range(low + 1, n):
+                network.go_direct(meshes[low].links[high], meshes[high].links[low], keys)
     payloads = [bytes([i]) * (100 * i + 1) for i in range(n)]
     results = at_once(*(lambda m=m: m.exchange(payloads[m.index]) for m in meshes))
     for i, received in enumerate(results):

@@ -42,15 +42,25 @@ class Frame(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., more: bool = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "cluster_digest", "index", "session", "nonce")
+    __slots__ = ("protocol_version", "cluster_digest", "index", "session", "nonce", "direct_port", "direct_token")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_PORT_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     cluster_digest: bytes
     index: int
     session: bytes
     nonce: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., index: _Optional[int] = ..., session: _Optional[bytes] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    direct_port: int
+    direct_token: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., index: _Optional[int] = ..., session: _Optional[bytes] = ..., nonce: _Optional[bytes] = ..., direct_port: _Optional[int] = ..., direct_token: _Optional[bytes] = ...) -> None: ...
+
+class Direct(_message.Message):
+    __slots__ = ("connected",)
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    connected: bool
+    def __init__(self, connected: bool = ...) -> None: ...

@@ -1,0 +1,254 @@
+"""Party to party, beside the gRPC stream: two TLS connections of a pair, one for each direction, that carry openings.
+
+A round over them takes a fraction of what gRPC needs, whose threads hand every message on several times. Certificates
+and pins are the same, and so are the messages, to the byte. The ends find each other over the gRPC stream, which goes
+on to carry everything else: the acceptor names its port and a token, the dialler connects and shows the token.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from mpcinfer.config import Cluster, Endpoint, split_address
+from mpcinfer.errors import ConfigError, IdentityError, MpcInferError, UnavailableError
+from mpcinfer.wire.frames import CHUNK
+from mpcinfer.wire.identity import Identity, dns_name, peer_from_certificate
+from mpcinfer.wire.tls import tls_context
+
+_log = logging.getLogger(__name__)
+
+_HEAD = struct.Struct(">BI")  # as gRPC's: not compressed, length
+_TOKEN_BYTES = 32
+_INLINE = 1 << 16  # so much, twice, fits into the buffers between two ends: sending it never waits for the other end
+_HANDSHAKE_SECONDS = 5.0
+_HANDSHAKES = 16  # at a time
+_DIALLER_WRITES, _ACCEPTOR_WRITES = b"\0", b"\1"
+
+
+class Direct:
+    """Both connections to one peer: messages go to `put` and come from `next`, each in one thread at a time."""
+
+    def __init__(self, out: ssl.SSLSocket, incoming: ssl.SSLSocket, parse: Callable[[bytes], Any]) -> None:
+        self._out, self._in, self._parse = out, incoming, parse
+        for sock in (out, incoming):
+            sock.settimeout(None)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._writing, self._reading = threading.Lock(), threading.Lock()
+        self._later: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queued = self._written = 0
+        self._progress = threading.Condition()
+        threading.Thread(target=self._write_queued, name="direct", daemon=True).start()
+
+    def put(self, message: Any) -> None:
+        """Send a protobuf message, at once if it is small and nothing waits; never waits for the other end to read.
+
+        That holds since nobody is more than two rounds ahead of anybody.
+        """
+        raw = message.SerializeToString()
+        framed = _HEAD.pack(0, len(raw)) + raw
+        if len(framed) <= _INLINE and self._queued == self._written:
+            self._write(framed)
+        else:
+            self._queued += 1
+            self._later.put(framed)
+
+    def _write_queued(self) -> None:
+        while (framed := self._later.get()) is not None:
+            self._write(framed)
+            with self._progress:
+                self._written += 1
+                self._progress.notify_all()
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all that was put is on its way, for at most `seconds`."""
+        with self._progress:
+            self._progress.wait_for(lambda: self._queued == self._written, seconds)
+
+    def _write(self, framed: bytes) -> None:
+        try:
+            with self._writing:
+                self._out.sendall(framed)
+        except (OSError, ValueError):  # it has ended; whoever reads will say so
+            self._shut()
+
+    def __iter__(self) -> Direct:
+        return self
+
+    def __next__(self) -> Any:
+        """The next message; StopIteration when the other end has closed, OSError when the connection broke."""
+        with self._reading:
+            none, length = _HEAD.unpack(self._exactly(_HEAD.size))
+            if none or length > CHUNK + 64:
+                raise ConnectionError("no frame of ours")
+            return self._parse(self._exactly(length))
+
+    def _exactly(self, size: int) -> bytes:
+        content = bytearray(size)
+        rest = memoryview(content)
+        while rest:
+            got = self._in.recv_into(rest)
+            if not got:
+                raise StopIteration
+            rest = rest[got:]
+        return bytes(content)
+
+    def close(self) -> None:
+        """End both; whoever reads or writes is woken first."""
+        self._shut()
+        self._later.put(None)
+        for lock, sock in ((self._writing, self._out), (self._reading, self._in)):
+            with lock:
+                sock.close()
+
+    def _shut(self) -> None:
+        for sock in (self._out, self._in):
+            try:
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's, which is for the thread that reads
+            except OSError:
+                pass
+
+
+class Listener:
+    """Where the parties with lower indices connect to."""
+
+    def __init__(self, address: str, cluster: Cluster, identity: Identity) -> None:
+        """Take the port (any free one for port 0); ConfigError if it cannot be had."""
+        host, port = split_address(address)
+        self._cluster, self._context = cluster, tls_context(cluster, identity, server=True)
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self._socket = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {address} for parties: {error.strerror}; set another peer_port"
+            ) from error
+        self.port: int = self._socket.getsockname()[1]
+        self._offers: dict[bytes, str] = {}
+        self._arrived: dict[bytes, dict[bytes, ssl.SSLSocket]] = {}
+        self._changed = threading.Condition()
+        self._slots = threading.Semaphore(_HANDSHAKES)
+        threading.Thread(target=self._accept, name="direct-listener", daemon=True).start()
+
+    def offer(self, role: str) -> bytes:
+        """A token with which `role` may connect, until it is taken or withdrawn."""
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        with self._changed:
+            self._offers[token], self._arrived[token] = role, {}
+        return token
+
+    def take(self, token: bytes, parse: Callable[[bytes], Any], timeout: float) -> Direct:
+        """The connections that were made with the token; UnavailableError if they do not come."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._arrived.get(token, {})) == 2, timeout)
+            found = self._arrived.get(token, {})
+            if len(found) == 2:
+                del self._offers[token], self._arrived[token]
+                return Direct(found[_ACCEPTOR_WRITES], found[_DIALLER_WRITES], parse)
+        self.withdraw(token)
+        raise UnavailableError("the connections that a party has announced did not arrive")
+
+    def withdraw(self, token: bytes) -> None:
+        """Nobody may use the token any more, and who did is disconnected."""
+        with self._changed:
+            self._offers.pop(token, None)
+            for sock in self._arrived.pop(token, {}).values():
+                sock.close()
+
+    def close(self) -> None:
+        """Accept nothing more."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+        for token in list(self._offers):
+            self.withdraw(token)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                plain, _ = self._socket.accept()
+            except OSError:
+                return
+            if self._slots.acquire(blocking=False):
+                threading.Thread(target=self._receive, args=[plain], name="direct-handshake", daemon=True).start()
+            else:
+                plain.close()
+
+    def _receive(self, plain: socket.socket) -> None:
+        sock: socket.socket = plain
+        try:
+            plain.settimeout(_HANDSHAKE_SECONDS)
+            sock = tls = self._context.wrap_socket(plain, server_side=True)
+            role = _role(tls, self._cluster)
+            said = b""
+            while len(said) < _TOKEN_BYTES + 1:
+                part = tls.recv(_TOKEN_BYTES + 1 - len(said))
+                if not part:
+                    raise ConnectionError
+                said += part
+            token, direction = said[:-1], said[-1:]
+            with self._changed:
+                expected = self._offers.get(token) == role and direction in (_DIALLER_WRITES, _ACCEPTOR_WRITES)
+                if not expected or direction in self._arrived[token]:
+                    raise ConnectionError
+                tls.sendall(b"\1")
+                self._arrived[token][direction] = tls
+                self._changed.notify_all()
+        except (OSError, MpcInferError) as error:
+            _log.warning("a connection to the port for parties was refused (%s)", type(error).__name__)
+            sock.close()
+        finally:
+            self._slots.release()
+
+
+def dial(
+    endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity: Identity, parse: Callable[[bytes], Any]
+) -> Direct:
+    """Connect to a party that offers `port` and has given this token.
+
+    UnavailableError if the port cannot be reached, IdentityError if it is not that party that answers.
+    """
+    context, host = tls_context(cluster, identity), split_address(endpoint.address)[0]
+    deadline = time.monotonic() + _HANDSHAKE_SECONDS
+    made: list[socket.socket] = []
+    try:
+        for direction in (_DIALLER_WRITES, _ACCEPTOR_WRITES):
+            made.append(socket.create_connection((host, port), timeout=_HANDSHAKE_SECONDS))
+            made[-1].settimeout(max(0.1, deadline - time.monotonic()))
+            made[-1] = tls = context.wrap_socket(made[-1], server_hostname=dns_name(endpoint.role))
+            if _role(tls, cluster) != endpoint.role:
+                raise IdentityError(f"another party than {endpoint.role} listens on its port {port}")
+            tls.sendall(token + direction)
+            if tls.recv(1) != b"\1":
+                raise ConnectionError("refused")
+    except OSError as error:
+        _close(made)
+        raise UnavailableError(f"{endpoint.role} cannot be reached on port {port} ({type(error).__name__})") from error
+    except MpcInferError:
+        _close(made)
+        raise
+    out, incoming = made
+    assert isinstance(out, ssl.SSLSocket) and isinstance(incoming, ssl.SSLSocket)
+    return Direct(out, incoming, parse)
+
+
+def _role(tls: ssl.SSLSocket, cluster: Cluster) -> str:
+    certificate = tls.getpeercert(binary_form=True)
+    if certificate is None:
+        raise IdentityError("no certificate was shown")
+    return peer_from_certificate(ssl.DER_cert_to_PEM_cert(certificate).encode(), cluster).role
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
