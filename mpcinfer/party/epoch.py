@@ -100,12 +100,12 @@ class Former:
 
     def __init__(self, node: Node, identity: Identity, wake: Callable[[], None]) -> None:
         self._node = node
-        host = node.listen.rpartition(":")[0]
-        self._listener = (
-            Listener(f"{host}:{node.peer_port}", node.cluster, identity) if node.peer_transport == "tls" else None
-        )
-        self._identity = identity
         self._index = int(node.role.partition("/")[2])
+        self._listener: Listener | None = None
+        if node.peer_transport == "tls" and self._index > 0:  # nobody dials party 0
+            host = node.listen.rpartition(":")[0]
+            self._listener = Listener(f"{host}:{node.peer_port}", node.cluster, identity)
+        self._identity = identity
         self._wake = wake
         self.current: Epoch | None = None
         self._arrivals: dict[int, _Arrival] = {}

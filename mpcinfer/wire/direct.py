@@ -30,6 +30,7 @@ _HEAD = struct.Struct(">BI")  # as gRPC's: not compressed, length
 _TOKEN_BYTES = 32
 _INLINE = 1 << 16  # so much, twice, fits into the buffers between two ends: sending it never waits for the other end
 _HANDSHAKE_SECONDS = 5.0
+_CONNECT_SECONDS = 2.0
 _HANDSHAKES = 16  # at a time
 _DIALLER_WRITES, _ACCEPTOR_WRITES = b"\0", b"\1"
 
@@ -223,7 +224,7 @@ def dial(
     made: list[socket.socket] = []
     try:
         for direction in (_DIALLER_WRITES, _ACCEPTOR_WRITES):
-            made.append(socket.create_connection((host, port), timeout=_HANDSHAKE_SECONDS))
+            made.append(socket.create_connection((host, port), timeout=_CONNECT_SECONDS))
             made[-1].settimeout(max(0.1, deadline - time.monotonic()))
             made[-1] = tls = context.wrap_socket(made[-1], server_hostname=dns_name(endpoint.role))
             if _role(tls, cluster) != endpoint.role:
