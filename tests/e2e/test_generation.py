@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
@@ -274,12 +276,21 @@ def test_a_process_that_dies_in_the_middle(scene: Scene, bob: Client, role: str)
 
 def test_no_share_and_no_token_leaves_memory(scene: Scene, bob: Client) -> None:
     """Nothing of a prompt or an answer in logs, stores, open files and status; nothing in the clear in any memory."""
+    model = scene.model
     text = [int(i) for i in torch.randperm(50, generator=torch.Generator().manual_seed(9))[:24]]
     answer = bob.generate("tiny", text, max_new_tokens=8, stream=False)
     plain, shares = Needles(), Needles()
     plain.add_integers("prompt", torch.tensor(text))
     plain.add_integers("logits", torch.stack([(x * 65536).round().to(torch.int64) for x in answer.logits]))
     plain.add_reals("logits", torch.stack(answer.logits))
+    for name, parameter in model.named_parameters():
+        plain.add_reals(f"weight {name}", parameter)
+    # token ids are small numbers, so only a sequence of them is anything to look for
+    numbers = [np.array(ids, kind) for ids in (text, answer.tokens) for kind in ("<i8", "<i4", "<i2")]
+    sequences = [ids[start : start + 6].tobytes() for ids in numbers for start in range(0, len(ids) - 5, 8)]
+    assert any(
+        sequences[0] in block.tobytes() for block in read_memory(os.getpid(), everything=False)
+    )  # those who look, find
     for index, sent in enumerate(answer.sent):
         shares.add_raw(f"party/{index}'s share of the prompt, as it was sent", sent)
         last = index == len(answer.sent) - 1
@@ -291,6 +302,8 @@ def test_no_share_and_no_token_leaves_memory(scene: Scene, bob: Client) -> None:
         assert not found, (role, found)
         for block in read_memory(scene.cluster.pid(role), everything=False):
             assert not plain.in_bytes(block), role
+            held = block.tobytes()
+            assert not any(sequence in held for sequence in sequences), role
     stores = [scene.cluster.directory / f"party-{i}-store" for i in range(scene.cluster.cluster.n)]
     assert not scan_files([path for store in stores for path in files_below(Path(store))], both)
     said = "\n".join(map(str, scene.status()))
