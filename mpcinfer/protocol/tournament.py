@@ -1,80 +1,111 @@
-"""Maximum and argmax along an axis, by a knock-out tournament of radix 2."""
+"""Maximum and argmax along an axis, by a knock-out tournament of radix 4, or 2 for many numbers."""
 
 from __future__ import annotations
 
 import torch
 
-from mpcinfer.protocol.context import Context
+from mpcinfer.protocol import contest
+from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.select import maximum
 from mpcinfer.protocol.types import Shared
 
+# with more numbers than this, comparing all pairs of four costs more time than the rounds it saves
+_FEW = 1 << 14
 
-def _halves(x: Shared) -> tuple[Shared, Shared, Shared]:
-    """Even places, odd places, and the place left over (possibly empty) along the last axis."""
+
+def _radix(x: Shared) -> int:
+    """How many meet in one contest."""
+    return contest.MOST if x.share.numel() <= _FEW else 2
+
+
+async def _contest(ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int) -> tuple[Shared, ...]:
+    """The winners of contests along the last axis, one to four in each, and what they carry."""
     size = x.shape[-1]
-    even = size // 2 * 2
-    return (
-        x.map(lambda t: t[..., 0:even:2]),
-        x.map(lambda t: t[..., 1:even:2]),
-        x.map(lambda t: t[..., even:]),
-    )
+    if size == 1:
+        return tuple(y.map(lambda t: t[..., 0]) for y in (x, *carried))
+    if size == 2:
+        left, right = ([y.map(lambda t, i=i: t[..., i]) for y in (x, *carried)] for i in range(2))  # type: ignore[misc]
+        pairs = tuple(zip(left[1:], right[1:], strict=True))
+        return tuple(await maximum(ctx, left[0], right[0], pairs, width))
+    found, others = await contest.largest(ctx, x, carried, width)
+    return (found, *others)
 
 
-def _append(x: Shared, rest: Shared) -> Shared:
-    return Shared(torch.cat([x.share, rest.share], dim=-1), x.frac_bits) if rest.shape[-1] else x
+async def _knock_out(ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int) -> tuple[Shared, ...]:
+    """The winner along the last axis, lowest place among equals, and what it carries: [*S, k] -> [*S]."""
+    while x.shape[-1] > 1:
+        size, radix = x.shape[-1], _radix(x)
+        whole = size // radix * radix
+
+        def grouped(y: Shared, start: int, group: int) -> Shared:
+            count = (y.shape[-1] - start) // group
+            return y.map(lambda t: t[..., start : start + count * group].reshape(*t.shape[:-1], count, group))
+
+        parts = [grouped(y, 0, radix) for y in (x, *carried)] if whole else []
+        rest = [grouped(y, whole, size - whole) for y in (x, *carried)] if size > whole else []
+        results = await together(*(_contest(ctx, part[0], tuple(part[1:]), width) for part in (parts, rest) if part))
+        x, *others = (
+            Shared(torch.cat([part.share for part in each], -1), each[0].frac_bits)
+            for each in zip(*results, strict=True)
+        )
+        carried = tuple(others)
+    return tuple(y.map(lambda t: t[..., 0]) for y in (x, *carried))
 
 
 async def maximum_along(ctx: Context, x: Shared, width: int = 64) -> Shared:
     """Shares of the maximum over the last axis: [*S, k] -> [*S]. Exact.
 
-    Rounds 4 ceil(log2 k); online 12.4 (k - 1) bytes per result and peer; openings: those of `select.maximum`.
+    Rounds 4 ceil(log4 k); online 16.75 (k - 1) bytes per result and peer. As long as more than 16,384 numbers are left,
+    two meet at a time, not four: rounds 4 ceil(log2 k), 12.4 (k - 1) bytes. Openings: those of `select.maximum` and
+    `contest.largest`.
     """
-    while x.shape[-1] > 1:
-        left, right, rest = _halves(x)
-        (winners,) = await maximum(ctx, left, right, width=width)
-        x = _append(winners, rest)
-    return x.map(lambda t: t[..., 0])
+    return (await _knock_out(ctx, x, (), width))[0]
 
 
 async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor, width: int = 64) -> Shared:
     """Shares of the maximum of each group of elements: [P] -> [G], for public groups of any sizes. Exact.
 
     groups: for each element the number of its group, int64 [P], ascending from 0 without gaps.
-    Rounds 4 ceil(log2 k) for the largest group of k; online 12.4 (P - G) bytes per peer; openings: those of
-    `select.maximum`.
+    Rounds and bytes as `maximum_along`, for the largest group and for each element but one of a group.
     """
     while True:
         sizes = torch.bincount(groups)
         if not len(groups) or int(sizes.max()) == 1:
             return x
+        radix = _radix(x)
         starts = sizes.cumsum(0) - sizes
         place = torch.arange(len(groups)) - starts[groups]
-        even = place % 2 == 0
-        paired = even & (place + 1 < sizes[groups])
-        left, alone = paired.nonzero()[:, 0], (even & ~paired).nonzero()[:, 0]
-        (winners,) = await maximum(ctx, _picked(x, left), _picked(x, left + 1), width=width)
-        order = torch.cat([left, alone]).argsort()
-        x = _picked(_append(winners, _picked(x, alone)), order)
-        groups = groups[torch.cat([left, alone])[order]]
+        leaders = (place % radix == 0).nonzero()[:, 0]
+        members = (sizes[groups] - place).clamp(max=radix)[leaders]
+        by_size = {size: leaders[members == size] for size in range(1, radix + 1) if bool((members == size).any())}
+        results = await together(
+            *(
+                _contest(ctx, _picked(x, first.unsqueeze(1) + torch.arange(size)), (), width)
+                for size, first in by_size.items()
+            )
+        )
+        order = torch.cat(list(by_size.values())).argsort()
+        x = _picked(Shared(torch.cat([winners.share for (winners,) in results]), x.frac_bits), order)
+        groups = groups[leaders]
 
 
 def _picked(x: Shared, at: torch.Tensor) -> Shared:
     return x.map(lambda t: t[at.to(t.device)])
 
 
+def _places(ctx: Context, x: Shared) -> Shared:
+    """Each element's place along the last axis, an integer."""
+    places = torch.arange(x.shape[-1], dtype=torch.int64, device=x.share.device).expand(x.share.shape)
+    return Shared(places.clone() if ctx.first else torch.zeros_like(places), 0)
+
+
 async def argmax_along(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared, Shared]:
     """Shares of the maximum over the last axis and of its index (an integer, frac_bits 0); lowest index among equals.
 
-    Rounds 4 ceil(log2 k); online about 20.4 (k - 1) bytes per result and peer; openings: those of `select.maximum`.
+    Rounds and openings as `maximum_along`; 8 bytes more per loser and peer.
     """
-    places = torch.arange(x.shape[-1], dtype=torch.int64, device=x.share.device).expand(x.share.shape)
-    index = Shared(places.clone() if ctx.first else torch.zeros_like(places), 0)
-    while x.shape[-1] > 1:
-        left, right, rest = _halves(x)
-        index_left, index_right, index_rest = _halves(index)
-        winners, indices = await maximum(ctx, left, right, ((index_left, index_right),), width)
-        x, index = _append(winners, rest), _append(indices, index_rest)
-    return x.map(lambda t: t[..., 0]), index.map(lambda t: t[..., 0])
+    top, index = await _knock_out(ctx, x, (_places(ctx, x),), width)
+    return top, index
 
 
 def _sorting_layers(n: int) -> list[list[tuple[int, int]]]:
@@ -103,8 +134,7 @@ async def top_along(ctx: Context, x: Shared, k: int, width: int = 64) -> tuple[S
     The order among equal values is unspecified. Rounds 4 a layer of Batcher's sorting network, log2(n)(log2(n)+1)/2
     layers; openings: those of `select.maximum`. The loser of a comparison is the sum minus the winner: free.
     """
-    places = torch.arange(x.shape[-1], dtype=torch.int64, device=x.share.device).expand(x.share.shape)
-    index = Shared(places.clone() if ctx.first else torch.zeros_like(places), 0)
+    index = _places(ctx, x)
     for layer in _sorting_layers(x.shape[-1]):
         upper = [i for i, _ in layer]
         lower = [j for _, j in layer]

@@ -266,7 +266,7 @@ def test_a_penalty_changes_what_is_chosen(parties: int) -> None:
         (GREEDY, 0),
         (Choice.of(1.0, 0, 1.0), 0),
         (Choice.of(0.0, 0, 1.5), 11),
-        (Choice.of(1.0, 5, 1.0), 20 + 8 * 11 + 4),  # the maximum, the search, what is below
+        (Choice.of(1.0, 5, 1.0), 12 + 8 * 11 + 4),  # the maximum, the search, what is below
         (Choice.of(0.0, 5, 1.0), 0),  # greedy is in the top of any size
     ],
 )

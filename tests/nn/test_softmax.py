@@ -66,8 +66,11 @@ def test_rows_sum_to_one() -> None:
 
 
 @pytest.mark.parametrize("parties", [2, 3, 5])
-@pytest.mark.parametrize(("rows", "k", "rounds"), [(64, 128, 43), (64, 10, 31), (8, 1, 15)])
-def test_costs(parties: int, rows: int, k: int, rounds: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "k", "rounds", "contests"), [(64, 128, 31, (1, 0, 42)), (64, 10, 23, (1, 1, 2)), (8, 1, 15, (0, 0, 0))]
+)
+def test_costs(parties: int, rows: int, k: int, rounds: int, contests: tuple[int, int, int]) -> None:
+    """contests: of two, three and four."""
     world = LocalWorld(parties, seed("costs"))
     world.run(softmax, world.share(numbers(rows, k, spread=2), F))
     meta = Shared(torch.empty((rows, k), dtype=torch.int64, device="meta"), F)
@@ -76,7 +79,10 @@ def test_costs(parties: int, rows: int, k: int, rounds: int) -> None:
     assert_each_mask_opens_once(plan, cost, parties)
     assert (seen.rounds, seen.bytes_sent, seen.dealer_bytes) == (cost.rounds, cost.bytes_sent, plan.correction_bytes())
     octaves = max(1, (k - 1).bit_length())
-    maximum, row = 11.25 * (k - 1), 56 + 4.375 * (2 * octaves + 1)
+    maximum, row = (
+        sum(n * size for n, size in zip(contests, (11.25, 25.75, 43.5), strict=True)),
+        56 + 4.375 * (2 * octaves + 1),
+    )
     assert seen.rounds == rounds
     assert seen.bytes_sent == rows * (maximum + 34.875 * k + row) * (parties - 1)
     if k == 128:  # what the issue about transformers asks

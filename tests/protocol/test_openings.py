@@ -86,7 +86,8 @@ async def _one_hot(ctx: Context, x: Shared) -> Any:
 
 
 def _duel(x: torch.Tensor) -> list[torch.Tensor]:
-    return [x[..., :1] - x[..., 1:2], torch.full((1, len(x), 1), -1)]
+    places = torch.tensor([1, 2]).reshape(1, 2, 1, 1).expand(1, 2, len(x), 1)
+    return [(x[..., 1:] - x[..., :1]).T.unsqueeze(-1), places]
 
 
 CASES = {
