@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from mpcinfer.protocol.correlation import Kind
 from mpcinfer.protocol.linear import mask_weight
 from mpcinfer.protocol.tracing import Cost, Plan, trace
 from mpcinfer.protocol.types import Cached, Public, Shared, Weight
+
+_MASKED_AT_ONCE = 1 << 23
 
 
 def _meta(shape: Sequence[int]) -> torch.Tensor:
@@ -214,10 +217,29 @@ def plan_inference(
 
 
 async def mask_weights(program: Program, ctx: Context, shares: Holdings) -> list[Weight]:
-    """Open every weight's F = W + B in one message: what a deployment runs once per mesh session."""
-    names = [p.name for p in program.parameters if p.weight]
-    masked: list[Weight] = await together(*(_mask(ctx.scope(name), name, shares[name]) for name in names))
+    """Open every weight's F = W + B: what a deployment runs once per mesh session.
+
+    As many in one message as have `_MASKED_AT_ONCE` elements: a message is in memory several times.
+    """
+    masked: list[Weight] = []
+    for names in _batches(program):
+        masked += await together(*(_mask(ctx.scope(name), name, shares[name]) for name in names))
     return masked
+
+
+def _batches(program: Program) -> list[list[str]]:
+    """The names of the weights, by message."""
+    batches: list[list[str]] = []
+    room = 0
+    for p in program.parameters:
+        if p.weight:
+            count = math.prod(p.shape)
+            if count > room:
+                batches.append([])
+                room = _MASKED_AT_ONCE
+            batches[-1].append(p.name)
+            room -= count
+    return batches
 
 
 async def _mask(ctx: Context, name: str, share: Shared | Weight | Public) -> Weight:

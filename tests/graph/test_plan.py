@@ -11,6 +11,7 @@ from mpcinfer.graph.plan import constants, plan_inference, plan_masks
 from mpcinfer.graph.program import Constant, Program
 from mpcinfer.protocol.tracing import Plan
 from tests.graph.conftest import Case, Digits
+from tests.inprocess import mlp
 from tests.models_local import run_local
 from tests.openings import assert_each_mask_opens_once
 
@@ -81,3 +82,15 @@ def test_cost_grows_with_the_batch_and_rounds_do_not(residual: Case) -> None:
 def test_constants() -> None:
     found = constants(Program(16, (), (), (Constant("c", (2, 1), 16, (5, -7)),), (), (), ()))
     assert found["c"].value.tolist() == [[5], [-7]] and found["c"].frac_bits == 16
+
+
+def test_weights_are_masked_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch, parties: int) -> None:
+    """A message of all of them would be in memory several times."""
+    program = mlp([4, 8, 8, 2])
+    whole = plan_masks(program, parties=parties, deployment="d")
+    monkeypatch.setattr("mpcinfer.graph.plan._MASKED_AT_ONCE", 50)
+    parts = plan_masks(program, parties=parties, deployment="d")
+    assert (
+        whole[1].rounds == 1 and parts[1].rounds == 3
+    )  # of 32, 64 (more than one message should hold, but not less) and 16
+    assert parts[1].bytes_sent == whole[1].bytes_sent and parts[0] == whole[0]
