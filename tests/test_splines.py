@@ -83,6 +83,7 @@ def test_coefficients_are_fitted_after_rounding() -> None:
     assert rounded == 0.25 and error < 1.1 * (1 / 3 - rounded) / 32  # T_3 on [0, 1] has the leading coefficient 32
 
 
+@pytest.mark.slow
 def test_knots_are_as_far_apart_as_the_error_allows() -> None:
     target = splines.TARGETS["tanh"]
     few, many = (splines.knots(target, error, 61) for error in (2e-3, 2e-4))

@@ -27,6 +27,7 @@ from mpcinfer.errors import (
 from mpcinfer.protocol import correlation
 from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask
 from mpcinfer.protocol.compare import Comparison
+from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
 from mpcinfer.protocol.exponential import Exponential
 from mpcinfer.protocol.gumbel import Gumbel
@@ -53,6 +54,8 @@ KINDS: list[Kind] = [
     Comparison((5,)),
     Comparison((2, 3), thresholds=3, products=True),
     Comparison((3,), width=48),
+    Contest((3,), 4, others=1),
+    Contest((2, 2), 3, width=36),
     Comparison((2,), width=32, thresholds=2),
     Exponential((40,), 16, 42),
     Exponential((3,), 20, 39, ceiling=True, width=48),

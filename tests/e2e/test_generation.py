@@ -274,6 +274,7 @@ def test_a_process_that_dies_in_the_middle(scene: Scene, bob: Client, role: str)
 # --- nothing in the clear --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_share_and_no_token_leaves_memory(scene: Scene, bob: Client) -> None:
     """Nothing of a prompt or an answer in logs, stores, open files and status; nothing in the clear in any memory."""
     model = scene.model

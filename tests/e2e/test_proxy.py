@@ -171,6 +171,7 @@ def test_the_page_and_the_metrics_say_nothing_private(client: openai.OpenAI, url
     assert httpx.get(f"{url}/healthz").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_party_that_dies_and_comes_back(client: openai.OpenAI, cluster: LocalCluster) -> None:
     stream = client.chat.completions.create(model="tiny", messages=asked("die"), max_tokens=120, stream=True)
     arriving = iter(stream)

@@ -12,6 +12,7 @@ from tests.decoders_local import decoder
 from tests.nn.operators import GROUPS, prepared
 
 
+@pytest.mark.timeout(400)
 def test_every_operator_is_exported_and_tested() -> None:
     used = {node.op for name in GROUPS for node in prepared(name)[2].program.nodes}
     for reveal in ("argmax", "top-k", "probabilities"):
