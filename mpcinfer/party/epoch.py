@@ -153,6 +153,9 @@ class Former:
             for ch in channels:
                 ch.close()
             raise
+        finally:
+            if self._listener is not None:
+                self._listener.withdraw()
 
     def _form(self, links: dict[int, Link], channels: list[grpc.Channel]) -> Epoch:
         cluster, limits = self._node.cluster, self._node.limits
@@ -213,9 +216,6 @@ class Former:
                 self._accept_direct(links[peer], token)
         finally:
             watchdog.cancel()
-            if self._listener is not None:
-                for token in offered.values():
-                    self._listener.withdraw(token)
         stub = dealer_pb2_grpc.DealerServiceStub(channels[0])
         ordered = [nonces[i] for i in range(cluster.n)]
         key = self._join(stub, session, ordered, deadline)

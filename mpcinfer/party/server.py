@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 import grpc
 import torch
@@ -37,10 +38,12 @@ class Party:
         self.index, self._limits = int(node.role.partition("/")[2]), node.limits
         identity = Identity.load(node.key_path, node.certificate_path)
         self.store = Store.open(node.store, node.store_key)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.store.close)
             self.catalogue = Catalogue(self.store)
             self.inbox = Inbox(node.limits.max_waiting_requests)
             self.former = Former(node, identity, self.inbox.wake)
+            undo.callback(self.former.close)
             limits = node.limits
             self.sessions = Sessions(limits.max_sessions, limits.session_mb, limits.session_idle_s)
             self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, self.sessions, limits)
@@ -55,11 +58,7 @@ class Party:
 
             # Waiting requests and peer streams each hold a worker; health and status checks must never wait for one.
             self.server = Server(node, identity, node.limits.max_waiting_requests + 4 * node.cluster.n + 16, add)
-        except BaseException:
-            self.store.close()
-            if hasattr(self, "former"):
-                self.former.close()
-            raise
+            undo.pop_all()
 
     def start(self) -> None:
         """Accept calls, and begin to look for the other parties."""

@@ -167,10 +167,9 @@ async def largest(
     # of each number but the first: its coefficients of the products of betas, and of 1
     words = torch.stack(
         [
-            sum(
-                ((e[at].to(torch.int64) ^ (not true)) << b for b, (at, true) in enumerate(_duels(size, i))),
-                start=_zero(e),
-            )
+            torch.stack(
+                [(e[at].to(torch.int64) ^ (not true)) << b for b, (at, true) in enumerate(_duels(size, i))]
+            ).sum(0)
             for i in range(1, size)
         ]
     )
@@ -186,7 +185,3 @@ async def largest(
         y.map(lambda t, i=i: t[..., 0] + won(u.value[i], correlation["s"][i], correlation["bits_s"][i]))  # type: ignore[misc]
         for i, y in enumerate(carried)
     ]
-
-
-def _zero(e: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(e.shape[1:], dtype=torch.int64, device=e.device)

@@ -154,15 +154,16 @@ class Listener:
             if len(found) == 2:
                 del self._offers[token], self._arrived[token]
                 return Direct(found[_ACCEPTOR_WRITES], found[_DIALLER_WRITES], parse)
-        self.withdraw(token)
         raise UnavailableError("the connections that a party has announced did not arrive")
 
-    def withdraw(self, token: bytes) -> None:
-        """Nobody may use the token any more, and who did is disconnected."""
+    def withdraw(self) -> None:
+        """Nobody may use a token any more that was offered and not taken; who did is disconnected."""
         with self._changed:
-            self._offers.pop(token, None)
-            for sock in self._arrived.pop(token, {}).values():
-                sock.close()
+            for arrived in self._arrived.values():
+                for sock in arrived.values():
+                    sock.close()
+            self._offers.clear()
+            self._arrived.clear()
 
     def close(self) -> None:
         """Accept nothing more."""
@@ -171,8 +172,7 @@ class Listener:
         except OSError:
             pass
         self._socket.close()
-        for token in list(self._offers):
-            self.withdraw(token)
+        self.withdraw()
 
     def _accept(self) -> None:
         while True:

@@ -24,7 +24,7 @@ HELLO = mesh_pb2.FRAME_KIND_HELLO
 CONTROL = mesh_pb2.FRAME_KIND_CONTROL
 OPENING = mesh_pb2.FRAME_KIND_OPENING
 
-_DRAIN_SECONDS = 2.0
+_DRAIN_SECONDS = 2.0  # what has arrived over direct connections may be read for so long after the gRPC stream has ended
 
 
 class _Stream:
@@ -52,22 +52,21 @@ class Link:
         self._outgoing = outgoing
         self._wrap, self.parse = types[0], types[1].FromString
         self._cancel = cancel
-        self._all = self._openings = _Stream(incoming, outgoing.put)
+        self._grpc = self._openings = _Stream(incoming, outgoing.put)
         self._direct: Direct | None = None
         self.broken = threading.Event()
 
     def use(self, direct: Direct) -> None:
         """From now on openings travel over direct connections."""
         self._direct = direct
-        self._openings = _Stream(
-            direct, direct.put, 1
-        )  # a number 0 takes fewer bytes, and a round should cost the same
+        # counted from 1: a number 0 takes fewer bytes, and every round should cost the same
+        self._openings = _Stream(direct, direct.put, 1)
         if self.broken.is_set():
             direct.close()
 
     def send(self, kind: int, payload: bytes) -> None:
         """Queue a message; never blocks."""
-        stream = self._openings if kind == OPENING else self._all
+        stream = self._openings if kind == OPENING else self._grpc
         for start in range(0, len(payload) or 1, CHUNK):
             part = payload if len(payload) <= CHUNK else payload[start : start + CHUNK]
             frame = mesh_pb2.Frame(
@@ -87,7 +86,7 @@ class Link:
         ConfigError or IdentityError if the other end refused the stream for that.
         """
         parts: list[bytes] = []
-        stream = self._openings if kind == OPENING else self._all
+        stream = self._openings if kind == OPENING else self._grpc
         while True:
             try:
                 frame = next(stream.incoming).frame

@@ -134,6 +134,7 @@ def test_a_withdrawn_token_connects_nobody(keys: Keys, listener: Listener) -> No
     token = listener.offer("party/0")
     with pytest.raises(UnavailableError, match="did not arrive"):
         listener.take(token, PARSE, 0.05)
+    listener.withdraw()
     with pytest.raises(UnavailableError):
         dial(keys, listener.port, token)
 

@@ -153,7 +153,7 @@ def test_a_message_of_any_size_arrives_whole_in_frames_of_at_most_a_mebibyte(end
     here.send(OPENING, b"next")
     assert there.receive(OPENING) == b"next"
     frames = max(1, -(-size // MIB))
-    first = int(here._openings is not here._all)
+    first = int(here._openings is not here._grpc)
     assert here._openings.sent - first == frames + 1 == there._openings.received - first
     assert size < here.bytes_sent - 4 < size + 25 * (frames + 1)
 
