@@ -13,6 +13,37 @@ from mpcinfer.ring import digits
 from mpcinfer.ring.domain import BIT, Z64, Ring
 
 
+def block_masks(many: tuple[int, ...], width: int) -> dict[str, Field]:
+    """The masks of the AND blocks of both levels, for comparisons of shape `many`: what `below` opens under."""
+    blocks, leaves = digits.LAYOUTS[width]
+    return {
+        "leaf": Field((*many, blocks), Ring(digits.block(leaves, True).width, xor=True)),
+        "top": Field(many, Ring(digits.block(blocks, False).width, xor=True)),
+    }
+
+
+def digit_tables(shape: tuple[int, ...], many: tuple[int, ...], width: int) -> dict[str, Field]:
+    """What `below` needs of masks of `shape`: lt tables and sign; and the products of the block masks."""
+    blocks, leaves = digits.LAYOUTS[width]
+    return {
+        "lt": Field((*shape, blocks * leaves), Ring(digits.TABLE_BITS, xor=True)),
+        "msb": Field(shape, BIT),
+        "leaf_products": Field((*many, blocks), Ring(digits.block(leaves, True).products, xor=True)),
+        "top_products": Field(many, Ring(digits.block(blocks, False).products, xor=True)),
+    }
+
+
+def digit_values(r: torch.Tensor, free: Tensors, width: int) -> Tensors:
+    """The values of `digit_tables` for masks r."""
+    blocks, leaves = digits.LAYOUTS[width]
+    return {
+        "lt": digits.tables(r, width),
+        "msb": (r >> (width - 1)) & 1,
+        "leaf_products": digits.products(free["leaf"], digits.block(leaves, True)),
+        "top_products": digits.products(free["top"], digits.block(blocks, False)),
+    }
+
+
 @kind
 @dataclass(frozen=True)
 class Comparison(Kind):
@@ -35,14 +66,11 @@ class Comparison(Kind):
 
     def free(self) -> dict[str, Field]:
         """r; the block masks of both levels; beta; s."""
-        blocks, leaves = digits.LAYOUTS[self.width]
-        inner, outer = digits.block(leaves, True), digits.block(blocks, False)
         many = (self.thresholds, *self.shape)
         fields = {
             # products with the outcome need all of x: a narrower mask doesn't hide that
             "r": Field(self.shape, Z64 if self.products or self.others else Ring(self.width)),
-            "leaf": Field((*many, blocks), Ring(inner.width, xor=True)),
-            "top": Field(many, Ring(outer.width, xor=True)),
+            **block_masks(many, self.width),
         }
         if self.products or self.others:
             fields["beta"] = Field(many, BIT)
@@ -52,15 +80,8 @@ class Comparison(Kind):
 
     def derived(self) -> dict[str, Field]:
         """lt tables and sign of r; block products; beta, beta r, beta s as numbers."""
-        blocks, leaves = digits.LAYOUTS[self.width]
-        inner, outer = digits.block(leaves, True), digits.block(blocks, False)
         many = (self.thresholds, *self.shape)
-        fields = {
-            "lt": Field((*self.shape, blocks * leaves), Ring(digits.TABLE_BITS, xor=True)),
-            "msb": Field(self.shape, BIT),
-            "leaf_products": Field((*many, blocks), Ring(inner.products, xor=True)),
-            "top_products": Field(many, Ring(outer.products, xor=True)),
-        }
+        fields = digit_tables(self.shape, many, self.width)
         if self.products or self.others:
             fields["bit"] = Field(many, Z64)
         if self.products:
@@ -71,14 +92,8 @@ class Comparison(Kind):
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
-        blocks, leaves = digits.LAYOUTS[self.width]
         r = free["r"]
-        values = {
-            "lt": digits.tables(r, self.width),
-            "msb": (r >> (self.width - 1)) & 1,
-            "leaf_products": digits.products(free["leaf"], digits.block(leaves, True)),
-            "top_products": digits.products(free["top"], digits.block(blocks, False)),
-        }
+        values = digit_values(r, free, self.width)
         if self.products or self.others:
             values["bit"] = free["beta"].to(torch.int64)
         if self.products:

@@ -8,12 +8,11 @@ from itertools import combinations
 
 import torch
 
-from mpcinfer.protocol.compare import below
+from mpcinfer.protocol.compare import below, block_masks, digit_tables, digit_values
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.types import Masked, Shared
-from mpcinfer.ring import digits
-from mpcinfer.ring.domain import BIT, Z64, Ring
+from mpcinfer.ring.domain import BIT, Z64
 
 MOST = 4
 
@@ -82,13 +81,10 @@ class Contest(Kind):
 
     def free(self) -> dict[str, Field]:
         """r; the block masks of both levels; beta; s."""
-        blocks, leaves = digits.LAYOUTS[self.width]
-        inner, outer = digits.block(leaves, True), digits.block(blocks, False)
         pairs, numbers, _ = self._shapes()
         fields = {
             "r": Field(numbers, Z64),
-            "leaf": Field((1, *pairs, blocks), Ring(inner.width, xor=True)),
-            "top": Field((1, *pairs), Ring(outer.width, xor=True)),
+            **block_masks((1, *pairs), self.width),
             "beta": Field((1, *pairs), BIT),
         }
         if self.others:
@@ -97,14 +93,9 @@ class Contest(Kind):
 
     def derived(self) -> dict[str, Field]:
         """lt tables and sign of each r_i - r_j; block products; products of betas, these times r, and times s."""
-        blocks, leaves = digits.LAYOUTS[self.width]
-        inner, outer = digits.block(leaves, True), digits.block(blocks, False)
         pairs, _, subsets = self._shapes()
         fields = {
-            "lt": Field((*pairs, blocks * leaves), Ring(digits.TABLE_BITS, xor=True)),
-            "msb": Field(pairs, BIT),
-            "leaf_products": Field((1, *pairs, blocks), Ring(inner.products, xor=True)),
-            "top_products": Field((1, *pairs), Ring(outer.products, xor=True)),
+            **digit_tables(pairs, (1, *pairs), self.width),
             "bits": Field(subsets, Z64),
             "bits_r": Field(subsets, Z64),
         }
@@ -114,16 +105,12 @@ class Contest(Kind):
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
-        blocks, leaves = digits.LAYOUTS[self.width]
         r, beta = free["r"], free["beta"][0].to(torch.int64)
         all_r = torch.cat([torch.zeros_like(r[:1]), r])
         pairs = torch.stack([all_r[i] - all_r[j] for i, j in _pairs(self.size)])
         bits = torch.stack([_products([beta[at] for at, _ in _duels(self.size, i)])[1:] for i in range(1, self.size)])
         values = {
-            "lt": digits.tables(pairs, self.width),
-            "msb": (pairs >> (self.width - 1)) & 1,
-            "leaf_products": digits.products(free["leaf"], digits.block(leaves, True)),
-            "top_products": digits.products(free["top"], digits.block(blocks, False)),
+            **digit_values(pairs, free, self.width),
             "bits": bits,
             "bits_r": bits * r.unsqueeze(1),
         }
