@@ -57,8 +57,8 @@ async def attention(
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
-    Rounds 4 ceil(log4 M) + 17, one more where there is too little; per pair that is kept 42.4 bytes, and 8 for
-    every pair; offline 155.
+    Rounds 4 ceil(log4 M) + 17, one more where there is too little; per pair that is kept 45.5 bytes, and 8 for
+    every pair; offline 281. For many pairs more rounds, 42.4 and 155 bytes: see `maximum_along`.
     """
     if dropout:
         raise UnsupportedError("dropout: a deployed model draws no random numbers")

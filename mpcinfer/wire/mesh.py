@@ -2,6 +2,7 @@
 
 The party with the lower index dials. Both ends of a stream look the same afterwards: a `Link`. Anything wrong with a
 stream (a peer that died, a gap in the sequence, a deadline) ends it for good: links are not repaired but made anew.
+Openings, most of what is sent, leave the stream where direct connections stand beside it (see `wire.direct`).
 """
 
 from __future__ import annotations
