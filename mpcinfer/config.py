@@ -188,7 +188,8 @@ class Node:
     `store` and `store_key` (the directory of model shares at rest and the file of the key they are encrypted with)
     are set for a party and None for the dealer. `listen` may have port 0 (any free port). Parties send each other
     openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
-    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC.
+    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `metrics_listen` ("" for
+    nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.
     """
 
     cluster: Cluster
@@ -202,10 +203,13 @@ class Node:
     log_level: str = "info"
     peer_port: int = 0
     peer_transport: str = "tls"
+    metrics_listen: str = ""
 
     def __post_init__(self) -> None:
         self.cluster.endpoint(self.role)
         split_address(self.listen)
+        if self.metrics_listen:
+            split_address(self.metrics_listen)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}; use one of {', '.join(LOG_LEVELS)}")
         if self.peer_transport not in PEER_TRANSPORTS:
@@ -237,6 +241,7 @@ class Node:
         limits = _limits(_Table(f"{file}, limits", table.take("limits", dict, {})))
         log_level = table.take("log_level", str, "info")
         peer_port, peer_transport = table.take("peer_port", int, 0), table.take("peer_transport", str, "tls")
+        metrics_listen = table.take_address("metrics_listen")
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -251,6 +256,7 @@ class Node:
             log_level=(os.environ.get("MPCINFER_LOG_LEVEL") or log_level).lower(),
             peer_port=peer_port,
             peer_transport=peer_transport,
+            metrics_listen=metrics_listen,
         )
 
 
@@ -285,6 +291,12 @@ class _Table:
         if type(value) is not kind:
             raise ConfigError(f"{self.where}: {key!r} must be of type {kind.__name__}, not {type(value).__name__}")
         return value
+
+    def take_address(self, key: str) -> str:
+        """An address, "" if the key is missing. A port alone is one that only this machine reaches."""
+        if type(self.content.get(key)) is int:
+            return f"127.0.0.1:{self.take(key, int)}"
+        return self.take(key, str, "")
 
     def finish(self) -> None:
         if self.content:

@@ -67,6 +67,10 @@ class Dealer:
         self.tapes_dealt = 0
         self.bytes_sent = 0
         self.seconds_dealing = 0.0
+        self.tapes_burnt = 0
+        self.sessions = 0
+        self.seconds_waited = [0.0] * parties  # by party: for the others
+        self.lag: Callable[[float], object] = lambda seconds: None  # told of each tape that has been sent
         self._id = b""
         self._session: _Session | None = None
         self._past: set[bytes] = set()
@@ -77,6 +81,18 @@ class Dealer:
         """Whether all parties have joined the current session."""
         session = self._session
         return session is not None and bool(session.keys)
+
+    @property
+    def open_tapes(self) -> int:
+        """How many tapes some parties have named and others not yet."""
+        session = self._session
+        return len(session.tapes) if session is not None else 0
+
+    @property
+    def slots(self) -> int:
+        """For how many slots there are masks of caches."""
+        session = self._session
+        return len(session.slots) if session is not None else 0
 
     def join(
         self, session_id: bytes, index: int, nonce: bytes, public_key: bytes, timeout: float
@@ -98,6 +114,7 @@ class Dealer:
                     raise AbortedError("this session has ended; the parties are forming a new one")
                 if self._session is not None:
                     self._session.ended = True
+                self.sessions += 1
                 self._past.add(session_id)
                 self._id, self._session = session_id, _Session(secrets.token_bytes(32))
                 _log.info("session %s begins", session_id.hex()[:8])
@@ -180,6 +197,7 @@ class Dealer:
                 state.keys = [chain.next(tape, digest) for chain in session.keys]
                 self._keep_masks(session, state.keys, agreed, use)
                 self._changed.notify_all()
+            began = time.perf_counter()
             try:
                 self._wait(
                     lambda: len(state.named) == self.parties or state.burnt or session.ended or not alive(),
@@ -189,11 +207,15 @@ class Dealer:
             except DeadlineError:
                 self._burn(session, tape)
                 raise
+            finally:
+                self.seconds_waited[index] += time.perf_counter() - began
             if len(state.named) < self.parties or session.ended:
                 self._burn(session, tape)
                 raise AbortedError("this tape is burnt; send the request again")
         if index == self.parties - 1:
+            began = time.perf_counter()
             yield from self._corrections(session, state.keys, agreed, use)
+            self.lag(time.perf_counter() - began)
 
     def wake(self) -> None:
         """Look again whether those who wait are still there."""
@@ -204,6 +226,7 @@ class Dealer:
         state = session.tapes.pop(tape, None)
         if state is not None:
             state.burnt = True
+            self.tapes_burnt += 1
             session.spent.add(tape)
             self._changed.notify_all()
 

@@ -31,6 +31,7 @@ def build(node: Node) -> tuple[Dealer, Server]:
         identity,
         4 * node.cluster.n + 8,
         lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s),
+        service.metrics.figures,
     )
     return dealer, server
 

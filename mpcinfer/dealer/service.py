@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 
 from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.dealer.dealing import Dealer
+from mpcinfer.dealer.metrics import DealerMetrics
 from mpcinfer.errors import AgreementError, ForbiddenError, InputError
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.wire import channel
-from mpcinfer.wire.frames import CHUNK
+from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
 from mpcinfer.wire.identity import peer_of, require
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc
 
@@ -25,11 +27,12 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         self._cluster = cluster
         self._dealer = dealer
         self._limits = limits
+        self.metrics = DealerMetrics(dealer)
         self._started = time.monotonic()
 
     def Join(self, request: dealer_pb2.JoinRequest, context: grpc.ServicerContext) -> dealer_pb2.JoinResponse:
         """See dealer.proto."""
-        try:
+        with self._answering("join", context):
             self._party(context, request.index)
             if request.protocol_version != PROTOCOL_VERSION:
                 raise AgreementError(
@@ -44,12 +47,10 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 request.session, request.index, request.nonce, request.public_key, self._limits.connect_timeout_s
             )
             return dealer_pb2.JoinResponse(nonce=nonce, public_key=public_key, party_nonces=nonces)
-        except Exception as error:
-            channel.abort(context, error)
 
     def Deal(self, request: dealer_pb2.DealRequest, context: grpc.ServicerContext) -> Iterator[dealer_pb2.DealResponse]:
         """See dealer.proto."""
-        try:
+        with self._answering("deal", context):
             self._party(context, request.index)
             context.add_callback(self._dealer.wake)
             parts = self._dealer.deal(
@@ -66,23 +67,19 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
             for part in parts:
                 while len(pending) + len(part) >= CHUNK:
                     room = CHUNK - len(pending)
-                    yield dealer_pb2.DealResponse(chunk=bytes(pending + part[:room]))
+                    yield self._message(pending + part[:room])
                     pending.clear()
                     part = part[room:]
                 pending += part
             if pending:
-                yield dealer_pb2.DealResponse(chunk=bytes(pending))
-        except Exception as error:
-            channel.abort(context, error)
+                yield self._message(pending)
 
     def Forget(self, request: dealer_pb2.ForgetRequest, context: grpc.ServicerContext) -> dealer_pb2.ForgetResponse:
         """See dealer.proto."""
-        try:
+        with self._answering("forget", context):
             require(peer_of(context, self._cluster), "party/")
             self._dealer.forget(request.session, request.slots)
             return dealer_pb2.ForgetResponse()
-        except Exception as error:
-            channel.abort(context, error)
 
     def DealerStatus(
         self, request: dealer_pb2.DealerStatusRequest, context: grpc.ServicerContext
@@ -100,6 +97,20 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
             uptime_seconds=time.monotonic() - self._started,
             session_ready=self._dealer.ready,
         )
+
+    @contextmanager
+    def _answering(self, call: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """While this runs a party is being answered. Any error inside ends the RPC."""
+        try:
+            with self.metrics.call(call):
+                yield
+        except Exception as error:
+            channel.abort(context, error)
+
+    def _message(self, chunk: bytearray) -> dealer_pb2.DealResponse:
+        message = dealer_pb2.DealResponse(chunk=bytes(chunk))
+        self.metrics.sent(message.ByteSize() + GRPC_HEADER)
+        return message
 
     def _party(self, context: grpc.ServicerContext, index: int) -> None:
         peer = peer_of(context, self._cluster)

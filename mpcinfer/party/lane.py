@@ -22,6 +22,7 @@ from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
 from mpcinfer.party.generation import generate, gone
 from mpcinfer.party.inbox import Inbox, Job
+from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Refused, Stepping, incident
 from mpcinfer.wire.mesh import CONTROL
@@ -39,7 +40,14 @@ class Lane:
     """Forms epochs and works through requests until stopped."""
 
     def __init__(
-        self, index: int, former: Former, inbox: Inbox, catalogue: Catalogue, sessions: Sessions, limits: Limits
+        self,
+        index: int,
+        former: Former,
+        inbox: Inbox,
+        catalogue: Catalogue,
+        sessions: Sessions,
+        limits: Limits,
+        metrics: PartyMetrics,
     ) -> None:
         self.index = index
         self.state = "connecting"
@@ -52,6 +60,7 @@ class Lane:
         self._sessions = sessions
         self._by = Stepping(index, catalogue, limits)
         self._limits = limits
+        self._metrics = metrics
         self._epoch: Epoch | None = None
         self._stopping = threading.Event()
         self._busy = False
@@ -91,6 +100,7 @@ class Lane:
                     self._stopping.wait(0.02)
                     continue
                 self._epoch = self._former.current = self._former.form()
+                self._metrics.began(self._epoch.mesh)
                 self._agree_on_models(self._epoch)
                 failures = 0
                 self._set("ready", "")
@@ -103,6 +113,7 @@ class Lane:
                 self._set("connecting", f"{incident(error)}; beginning a new epoch")
             finally:
                 self._sessions.clear()
+                self._metrics.ended()
                 if self._epoch is not None:
                     # if only the dealer is lost, a peer may still need what was sent for the step that is done
                     self._epoch.close(0.0 if self._epoch.mesh.broken else _FLUSH_SECONDS)
@@ -169,6 +180,7 @@ class Lane:
 
     def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
         limit = self._limits.step_timeout_s
+        epoch.mesh.account = self._metrics.account(step["action"])
         watchdog, end = epoch.mesh.limited(limit), time.monotonic() + limit
         job: Job | None = None
         self._busy = True

@@ -15,6 +15,7 @@ from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.service import MeshService, PartyService
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.store import Store
@@ -46,9 +47,11 @@ class Party:
             undo.callback(self.former.close)
             limits = node.limits
             self.sessions = Sessions(limits.max_sessions, limits.session_mb, limits.session_idle_s)
-            self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, self.sessions, limits)
+            self.metrics = PartyMetrics()
+            self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, self.sessions, limits, self.metrics)
+            self._show_state()
             service = PartyService(
-                node.cluster, self.lane, self.inbox, self.catalogue, self.sessions, self.store, limits
+                node.cluster, self.lane, self.inbox, self.catalogue, self.sessions, self.store, limits, self.metrics
             )
             mesh = MeshService(node.cluster, self.index, self.former)
 
@@ -57,8 +60,18 @@ class Party:
                 mesh_pb2_grpc.add_MeshServiceServicer_to_server(mesh, server)
 
             # Waiting requests and peer streams each hold a worker; health and status checks must never wait for one.
-            self.server = Server(node, identity, node.limits.max_waiting_requests + 4 * node.cluster.n + 16, add)
+            workers = node.limits.max_waiting_requests + 4 * node.cluster.n + 16
+            self.server = Server(node, identity, workers, add, self.metrics.figures)
             undo.pop_all()
+
+    def _show_state(self) -> None:
+        gauge = self.metrics.figures.gauge
+        gauge(
+            "ready", "Whether this party is connected to all others and the dealer.", lambda: self.lane.state == "ready"
+        )
+        gauge("waiting_requests", "Requests that have not been answered.", lambda: len(self.inbox))
+        gauge("sessions", "Texts whose keys and values are kept.", lambda: len(self.sessions))
+        gauge("models", "Models that all parties hold.", lambda: len(self.catalogue.models()))
 
     def start(self) -> None:
         """Accept calls, and begin to look for the other parties."""

@@ -28,6 +28,7 @@ from mpcinfer.party.epoch import Former
 from mpcinfer.party.generation import Writing, Written
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.metrics import Call, PartyMetrics
 from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Phase
@@ -58,8 +59,10 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         sessions: Sessions,
         store: Store,
         limits: Limits,
+        metrics: PartyMetrics,
     ) -> None:
         self._cluster = cluster
+        self._metrics = metrics
         self._lane = lane
         self._inbox = inbox
         self._catalogue = catalogue
@@ -95,12 +98,12 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> party_pb2.ListModelsResponse:
         """See party.proto."""
-        with self._admitted(context, "owner/", "client/", "party/"):
+        with self._admitted("models", context, "owner/", "client/", "party/"):
             return party_pb2.ListModelsResponse(models=[_info(m) for m in self._catalogue.models()])
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""
-        with self._admitted(context, "client/", "owner/") as peer:
+        with self._admitted("infer", context, "client/", "owner/") as (peer, call):
             model = self._catalogue.find(request.model, request.version)
             if model.program.caches:
                 raise InputError(f"{request.model!r} is a language model: it is asked to generate")
@@ -110,6 +113,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             facts = {"model": request.model, "version": request.version, "shapes": [list(x.shape) for x in inputs]}
             content = Inference(model, inputs)
             done: Inferred = self._run(context, Job(request.request_id, "infer", peer.role, facts, content))
+            self._metrics.step(call, done.online, done.offline)
             return party_pb2.InferResponse(
                 outputs=[reveal(x) for x in done.outputs],
                 version=done.model.version,
@@ -121,7 +125,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[party_pb2.GenerateResponse]:
         """See party.proto."""
-        with self._admitted(context, "client/", "owner/") as peer:
+        with self._admitted("generate", context, "client/", "owner/") as (peer, call):
             model = self._catalogue.find(request.model, request.version)
             writing = self._writing(model, request)
             facts = {
@@ -137,6 +141,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             job.result.add_done_callback(lambda _: writing.done.put(None))
             with self._queued(context, job) as seconds:
                 while (written := self._next(job, seconds)) is not None:
+                    token = bool(written.outputs)
+                    self._metrics.wrote(call, written.taken, token, written.online, written.offline)
                     yield party_pb2.GenerateResponse(
                         taken=written.taken,
                         outputs=[reveal(x) for x in written.outputs],
@@ -149,7 +155,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.EndSessionRequest, context: grpc.ServicerContext
     ) -> party_pb2.EndSessionResponse:
         """See party.proto."""
-        with self._admitted(context, "client/", "owner/") as peer:
+        with self._admitted("end_session", context, "client/", "owner/") as (peer, _):
             self._sessions.end(request.session, peer.role)
             self._inbox.wake()
             return party_pb2.EndSessionResponse()
@@ -158,7 +164,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.VocabularyRequest, context: grpc.ServicerContext
     ) -> Iterator[party_pb2.VocabularyResponse]:
         """See party.proto."""
-        with self._admitted(context, "client/", "owner/"):
+        with self._admitted("vocabulary", context, "client/", "owner/"):
             data = self._catalogue.find(request.model, request.version).vocabulary
             for start in range(0, len(data), CHUNK):
                 yield party_pb2.VocabularyResponse(chunk=data[start : start + CHUNK])
@@ -167,7 +173,10 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request_iterator: Iterator[party_pb2.DeployRequest], context: grpc.ServicerContext
     ) -> party_pb2.DeployResponse:
         """See party.proto."""
-        with self._admitted(context, "owner/") as peer, self._upload(context, request_iterator, peer) as (id_, facts):
+        with (
+            self._admitted("deploy", context, "owner/") as (peer, _),
+            self._upload(context, request_iterator, peer) as (id_, facts),
+        ):
             model: Model = self._run(context, Job(id_, "deploy", peer.role, facts, None))
             return party_pb2.DeployResponse(name=model.name, version=model.version, deployment_id=model.id)
 
@@ -175,7 +184,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.RemoveModelRequest, context: grpc.ServicerContext
     ) -> party_pb2.RemoveModelResponse:
         """See party.proto."""
-        with self._admitted(context, "owner/") as peer:
+        with self._admitted("remove", context, "owner/") as (peer, _):
             facts = {"name": request.name, "version": request.version}
             removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
             return party_pb2.RemoveModelResponse(removed=removed)
@@ -195,23 +204,26 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         return Writing(model, tokens, request.parent, request.keep, request.max_new_tokens, choice)
 
     @contextmanager
-    def _admitted(self, context: grpc.ServicerContext, *roles: str) -> Iterator[Peer]:
+    def _admitted(self, action: str, context: grpc.ServicerContext, *roles: str) -> Iterator[tuple[Peer, Call]]:
         """Who calls, if they may, if there is room, and once the parties are connected. Any error inside ends the RPC.
+
+        The Call is what the metrics know of it, under the name of `action`.
 
         Whoever waits here or inside holds a worker; more than there is room for must not starve health checks.
         """
         try:
-            peer = peer_of(context, self._cluster)
-            require(peer, *roles)
-            if not self._admission.acquire(blocking=False):
-                raise BusyError(
-                    f"{self._limits.max_waiting_requests} requests are waiting already; send it again later"
-                )
-            try:
-                self._lane.wait_ready(self._patience(context))
-                yield peer
-            finally:
-                self._admission.release()
+            with self._metrics.call(action) as call:
+                peer = peer_of(context, self._cluster)
+                require(peer, *roles)
+                if not self._admission.acquire(blocking=False):
+                    raise BusyError(
+                        f"{self._limits.max_waiting_requests} requests are waiting already; send it again later"
+                    )
+                try:
+                    self._lane.wait_ready(self._patience(context))
+                    yield peer, call
+                finally:
+                    self._admission.release()
         except Exception as error:
             channel.abort(context, error)
 

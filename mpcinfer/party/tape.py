@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import grpc
@@ -87,6 +88,7 @@ def _corrections(
 
 def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: float) -> tuple[bytearray, int]:
     received, at, frames = bytearray(size), 0, 0
+    account, began = epoch.mesh.account, time.perf_counter()
     call = epoch.dealer.Deal(request, timeout=timeout)
     try:
         with epoch.cancelling(call):
@@ -101,6 +103,9 @@ def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: 
                 "a party or the dealer left while randomness was dealt; send the request again"
             ) from error
         raise channel.from_rpc_error(error, "dealer") from error
+    finally:
+        account.dealer_seconds += time.perf_counter() - began
+        account.dealer_bytes += frames
     if at != size:
         raise ProtocolError("the dealer sent another amount than the plan asks for")
     return received, frames

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -49,7 +50,7 @@ class Link:
         cancel: Callable[[], Any],
     ) -> None:
         self.peer = peer
-        self.bytes_sent = 0
+        self.bytes_sent = self.openings_sent = 0  # bytes, the latter only of openings
         self._outgoing = outgoing
         self._wrap, self.parse = types[0], types[1].FromString
         self._cancel = cancel
@@ -78,7 +79,10 @@ class Link:
             )
             stream.sent += 1
             message = self._wrap(frame=frame)
-            self.bytes_sent += message.ByteSize() + GRPC_HEADER
+            size = message.ByteSize() + GRPC_HEADER
+            self.bytes_sent += size
+            if kind == OPENING:
+                self.openings_sent += size
             stream.put(message)
 
     def receive(self, kind: int) -> bytes:
@@ -172,6 +176,20 @@ def accept(
     return link, iter(outgoing.get, None)
 
 
+@dataclass
+class Account:
+    """What steps of one kind have taken, for the metrics. Plain numbers: this is written in every round.
+
+    Seconds are those of waiting for the others: for their openings, for their votes, for the dealer.
+    """
+
+    rounds: int = 0
+    openings_seconds: float = 0.0
+    votes_seconds: float = 0.0
+    dealer_seconds: float = 0.0
+    dealer_bytes: int = 0
+
+
 class Mesh:
     """All links of one party in one session, and the rounds over them."""
 
@@ -179,6 +197,7 @@ class Mesh:
         self.index = index
         self.links = dict(sorted(links.items()))
         self.rounds = 0
+        self.account = Account()  # of what is being done
 
     @property
     def parties(self) -> int:
@@ -200,7 +219,16 @@ class Mesh:
         self.rounds += kind == OPENING
         for link in self.links.values():
             link.send(kind, payload)
-        return {peer: link.receive(kind) for peer, link in self.links.items()}
+        began = time.perf_counter()
+        try:
+            return {peer: link.receive(kind) for peer, link in self.links.items()}
+        finally:
+            waited = time.perf_counter() - began
+            if kind == OPENING:
+                self.account.rounds += 1
+                self.account.openings_seconds += waited
+            else:
+                self.account.votes_seconds += waited
 
     def announce(self, payload: bytes) -> None:
         """Send a control message to all peers."""

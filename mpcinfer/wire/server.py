@@ -1,4 +1,4 @@
-"""Running a gRPC server process: mTLS, health service, graceful stop."""
+"""Running a gRPC server process: mTLS, health service, metrics where asked for, graceful stop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -15,14 +16,23 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from mpcinfer.config import Node
 from mpcinfer.wire import channel
 from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.metrics import Figures, MetricsServer
 
 _log = logging.getLogger(__name__)
 
 
 class Server:
-    """One process's server. `add` registers services; `workers` threads run handlers."""
+    """One process's server. `add` registers services; `workers` threads run handlers; `figures` are its metrics."""
 
-    def __init__(self, node: Node, identity: Identity, workers: int, add: Callable[[grpc.Server], None]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        identity: Identity,
+        workers: int,
+        add: Callable[[grpc.Server], None],
+        figures: Figures,
+    ) -> None:
+        """Take the ports; ConfigError if one cannot be had."""
         self._grace = node.limits.stop_grace_s
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grpc")
         self._server = grpc.server(self._executor, options=channel.server_options(node.limits.max_message_mb))
@@ -30,7 +40,13 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         self.set_serving(False)
         add(self._server)
-        self.port = channel.bind(self._server, node.listen, channel.server_credentials(identity, node.cluster))
+        self.metrics: MetricsServer | None = None
+        with ExitStack() as undo:
+            if node.metrics_listen:
+                self.metrics = MetricsServer(node.metrics_listen, figures.text)
+                undo.callback(self.metrics.stop)
+            self.port = channel.bind(self._server, node.listen, channel.server_credentials(identity, node.cluster))
+            undo.pop_all()
 
     def set_serving(self, serving: bool) -> None:
         """What the health service answers."""
@@ -38,7 +54,9 @@ class Server:
         self.health.set("", status)
 
     def start(self) -> None:
-        """Begin to accept calls."""
+        """Begin to accept calls, and to show metrics."""
+        if self.metrics is not None:
+            self.metrics.start()
         self._server.start()
 
     def stop(self) -> None:
@@ -46,6 +64,8 @@ class Server:
         self.health.enter_graceful_shutdown()
         self._server.stop(self._grace).wait()
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if self.metrics is not None:
+            self.metrics.stop()
 
 
 def stop_signal() -> Callable[[], str]:

@@ -19,6 +19,7 @@ from mpcinfer.protocol.session import KeyChain
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.ring.sharing import combine
+from mpcinfer.wire.mesh import Account
 from mpcinfer.wire.v1 import dealer_pb2
 
 ITEM = Truncation((4,), 16)
@@ -86,7 +87,7 @@ def corrections(tape: bytes) -> bytes:
 
 
 def epoch(dealer: FakeDealer, broken: bool = False) -> Epoch:
-    mesh: Any = SimpleNamespace(index=dealer.index, parties=2, broken=broken)
+    mesh: Any = SimpleNamespace(index=dealer.index, parties=2, broken=broken, account=Account())
     return Epoch(b"s" * 16, mesh, KeyChain(KEYS[dealer.index]), dealer, [], threading.Event())
 
 
