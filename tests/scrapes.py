@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -56,3 +57,15 @@ def strange_labels(text: str) -> Iterator[str]:
                 pattern = _RESULT if label == "result" else _NUMBER
                 if not (value in allowed if allowed is not None else pattern.fullmatch(value)):
                     yield f"{sample.name} {label}={value}"
+
+
+def families(text: str, prefix: str) -> set[str]:
+    """The names of all figures, as PromQL asks for them."""
+    return {name for name in re.findall(rf"^# TYPE {prefix}_(\w+) ", text, re.MULTILINE) if name[-8:] != "_created"}
+
+
+def documented(prefix: str) -> set[str]:
+    """The figures in the table of docs/operate.md for this prefix."""
+    page = (Path(__file__).parents[1] / "docs" / "operate.md").read_text()
+    table = page.partition(f"each name beginning with `{prefix}_`")[2].strip(":\n").partition("\n\n")[0]
+    return {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}

@@ -147,6 +147,23 @@ def test_dealer_node_and_limits(directory: Path) -> None:
     assert isinstance(node.limits.step_timeout_s, float)
 
 
+@pytest.mark.parametrize(
+    ("written", "address"),
+    [
+        ("", ""),
+        ('metrics_listen = ""', ""),
+        ("metrics_listen = 9464", "127.0.0.1:9464"),
+        ('metrics_listen = "0.0.0.0:9464"', "0.0.0.0:9464"),
+        ('metrics_listen = "[::1]:0"', "[::1]:0"),
+    ],
+)
+def test_where_metrics_are_shown(directory: Path, written: str, address: str) -> None:
+    """Nowhere unless asked for, and to this machine only unless an address says otherwise."""
+    assert load_node(directory, f"{NODE}{written}\n").metrics_listen == address
+    dealer = NODE.replace("party/0", "dealer").split("store =")[0]
+    assert load_node(directory, f"{dealer}{written}\n").metrics_listen == address
+
+
 def test_environment_overrides_the_node_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPCINFER_LISTEN", "0.0.0.0:9")
     monkeypatch.setenv("MPCINFER_STORE", "/elsewhere")
@@ -165,6 +182,15 @@ def test_environment_overrides_the_node_file(directory: Path, monkeypatch: pytes
         ('store_key = "party-0-store.key"', "", "needs store"),
         ('store_key = "party-0-store.key"', 'store_key = "party-0-store/key"', "inside store"),
         ('role = "party/0"', 'role = "party/0"\nlisten = "7100"', "not an address"),
+        ('role = "party/0"', 'role = "party/0"\nmetrics_listen = "9464"', "not an address"),
+        ('role = "party/0"', 'role = "party/0"\nmetrics_listen = "http://127.0.0.1:9464"', "not an address"),
+        ('role = "party/0"', 'role = "party/0"\nmetrics_listen = 65536', "not an address"),
+        ('role = "party/0"', 'role = "party/0"\nmetrics_listen = -1', "not an address"),
+        (
+            'role = "party/0"',
+            'role = "party/0"\nmetrics_listen = true',
+            "'metrics_listen' must be of type str, not bool",
+        ),
         ('role = "party/0"', 'role = "party/0"\nlog_level = "loud"', "debug, info"),
         ('role = "party/0"', 'role = "party/0"\nlimits = {max_message_mb = 4096}', "at most 2047"),
         ('role = "party/0"', 'role = "party/0"\nlimits = {max_message_mb = true}', "type int, not bool"),

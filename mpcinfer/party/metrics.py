@@ -23,6 +23,7 @@ class Call:
 
     seconds: dict[str, float] = field(default_factory=dict)
     taken: int = 0
+    written: int = 0
     last: float = field(default_factory=time.monotonic)
 
 
@@ -107,13 +108,18 @@ class PartyMetrics:
     # --- calls ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def call(self, action: str) -> Iterator[Call]:
-        """While this runs a caller is being answered."""
+    def call(self, action: str, gone: Callable[[], bool]) -> Iterator[Call]:
+        """While this runs a caller is being answered. gone: whether the caller has hung up.
+
+        Only the caller knows which token is the last, and hangs up on it: a text may well end so.
+        """
         call, began, result = Call(), time.perf_counter(), "ok"
         try:
             yield call
         except BaseException as error:
             result = result_of(error)
+            if gone() or isinstance(error, GeneratorExit):
+                result = "ok" if call.written else "cancelled"
             raise
         finally:
             self._requests.labels(action, result).inc()
@@ -135,6 +141,7 @@ class PartyMetrics:
         if token:
             now = time.monotonic()
             self._rate, call.last = 1 / max(1e-6, now - call.last), now
+            call.written += 1
             self._tokens.labels("written").inc()
             for phase, cost in (("online", online), ("offline", offline)):
                 self._token_seconds.labels(phase).observe(cost.seconds)

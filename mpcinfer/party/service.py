@@ -212,7 +212,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         Whoever waits here or inside holds a worker; more than there is room for must not starve health checks.
         """
         try:
-            with self._metrics.call(action) as call:
+            with self._metrics.call(action, lambda: not context.is_active()) as call:
                 peer = peer_of(context, self._cluster)
                 require(peer, *roles)
                 if not self._admission.acquire(blocking=False):

@@ -13,13 +13,13 @@ import httpx
 import pytest
 import torch
 
-from mpcinfer.errors import BusyError, ConfigError
+from mpcinfer.errors import AbortedError, BusyError, ConfigError
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.server import Party
 from mpcinfer.party.stepping import Phase
 from mpcinfer.wire.mesh import CONTROL, Account
 from tests.inprocess import Caller, InProcess, Keys, free_ports, kinds, mlp, random_weights, wait_for
-from tests.scrapes import Figures, strange_labels
+from tests.scrapes import Figures, documented, families, strange_labels
 
 PROGRAM = mlp()
 WEIGHTS = random_weights(PROGRAM)
@@ -152,6 +152,11 @@ def test_a_party_without_metrics_listens_nowhere_more(cluster: InProcess) -> Non
     assert [party.server.metrics for party in cluster.parties.values()] == [None] * cluster.n
 
 
+def test_the_page_for_operators_lists_all_figures(cluster: InProcess) -> None:
+    text = cluster.parties[0].metrics.figures.text().decode()
+    assert documented(PREFIX) == families(text, PREFIX)
+
+
 # --- in isolation ----------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +166,7 @@ def now(metrics: PartyMetrics) -> Figures:
 
 def test_tokens_and_their_seconds() -> None:
     metrics, online, offline = PartyMetrics(), Phase(0.25, 10, 100), Phase(0.5, 0, 10)
-    with metrics.call("generate") as call:
+    with metrics.call("generate", bool) as call:
         metrics.wrote(call, 32, False, online, offline)
         metrics.wrote(call, 40, True, online, offline)
         time.sleep(0.05)
@@ -179,11 +184,22 @@ def test_tokens_and_their_seconds() -> None:
 )
 def test_calls_that_fail(error: BaseException, result: str) -> None:
     metrics = PartyMetrics()
-    with pytest.raises(type(error)), metrics.call("infer") as call:
+    with pytest.raises(type(error)), metrics.call("infer", bool) as call:
         metrics.step(call, Phase(1.0, 1, 1), Phase(1.0, 1, 1))
         raise error
     found = now(metrics)
     assert found["requests_total", "infer", result] == 1 and found.sum("request_seconds_count") == 0
+
+
+@pytest.mark.parametrize(("written", "result"), [(0, "cancelled"), (1, "ok")])
+@pytest.mark.parametrize("error", [AbortedError("the caller has gone"), GeneratorExit()], ids=["waiting", "sending"])
+def test_a_caller_hangs_up_on_the_last_token_it_wants(error: BaseException, written: int, result: str) -> None:
+    metrics = PartyMetrics()
+    with pytest.raises(type(error)), metrics.call("generate", lambda: True) as call:
+        metrics.wrote(call, 3, bool(written), Phase(1.0, 1, 1), Phase(1.0, 1, 1))
+        raise error
+    assert now(metrics)["requests_total", "generate", result] == 1
+    assert now(metrics).get("request_seconds_count", "generate", "total") == written
 
 
 def test_what_party_0_announces_becomes_no_label() -> None:
