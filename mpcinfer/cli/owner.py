@@ -70,6 +70,9 @@ def explain(
     k: TopK = 5,
     frac_bits: FracBits = 16,
     public: PublicNames = None,
+    rounds: Annotated[
+        bool, typer.Option("--rounds", help="List the rounds step by step, in the order in which they are run.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a request would cost, layer by layer, before anything is deployed. Needs no cluster.
@@ -93,11 +96,13 @@ def explain(
     else:
         explained = price(captured.program, shapes, parties=parties)
     if as_json:
-        print_json(
-            {"model": loaded.kind, "examples": examples.origin, "reveal": captured.program.reveal, **asdict(explained)}
-        )
-    else:
-        _print(explained, captured.program, f"{loaded.kind}, reveals {captured.program.reveal}", examples)
+        content = asdict(explained)
+        if not rounds:
+            del content["steps"]  # thousands, of a language model
+        print_json({"model": loaded.kind, "examples": examples.origin, "reveal": captured.program.reveal, **content})
+        return
+    _print_inputs(explained, captured.program, f"{loaded.kind}, reveals {captured.program.reveal}", examples)
+    (_print_rounds if rounds else _print_layers)(explained)
 
 
 def deploy(
@@ -219,12 +224,32 @@ def _size(text: str) -> tuple[str, int]:
 _COSTS = ["ROUNDS", "ONLINE", "OFFLINE", "LAN", "WAN", "LAN BEFORE", "WAN BEFORE"]
 
 
-def _print(explained: Explanation, program: Program, what: str, examples: Examples) -> None:
-    deployment, total = explained.deployment, explained.total
-    print(f"{what}; {deployment.parameters} secret parameters, {explained.parties} parties")
+def _print_inputs(explained: Explanation, program: Program, what: str, examples: Examples) -> None:
+    print(f"{what}; {explained.deployment.parameters} secret parameters, {explained.parties} parties")
     for i, (declared, shape) in enumerate(zip(program.inputs, explained.shapes, strict=True)):
         print(f"input {declared.name} {list(shape)}, {_limit(declared, examples, i)}")
     print()
+
+
+def _print_rounds(explained: Explanation) -> None:
+    rows = [
+        [
+            str(step.first) if step.rounds == 1 else f"{step.first}-{step.first + step.rounds - 1}",
+            str(step.rounds),
+            in_bytes(step.online_bytes),
+            " ".join(step.layers),
+            " ".join(map(_short, step.operators)),
+        ]
+        for step in explained.steps
+    ]
+    total = explained.total
+    rows.append(["total", str(total.rounds), in_bytes(total.online_bytes), "", ""])
+    print_table(["ROUND", "ROUNDS", "ONLINE", "LAYERS", "OPERATORS"], rows, numbers=["ROUNDS", "ONLINE"])
+    print("\na step: rounds one after another with openings of the same layers; ONLINE: what each party sends in it")
+
+
+def _print_layers(explained: Explanation) -> None:
+    deployment, total = explained.deployment, explained.total
     rows = [
         [layer.path, " ".join(_short(op) for op in dict.fromkeys(layer.operators)), *_costs(layer.price)]
         for layer in explained.layers

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from mpcinfer.graph.plan import Planner, plan_inference, plan_masks
 from mpcinfer.graph.program import Input, Node, Program
+from mpcinfer.graph.rounds import Step, steps
 from mpcinfer.graph.step import capacity
 from mpcinfer.nn.sampling import Choice
 from mpcinfer.protocol.correlation import Kind, correction_bytes
@@ -91,6 +92,7 @@ class Explanation:
     headers: dict[str, int]
     total: Price
     deployment: Deployment
+    steps: tuple[Step, ...]  # the rounds of `total`, in order
 
 
 def explain(
@@ -164,6 +166,7 @@ def _explained(
         headers,
         total.price(parties),
         _deployment(program, parties, round_bytes),
+        steps(cost, nodes, parties, round_bytes),
     )
 
 

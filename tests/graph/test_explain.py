@@ -13,6 +13,8 @@ from mpcinfer.graph import explain as module
 from mpcinfer.graph.capture import capture
 from mpcinfer.graph.explain import NETWORKS, explain
 from mpcinfer.graph.plan import plan_inference
+from mpcinfer.graph.rounds import steps
+from mpcinfer.protocol.tracing import Cost
 from tests.graph.conftest import Case
 
 
@@ -47,6 +49,47 @@ def test_layers_add_up_to_the_plan(residual: Case, parties: int) -> None:
     counted = Counter(type(item).__name__ for _, item in plan.entries)
     assert explained.total.correlations == dict(counted)
     assert sum((Counter(p.correlations) for p in prices), Counter()) == counted
+
+
+def test_steps_are_the_rounds_in_order(parties: int) -> None:
+    """The first round opens the input, the next ones carry on where it stops; bytes have their headers."""
+    explained = explain(two_layers(), [(5, 6)], parties=parties, round_bytes=lambda n: n + 7)
+    found = explained.steps
+    assert [(s.first, s.rounds, s.layers, s.operators) for s in found] == [
+        (1, 2, ("0",), ("mpc.linear",)),
+        (3, 4, ("1",), ("aten.relu.default",)),
+        (7, 2, ("2",), ("mpc.linear",)),
+    ]
+    assert found[0].online_bytes == (5 * 6 * 8 + 5 * 8 * 8 + 2 * 7) * (parties - 1)
+    assert sum(s.rounds for s in found) == explained.total.rounds
+    assert sum(s.online_bytes for s in found) == explained.total.online_bytes
+
+
+def test_steps_add_up_to_the_plan(residual: Case, parties: int) -> None:
+    program = residual.captured.program
+    shapes = [tuple(x.shape) for x in residual.inputs(2)]
+    _, cost, _ = plan_inference(program, shapes, parties=parties)
+    found = explain(program, shapes, parties=parties).steps
+    assert [s.first for s in found] == [1 + sum(s.rounds for s in found[:i]) for i in range(len(found))]
+    assert sum(s.rounds for s in found) == cost.rounds and sum(s.online_bytes for s in found) == cost.bytes_sent
+    paths = {node.path or node.name for node in program.nodes} | {"outputs"}
+    assert all(set(s.layers) <= paths and s.layers for s in found)
+    assert all(a.layers != b.layers or a.operators != b.operators for a, b in zip(found, found[1:], strict=False))
+
+
+def test_rounds_that_nodes_share() -> None:
+    program = two_layers()
+    nodes = {node.name: node for node in program.nodes}
+    first, _, last = (node.name for node in program.nodes)
+    messages: list[Counter[str]] = [
+        Counter({last: 8, first: 16}),
+        Counter({first: 1, last: 1}),
+        Counter({last: 8, "": 8}),
+    ]
+    shared, other = steps(Cost(3, 0, Counter(), messages), nodes, 3, lambda n: n + 7)
+    assert (shared.first, shared.rounds, shared.operators) == (1, 2, ("mpc.linear",))
+    assert set(shared.layers) == {"0", "2"} and shared.online_bytes == 2 * (24 + 2 + 2 * 7)
+    assert (other.first, other.rounds, other.layers, other.online_bytes) == (3, 1, ("2", "outputs"), 2 * (16 + 7))
 
 
 def test_headers_are_apart() -> None:
