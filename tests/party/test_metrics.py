@@ -18,7 +18,7 @@ from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.server import Party
 from mpcinfer.party.stepping import Phase
 from mpcinfer.wire.mesh import CONTROL, Account
-from tests.inprocess import Caller, InProcess, Keys, free_ports, kinds, mlp, random_weights, wait_for
+from tests.inprocess import Caller, InProcess, Keys, free_ports, kinds, mlp, random_weights
 from tests.scrapes import Figures, documented, families, strange_labels
 
 PROGRAM = mlp()
@@ -42,9 +42,7 @@ def caller(cluster: InProcess) -> Caller:
 
 
 def shown(cluster: InProcess) -> list[Figures]:
-    """What each party shows, once it has ended all calls, which it does a moment after its answer has gone."""
-    wait_for(lambda: not any(len(party.inbox) for party in cluster.parties.values()))
-    time.sleep(0.2)
+    """What each party shows. A call is counted before its answer goes."""
     texts = [party.metrics.figures.text().decode() for _, party in sorted(cluster.parties.items())]
     return [Figures(text, PREFIX) for text in texts]
 
