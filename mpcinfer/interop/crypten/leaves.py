@@ -25,6 +25,11 @@ class Leaf:
 # What ONNX has no operator for, or one with other conventions.
 
 
+@operator(name="crypten.Linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
 @operator(name="crypten.AdaptiveAvgPool2d")
 def _adaptive_average(x: Tensor, output_size: Any) -> Tensor:
     return functional.adaptive_avg_pool2d(x, output_size)
@@ -54,8 +59,9 @@ def _given(x: Any, what: str) -> Any:
 
 
 def _some(**attributes: Any) -> dict[str, Any]:
-    """Attributes that are not left to an operand."""
-    return {name: x for name, x in attributes.items() if x is not None}
+    """Attributes that are not left to an operand; tensors among them are sizes and indices."""
+    given = {name: x for name, x in attributes.items() if x is not None}
+    return {name: x.long().numpy() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 def _bias(module: Any) -> Sequence[str]:
@@ -122,7 +128,7 @@ LEAVES: dict[str, Callable[[Any], Leaf]] = {
     "Hardtanh": lambda m: Leaf("Clip", {"min": m.min_val, "max": m.max_val}),
     "Softmax": lambda m: Leaf("Softmax", {"axis": m.dim}),
     "LogSoftmax": lambda m: Leaf("LogSoftmax", {"axis": m.dim}),
-    "Linear": lambda m: Leaf("Gemm", {"transB": 1}, _bias(m)),
+    "Linear": lambda m: Leaf("crypten.Linear", {}, _bias(m)),
     "Gemm": lambda m: Leaf("Gemm", {"alpha": m.alpha, "beta": m.beta, "transA": m.trans_a, "transB": m.trans_b}),
     "MatMul": lambda m: Leaf("MatMul", {}, tuple(m._parameters)),
     "Conv": lambda m: _conv(m, len(m.stride), ()),
