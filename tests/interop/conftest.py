@@ -16,7 +16,6 @@ from mpcinfer.interop.crypten import install_shim
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240.0
-SECRET = torch.tensor([[1.5, -2.25, 0.0], [1000.0, -0.125, -1.0]])
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +43,6 @@ def run_parties(tasks: str, parties: int, directory: Path) -> None:
             process.kill()
             process.wait()
     assert all(process.returncode == 0 for process in processes), "\n".join(said)
-
-
-@pytest.fixture(scope="session")
-def ran(crypten: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two parties have left their results of all tasks that need nothing but SECRET."""
-    directory = tmp_path_factory.mktemp("crypten")
-    torch.save(SECRET, directory / "secret.pt")
-    run_parties("infer+zoo+decrypt+share", 2, directory)
-    return directory
 
 
 @pytest.fixture

@@ -11,7 +11,16 @@ import torch
 from mpcinfer.graph.capture import capture
 from mpcinfer.interop.crypten import from_crypten
 from tests.interop import networks
+from tests.interop.conftest import run_parties
 from tests.models_local import plaintext, run_local
+
+
+@pytest.fixture(scope="module")
+def ran(crypten: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two parties have left their results."""
+    directory = tmp_path_factory.mktemp("crypten")
+    run_parties("infer+zoo+decrypt", 2, directory)
+    return directory
 
 
 @pytest.mark.timeout(300)
@@ -38,7 +47,8 @@ def test_every_module_means_what_it_means_in_crypten(crypten: Any, ran: Path) ->
         (wanted,) = plaintext(converted, [x])
         assert wanted.shape == theirs[name].shape, name
         assert float((wanted - theirs[name]).abs().max()) < 0.02, name  # its exponential is that rough
-        capture(converted, [x])  # refuses what has no protocol
+        program = capture(converted, [x]).program  # refuses what has no protocol
+        assert not program.constants, name  # all but single numbers and sizes is secret
 
 
 @pytest.mark.timeout(300)

@@ -29,7 +29,9 @@ def test_a_model_computes_exactly_what_its_twin_in_torch_does(name: str, crypten
 
 def test_all_weights_are_secret_when_deployed(crypten: Any) -> None:
     model, x = networks.example("cnn")
-    program = capture(from_crypten(networks.in_crypten(crypten, "cnn")), [x]).program
+    converted = from_crypten(networks.in_crypten(crypten, "cnn"))
+    assert not list(converted.buffers())
+    program = capture(converted, [x]).program
     assert program.size == sum(p.numel() for p in model.parameters())
     assert not program.constants
 

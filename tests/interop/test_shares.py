@@ -16,7 +16,18 @@ from mpcinfer.ring.codec import FixedPoint
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine
 from tests.inprocess import InProcess, mlp, plain, random_weights
-from tests.interop.conftest import SECRET
+from tests.interop.conftest import run_parties
+
+SECRET = torch.tensor([[1.5, -2.25, 0.0], [1000.0, -0.125, -1.0]])
+
+
+@pytest.fixture(scope="module")
+def shared(crypten: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two parties have left their shares of SECRET."""
+    directory = tmp_path_factory.mktemp("crypten")
+    torch.save(SECRET, directory / "secret.pt")
+    run_parties("share", 2, directory)
+    return directory
 
 
 def additive(x: torch.Tensor, parties: int) -> list[torch.Tensor]:
@@ -112,19 +123,19 @@ def test_crypten_tensors_know_their_scale_and_binary_ones_are_refused(crypten: A
 
 
 @pytest.mark.timeout(300)
-def test_each_party_of_crypten_can_hand_on_its_share_by_itself(ran: Path) -> None:
-    pieces = [[Shared(share, bits) for share, bits in torch.load(ran / f"pieces-{rank}.pt")] for rank in range(2)]
+def test_each_party_of_crypten_can_hand_on_its_share_by_itself(shared: Path) -> None:
+    pieces = [[Shared(share, bits) for share, bits in torch.load(shared / f"pieces-{rank}.pt")] for rank in range(2)]
     held = [pieces[0][i] + pieces[1][i] for i in range(3)]
     assert torch.equal(FixedPoint().decode(total(held)), SECRET.double())
 
 
 @pytest.mark.timeout(300)
 def test_a_secret_goes_through_our_parties_and_back_without_being_revealed(
-    ran: Path, tmp_path: Path, use: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+    shared: Path, tmp_path: Path, use: Callable[[list[torch.Tensor]], list[torch.Tensor]]
 ) -> None:
     program = mlp((3, 4, 2))
     weights = random_weights(program)
-    imported = import_shares([torch.load(ran / f"share-{rank}.pt") for rank in range(2)], 3)
+    imported = import_shares([torch.load(shared / f"share-{rank}.pt") for rank in range(2)], 3)
     with InProcess(tmp_path / "cluster", 3) as cluster:
         caller = cluster.caller()
         assert not any(isinstance(answer, Exception) for answer in caller.deploy(program, weights))

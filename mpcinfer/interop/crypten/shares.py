@@ -88,8 +88,6 @@ def _refreshed(shares: Sequence[torch.Tensor], parties: int | None) -> list[torc
     if len({share.shape for share in shares}) > 1:
         raise ShapeError("the shares have different shapes: they are not of one tensor")
     seeds, last = split(torch.zeros(shares[0].shape, dtype=torch.int64), Z64, parties)
-    fresh = [*(prg.expand(seed, tuple(last.shape), Z64) for seed in seeds), last]
-    for i, share in enumerate(shares):
-        # never all of them in one place: two parties or more divide them
-        fresh[i % parties] += share
-    return fresh
+    for share in shares:
+        last += share  # masked before the first one comes: their bare sum is never computed
+    return [*(prg.expand(seed, tuple(last.shape), Z64) for seed in seeds), last]
