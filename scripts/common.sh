@@ -3,6 +3,9 @@
 # setup_env [EXTRA]   makes the environment if needed, installs this checkout with EXTRA (default: dev) into it, and puts
 #                     it first on PATH. Says nothing and takes no time when there is nothing to do.
 #
+# setup_crypten       adds CrypTen, which tests of the interop compare with. Its own list of requirements cannot be installed:
+#                     it names the dead package `sklearn`. After setup_env; quick and silent like it.
+#
 # setup_browser       installs the browser that the proxy's page is tested in, where it is missing and apt-get may be used;
 #                     else says what to install, and the test of the page fails.
 #
@@ -74,6 +77,23 @@ setup_env() {
         install_env "$venv" "${1:-dev}" 9>&-
     ) 9>"$venv.lock" || exit 1
     export PATH="$venv/bin:$PATH"
+}
+
+install_crypten() {
+    local venv="$1" pip=("$1/bin/python" -m pip install --disable-pip-version-check)
+    # Last what the check looks for, so that half an installation is no installation.
+    if compgen -G "$venv/lib/python*/site-packages/crypten-0.4.1.dist-info" >/dev/null; then return; fi
+    echo "Adding CrypTen to $venv (once)." >&2
+    quietly "${pip[@]}" omegaconf pyyaml && quietly "${pip[@]}" --no-deps crypten==0.4.1 \
+        || fail "Could not install crypten into $venv. It needs the network, or a mirror in pip's configuration."
+}
+
+setup_crypten() {
+    local venv="${MPCINFER_VENV:-$ROOT/.venv}"
+    (
+        if command -v flock >/dev/null; then flock 9; fi
+        install_crypten "$venv" 9>&-
+    ) 9>"$venv.lock" || exit 1
 }
 
 setup_browser() {
