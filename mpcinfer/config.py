@@ -188,7 +188,8 @@ class Node:
     `store` and `store_key` (the directory of model shares at rest and the file of the key they are encrypted with)
     are set for a party and None for the dealer. `listen` may have port 0 (any free port). Parties send each other
     openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
-    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC.
+    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `peer_advertised_port` is the
+    port they are told to connect to, on the host of the cluster file, where something in between maps ports (0: no).
     """
 
     cluster: Cluster
@@ -202,6 +203,7 @@ class Node:
     log_level: str = "info"
     peer_port: int = 0
     peer_transport: str = "tls"
+    peer_advertised_port: int = 0
 
     def __post_init__(self) -> None:
         self.cluster.endpoint(self.role)
@@ -212,6 +214,11 @@ class Node:
             raise ConfigError(f"peer_transport is {self.peer_transport!r}; use one of {', '.join(PEER_TRANSPORTS)}")
         if not 0 <= self.peer_port <= 65535:
             raise ConfigError(f"peer_port is {self.peer_port}; use a port from 1 to 65535, or 0 for any free one")
+        if not 0 <= self.peer_advertised_port <= 65535:
+            raise ConfigError(
+                f"peer_advertised_port is {self.peer_advertised_port}; use a port from 1 to 65535, or 0 if none is "
+                "mapped"
+            )
         if self.role == "dealer" and (self.store or self.store_key):
             raise ConfigError("a dealer keeps nothing at rest: remove store and store_key (and MPCINFER_STORE)")
         if self.role != "dealer" and not (self.store and self.store_key):
@@ -237,6 +244,7 @@ class Node:
         limits = _limits(_Table(f"{file}, limits", table.take("limits", dict, {})))
         log_level = table.take("log_level", str, "info")
         peer_port, peer_transport = table.take("peer_port", int, 0), table.take("peer_transport", str, "tls")
+        peer_advertised_port = table.take("peer_advertised_port", int, 0)
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -251,6 +259,7 @@ class Node:
             log_level=(os.environ.get("MPCINFER_LOG_LEVEL") or log_level).lower(),
             peer_port=peer_port,
             peer_transport=peer_transport,
+            peer_advertised_port=peer_advertised_port,
         )
 
 
