@@ -243,6 +243,7 @@ class PeerCase:
     samples: list[float] = field(default_factory=list)
     prepared: list[Row] = field(default_factory=list)
     failed: str = ""
+    started: int = 0  # with which start of the parties' processes it was prepared
 
     def prepare(self) -> None:
         """Share the inputs, compile, warm up."""
@@ -277,6 +278,8 @@ class PeerCase:
         }
 
     def _call(self, do: str, timeout: float, **arguments: Any) -> list[Row]:
+        if not self.failed and do != "prepare" and self.started != self.parties.starts:
+            self.prepare()  # another case has failed and taken the processes along
         if self.failed:
             return []
         timeout *= LARGE if self.workload.large else 1
@@ -286,7 +289,7 @@ class PeerCase:
             self.failed = str(error)
             return []
         if do == "prepare":
-            self.prepared = answers
+            self.prepared, self.started = answers, self.parties.starts
         return answers
 
 

@@ -9,7 +9,8 @@ at most `_WINDOW` bytes, and what the link can hold, are under way. Bytes are no
 
 Requests come from standard input, a line of JSON each, until it ends, and are answered on standard output:
 
-    {"link": NAME, "port": PORT, "listen": 0}   connections to the port answered are passed on to PORT, over link NAME
+    {"link": NAME, "port": PORT, "listen": 0}   connections to the port answered are passed on to PORT, over link NAME;
+                                                it is any port or the one in "listen", 0 if that is taken
     {"count": true}                             [[NAME, PORT, bytes to PORT, bytes from PORT], ...] since the beginning
 """
 
@@ -115,7 +116,10 @@ class Relay:
         if "count" in request:
             return [[r.link, r.port, r.to, r.back] for r in self.routes.values()]
         name, port, listen = str(request["link"]), int(str(request["port"])), int(str(request.get("listen", 0)))
-        listener = socket.create_server(("127.0.0.1", listen))
+        try:
+            listener = socket.create_server(("127.0.0.1", listen))
+        except OSError:
+            return 0
         self.links.setdefault(name, (Direction(), Direction()))
         self.routes[listener.fileno()] = Route(name, port, listener)
         self.poller.register(listener, select.EPOLLIN)

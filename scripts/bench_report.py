@@ -199,10 +199,10 @@ _TITLES = {
 def right(report: Row) -> bool:
     """Whether all our results are there and right."""
     if "rows" in report:
-        axes = {(row["network"], row["axis"]): [] for row in report["rows"] if "axis" in row}
+        axes: dict[tuple[str, str], list[Row]] = {}
         for row in report["rows"]:
             if "axis" in row:
-                axes[row["network"], row["axis"]].append(row)
+                axes.setdefault((row["network"], row["axis"]), []).append(row)
         slow = all(slow for rows in axes.values() for *_, slow in growth(rows))
         return slow and all(row["ours"].get("right") for row in report["rows"])
     return all(
@@ -256,7 +256,7 @@ def tables(report: Row) -> list[tuple[str, Table]]:
     if "rows" in report:
         for network in report["networks"]:
             rows = [row for row in report["rows"] if row["network"] == network]
-            shown += _of_network(report["command"], rows, f"{parties} parties, {network}")
+            shown += _of_network(rows, f"{parties} parties, {network}")
         return shown
     shown = [("Points and tolerances", points_table(report))]
     for n in parties:
@@ -266,12 +266,12 @@ def tables(report: Row) -> list[tuple[str, Table]]:
     return shown
 
 
-def _of_network(command: str, rows: list[Row], where: str) -> list[tuple[str, Table]]:
+def _of_network(rows: list[Row], where: str) -> list[tuple[str, Table]]:
     if not rows:
         return []
     shown = [(f"mpcinfer, {where}", our_table(rows))]
     if rows[0]["peers"]:
         shown.append((f"Other systems, {where}", peer_table(rows)))
     for axis in dict.fromkeys(row["axis"] for row in rows if "axis" in row):
-        shown.append((f"Growth with {axis}, {where}", growth_table([row for row in rows if row["axis"] == axis])))
+        shown.append((f"Growth with {axis}, bytes", growth_table([row for row in rows if row["axis"] == axis])))
     return shown

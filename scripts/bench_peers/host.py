@@ -148,6 +148,7 @@ class Parties:
     def __init__(self, peer: Peer, parties: int, network: Network | None = None) -> None:
         self.peer, self.n, self.network = peer, parties, network
         self._relay: Relay | None = None
+        self.starts = 0  # how often the processes were started; what was prepared before the last time is gone
         self._count = 1 if peer.package == "prix" else parties
         self._interpreter: Path | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -207,18 +208,20 @@ class Parties:
 
     def _start(self) -> None:
         interpreter = self.install()
+        self.starts += 1
         if self.network is not None and self.peer.package == "prix":
             raise PeerFailed("its parties share memory, so that no network can be put between them")
         self._directory = directory = Path(tempfile.mkdtemp(prefix=f"bench-{self.peer.name}-"))
         self._received = [b""] * self._count
         ports = _free_ports(self.n)
         reached = self._reached(ports)
+        network = [str(self.network.bandwidth), str(self.network.round_trip / 2)] if self.network else []
         for rank in range(self._count):
             log = directory / f"{rank}.log"
             seen = ",".join(str(ports[i] if i == rank else reached[i]) for i in range(self.n))
             arguments = {
                 "spu": [str(rank), seen, str(log)],
-                "crypten": [str(rank), str(self.n), str(directory / "rendezvous")],
+                "crypten": [str(rank), str(self.n), str(directory / "rendezvous"), *network],  # has relays of its own
                 "prix": [self.peer.name.partition("-")[2], str(self.n)],
             }[self.peer.package]
             with log.open("ab") as errors:
@@ -235,7 +238,7 @@ class Parties:
 
     def _reached(self, ports: list[int]) -> list[int]:
         """By which ports the others reach the one that listens on each."""
-        if self.network is None:
+        if self.network is None or self.peer.package != "spu":
             return ports
         self._relay = Relay(self.network)
         return [self._relay.route(f"party {i}", port) for i, port in enumerate(ports)]

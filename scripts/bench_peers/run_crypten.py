@@ -1,7 +1,7 @@
 """One party of CrypTen (default configuration: party 0 deals, 16 fraction bits), in its own environment; see serve.py.
 
-run_crypten.py RANK PARTIES RENDEZVOUS: the parties are joined by torch.distributed's gloo over TCP on the loopback
-device; RENDEZVOUS is a file that does not exist yet.
+run_crypten.py RANK PARTIES RENDEZVOUS [RATE DELAY]: the parties are joined by torch.distributed's gloo over TCP on the
+loopback device, through relays if there are a rate and a delay for them; RENDEZVOUS is a file that does not exist yet.
 
 `import crypten` wants parts of torch.onnx that current torch no longer has, and torchvision. Its ONNX converter and its
 examples use them, nothing here does: empty modules stand in for them.
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed
 from graphs import GRAPHS, Ops, evaluate
+from reroute import reroute
 from serve import peak_memory, reset_peak_memory, serve
 
 _MISSING = (
@@ -236,4 +237,6 @@ class Runner:
 
 
 if __name__ == "__main__":
+    if sys.argv[4:]:
+        reroute(*sys.argv[4:])
     serve(lambda: Runner(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
