@@ -303,7 +303,7 @@ def best(rows: list[Row]) -> Row:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-class _Own:
+class Own:
     """Our side, which may fail as well; then the reason is kept and nothing is tried again."""
 
     def __init__(self, ours: Ours, workload: Workload) -> None:
@@ -354,7 +354,7 @@ def measure(
     with ExitStack() as stack:
         stack.callback(arrays.unlink, missing_ok=True)
         tell(f"{workload.name}: mpcinfer prepares")
-        own = _Own(ours, workload)
+        own = Own(ours, workload)
         for group in [[case] for case in every] if workload.large and every else [every]:
             for case in group:
                 tell(f"{workload.name}: {case.parties.peer.name} {case.variant} prepares")

@@ -35,9 +35,9 @@ def fake_environment(cache: Path, peer: str, script: str) -> None:
 
 def check_ours(report: Any) -> None:
     """Every operation is there, right, and counted."""
-    assert len(report["ops"]) == OPERATIONS
+    assert len(report["rows"]) == OPERATIONS
     assert report["machine"]["cores"] and report["machine"]["versions"]["mpcinfer"]
-    for row in report["ops"]:
+    for row in report["rows"]:
         ours = row["ours"]
         assert ours["right"] is True and 0 <= ours["max_abs_error"] <= report["settings"]["tolerance"], row["name"]
         online, offline, total = ours["online"], ours["offline"], ours["total"]
@@ -57,7 +57,7 @@ def test_report_is_complete_and_says_why_peers_failed(tmp_path: Path) -> None:
     fake_environment(tmp_path, "spu", 'test "$1" = -m && exit 0; echo "a wheel for another processor" >&2; exit 3')
     report, page = bench(tmp_path, "spu,crypten", 1, 110, MPCINFER_CACHE=str(tmp_path))
     check_ours(report)
-    for row in report["ops"]:
+    for row in report["rows"]:
         assert "exit code 3" in row["peers"]["spu"]["failed"]
         assert "a wheel for another processor" in row["peers"]["spu"]["failed"]
         assert row["peers"]["crypten"]["failed"] == "could not be installed: no such package"
@@ -71,7 +71,7 @@ def test_report_is_complete_and_says_why_peers_failed(tmp_path: Path) -> None:
 def test_peers_run_beside_us(tmp_path: Path) -> None:
     report, _ = bench(tmp_path, "spu,crypten", 2, 2300)
     check_ours(report)
-    for row in report["ops"]:
+    for row in report["rows"]:
         for name, peer in row["peers"].items():
             assert "failed" not in peer, peer
             assert peer["right"] and peer["seconds"] > 0 and peer["rounds"] > 0 and peer["bytes_sent_per_party"] > 0
