@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,9 @@ from bench_peers.host import PEERS, Parties, PeerFailed
 from bench_report import Row
 from torch import nn
 
+from mpcinfer import Client
 from mpcinfer.client.examples import captured_model
 from mpcinfer.client.generation import StepCost
-from mpcinfer.client.writing import Answer
 from mpcinfer.errors import MpcInferError
 from mpcinfer.models.loaded import Loaded
 
@@ -142,40 +142,54 @@ class OurCase:
 
 
 class OurText(OurCase):
-    """A step of a language model: the prompt of a new text, or the next token of one."""
+    """A step of a language model: the prompt of a new text, or the next token of one, a request of its own.
+
+    Parties write on while a client does not look, so that one long answer would disturb whoever has the next turn.
+    """
 
     def _deploy(self) -> None:
         assert self.workload.text is not None
         captured = captured_model(self.workload.text.loaded, reveal="logits")
         self.ours.owner.upload(captured, name="bench")
-        self._steps: Iterator[Row] = iter(())
+        self._client: Client | None = None
+        self._written: list[int] = []  # of the text, after the prompt
 
     def _request(self) -> Row:
         text = self.workload.text
         assert text is not None
-        if not text.decode:
-            return next(self._written(1))
-        step = next(self._steps, None)
-        if step is None:  # the first, or the context is full
-            self._steps = self._written(text.loaded.context - len(text.prompt))
-            next(self._steps)  # takes the prompt in
-            step = next(self._steps)
-        return step
+        length = len(text.prompt) + len(self._written)
+        if not text.decode or not self._written or length >= text.loaded.context:
+            if self._client is not None:
+                self._client.close()
+            self._client, self._written = self.ours.connect(), []  # who knows of no text that begins alike
+            taken = self._step(text.prompt)
+            if not text.decode:
+                self._written = []
+                return taken
+        return self._step(text.prompt + self._written)
 
-    def _written(self, most: int) -> Iterator[Row]:
-        """A new text, step by step, by a client who knows of no earlier one that begins alike."""
+    def _step(self, ids: list[int]) -> Row:
+        """One more token."""
+        assert self._client is not None
+        began = time.perf_counter()
+        answer = self._client.generate("bench", ids, max_new_tokens=1, timeout=self.timeout)
+        (piece,) = answer
+        seconds = time.perf_counter() - began
         text = self.workload.text
         assert text is not None
-        with self.ours.connect() as client:
-            answer = client.generate("bench", text.prompt, max_new_tokens=most, timeout=self.timeout * most)
-            assert isinstance(answer, Answer)
-            began = time.perf_counter()
-            for piece in answer:
-                seconds, count = time.perf_counter() - began, len(answer.tokens)
-                if count == 1 + text.decode:  # the step that the reference is of
-                    self.output = answer.logits[-1].numpy()
-                yield {"client": seconds, **summed([piece.cost, answer.prompt_cost] if count == 1 else [piece.cost])}
-                began = time.perf_counter()
+        if len(self._written) == text.decode:  # the step that the reference is of
+            self.output = answer.logits[-1].numpy()
+        forgotten = bool(self._written) and answer.cached_tokens != len(ids) - 1
+        self._written.append(piece.token)
+        if forgotten:  # the parties have, after a long time, and took in the whole text
+            return self._step(ids + [piece.token])
+        return {"client": seconds, **summed([piece.cost, answer.prompt_cost])}
+
+    def finish(self) -> Row:
+        """The figures; the model is removed."""
+        if self._client is not None:
+            self._client.close()
+        return super().finish()
 
 
 def summed(steps: list[StepCost]) -> Row:

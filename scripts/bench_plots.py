@@ -69,6 +69,8 @@ def _bars(axes: Axes, rows: list[Row], settings: Row) -> None:
         axes.barh(0, 0, color=_colour(system), label=system)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row["name"] for row in rows])
     axes.invert_yaxis()
+    shown = [seconds for row in rows for seconds, _, _ in (_bar(row, system) for system in systems) if seconds]
+    axes.set_xlim(left=min(shown, default=1.0) / 2)
     axes.set_xlabel("seconds, median")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="best")

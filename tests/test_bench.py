@@ -66,6 +66,55 @@ def test_report_is_complete_and_says_why_peers_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("command", "arguments", "names", "plots"),
+    [
+        (
+            "models",
+            "--workloads gpt2-16,minilm --networks loopback,lan",
+            ["GPT-2 block", "MiniLM"],
+            ["loopback", "lan"],
+        ),
+        (
+            "generate",
+            "--steps 3 --together 2 --networks lan",
+            ["a prompt", "a token after", "a token of each"],
+            ["lan"],
+        ),
+        ("growth", "--axes length,parties --networks loopback", ["length", "parties"], ["loopback-length"]),
+    ],
+    ids=["models", "generate", "growth"],
+)
+def test_commands_over_networks(
+    tmp_path: Path, command: str, arguments: str, names: list[str], plots: list[str]
+) -> None:
+    report, page = tmp_path / "report.json", tmp_path / "page.md"
+    called = [
+        sys.executable,
+        str(ROOT / "scripts" / "bench.py"),
+        command,
+        "--tiny",
+        "--repeat",
+        "1",
+        *arguments.split(),
+    ]
+    called += ["--json", str(report), "--markdown", str(page)]
+    done = subprocess.run(called, capture_output=True, text=True, timeout=850)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert set(arguments.split("--networks ")[1].split(",")) == set(found["networks"])
+    assert all(network == "loopback" or measured["round_trip"] > 0 for network, measured in found["networks"].items())
+    for network in found["networks"]:
+        rows = [row["name"] for row in found["rows"] if row["network"] == network]
+        assert all(any(row.startswith(name) for row in rows) for name in names)
+    for row in found["rows"]:
+        assert row["ours"]["right"] and 0 < row["ours"]["online"]["seconds"] < row["ours"]["total"]["seconds"]
+    for plot in plots:
+        assert f"(page-{plot}.svg)" in page.read_text() and (tmp_path / f"page-{plot}.svg").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.net
 @pytest.mark.timeout(2400)
 def test_peers_run_beside_us(tmp_path: Path) -> None:
