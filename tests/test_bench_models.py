@@ -191,6 +191,70 @@ def test_a_variant_that_fails_takes_no_other_along(turns: Any) -> None:
     assert row["peers"]["spu"]["other_variants"] == {"default": "exit code 3"}
 
 
+class FakeTexts:
+    """Parties that write, and the clients who ask them; `known`: how much of a text they still have."""
+
+    def __init__(self, known: bool = True) -> None:
+        self.known, self.clients, self.asked = known, 0, list[int]()
+
+    def connect(self) -> FakeTexts:
+        self.clients += 1
+        return self
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def generate(self, name: str, ids: list[int], max_new_tokens: int, timeout: float) -> Any:
+        from mpcinfer.client.generation import Piece, StepCost
+
+        assert max_new_tokens == 1
+        self.asked.append(len(ids))
+        again = len(self.asked) > 1 and len(ids) > min(self.asked)
+
+        class Answer:
+            logits = [torch.tensor([float(len(ids))])]
+            cached_tokens = len(ids) - 1 if again and self.known else 0
+            prompt_cost = StepCost(1.0, 1.0, 1, 1, 1)
+
+            def __iter__(self) -> Iterator[Piece]:
+                yield Piece("", 7, StepCost(0.5, 0.25, 10, 100, 1000), ())
+
+        self.known = True
+        return Answer()
+
+
+def text_case(cases: Any, models: Any, texts: FakeTexts, decode: bool) -> Any:
+    case = object.__new__(cases.OurText)
+    case.ours, case.workload, case.timeout = texts, models.text(decode, tiny=True), 1.0
+    case._client, case._written, case.samples = None, [], []
+    return case
+
+
+def test_every_prompt_is_new(cases: Any, models: Any) -> None:
+    texts = FakeTexts()
+    case = text_case(cases, models, texts, False)
+    for _ in range(3):
+        case.run()
+    assert texts.asked == [8, 8, 8] and texts.clients == 3
+    assert case.samples[0]["online"] == {"seconds": 1.5, "rounds": 11, "bytes_sent_per_party": 101}
+    assert case.output == [8]
+
+
+def test_tokens_follow_each_other_and_the_first_is_judged(cases: Any, models: Any) -> None:
+    texts = FakeTexts()
+    case = text_case(cases, models, texts, True)
+    for _ in range(3):
+        case.run()
+    assert texts.asked == [8, 9, 10, 11] and texts.clients == 1 and len(case.samples) == 3
+    assert case.output == [9]
+    texts.known = False
+    case.run()
+    assert texts.asked[4:] == [12, 13], "a whole text is no token"
+    for _ in range(19):
+        case.run()
+    assert texts.asked[-2:] == [8, 9] and max(texts.asked) == 31, "a text that is full is followed by a new one"
+
+
 # --- pages and plots --------------------------------------------------------------------------------------------------
 
 
