@@ -224,6 +224,8 @@ def markdown(report: Row, plots: Sequence[str] = ()) -> str:
             f"{on['load_after']} after. What is measured and how: [README.md](README.md).",
             *_networks(report),
         ]
+        if settings.get("tiny"):
+            page += ["", "**Tiny inputs and models, whatever they are called: these figures say nothing of costs.**"]
     else:
         page = [
             "# Functions: how exact",
