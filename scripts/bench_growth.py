@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,11 +52,12 @@ def run_growth(options: argparse.Namespace, say: Console) -> Row:
         for axis in options.axes:
             for size in (TINY if options.tiny else SIZES)[axis]:
                 clusters.setdefault(size if axis == "parties" else options.parties, []).append((axis, size))
+        made = captured(block(options.tiny), max((TINY if options.tiny else SIZES)["length"]))
         for parties, points in clusters.items():
             with ExitStack() as stack:
                 with say.status(f"{place}: starting a dealer and {parties} parties"):
                     ours = Ours(parties, stack, network)
-                rows += _measured(ours, parties, points, options, say, place)
+                rows += _measured(ours, parties, made, points, options, say, place)
     rows.sort(key=lambda row: (options.networks.index(row["network"]), AXES.index(row["axis"]), row["size"]))
     settings = {"parties": options.parties, "repeat": options.repeat, "tiny": options.tiny, "axes": options.axes}
     return {
@@ -81,15 +83,18 @@ def captured(model: Block, longest: int) -> Captured:
 
 
 def _measured(
-    ours: Ours, parties: int, points: list[tuple[str, int]], options: argparse.Namespace, say: Console, place: str
+    ours: Ours,
+    parties: int,
+    made: Captured,
+    points: list[tuple[str, int]],
+    options: argparse.Namespace,
+    say: Console,
+    place: str,
 ) -> list[Row]:
-    model = block(options.tiny)
-    longest = max((TINY if options.tiny else SIZES)["length"])
+    model, program = block(options.tiny), made.program
     reset_peaks(ours)
     began = time.perf_counter()
-    made = captured(model, longest)
-    program = made.program
-    ours.owner.upload(made, name="bench")
+    ours.owner.upload(replace(made, weights=dict(made.weights)), name="bench")  # which takes the weights out
     deployed = time.perf_counter() - began
     rows: list[Row] = []
     for axis, size in points:
