@@ -190,6 +190,8 @@ class Node:
     openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
     `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `metrics_listen` ("" for
     nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.
+    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `peer_advertised_port` is the
+    port they are told to connect to, on the host of the cluster file, where something in between maps ports (0: no).
     """
 
     cluster: Cluster
@@ -204,6 +206,7 @@ class Node:
     peer_port: int = 0
     peer_transport: str = "tls"
     metrics_listen: str = ""
+    peer_advertised_port: int = 0
 
     def __post_init__(self) -> None:
         self.cluster.endpoint(self.role)
@@ -216,6 +219,11 @@ class Node:
             raise ConfigError(f"peer_transport is {self.peer_transport!r}; use one of {', '.join(PEER_TRANSPORTS)}")
         if not 0 <= self.peer_port <= 65535:
             raise ConfigError(f"peer_port is {self.peer_port}; use a port from 1 to 65535, or 0 for any free one")
+        if not 0 <= self.peer_advertised_port <= 65535:
+            raise ConfigError(
+                f"peer_advertised_port is {self.peer_advertised_port}; use a port from 1 to 65535, or 0 if none is "
+                "mapped"
+            )
         if self.role == "dealer" and (self.store or self.store_key):
             raise ConfigError("a dealer keeps nothing at rest: remove store and store_key (and MPCINFER_STORE)")
         if self.role != "dealer" and not (self.store and self.store_key):
@@ -242,6 +250,7 @@ class Node:
         log_level = table.take("log_level", str, "info")
         peer_port, peer_transport = table.take("peer_port", int, 0), table.take("peer_transport", str, "tls")
         metrics_listen = table.take_address("metrics_listen")
+        peer_advertised_port = table.take("peer_advertised_port", int, 0)
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -257,6 +266,7 @@ class Node:
             peer_port=peer_port,
             peer_transport=peer_transport,
             metrics_listen=metrics_listen,
+            peer_advertised_port=peer_advertised_port,
         )
 
 

@@ -106,7 +106,8 @@ def behind(own: dict[str, Any], others: dict[str, dict[str, Any]]) -> list[str]:
 # --- tolerances -------------------------------------------------------------------------------------------------------
 
 
-def _absolute(limit: float) -> Tolerance:
+def absolute(limit: float) -> Tolerance:
+    """The same everywhere."""
     return Tolerance(f"{limit:.0e}".replace("e-0", "e-"), lambda x, y, ulp: np.full_like(y, limit))
 
 
@@ -214,9 +215,9 @@ def functions(tiny: bool = False) -> list[Function]:
         found.append(Function(name, operation or name, module.eval(), tolerance, points, described))
 
     def smooth(name: str, model: nn.Module | Callable[[torch.Tensor], torch.Tensor], operation: str = "") -> None:
-        add(name, model, _absolute(5e-4), _NEAR, _ALL, operation=operation)
+        add(name, model, absolute(5e-4), _NEAR, _ALL, operation=operation)
 
-    add("relu", nn.ReLU(), _absolute(5e-4), _NEAR, (_normal(2000), "N(0, 2000)"))
+    add("relu", nn.ReLU(), absolute(5e-4), _NEAR, (_normal(2000), "N(0, 2000)"))
     smooth("gelu (erf)", nn.GELU(), "gelu")
     smooth("gelu (tanh)", nn.GELU(approximate="tanh"), "gelu_tanh")
     smooth("silu", nn.SiLU())
@@ -231,7 +232,7 @@ def functions(tiny: bool = False) -> list[Function]:
     add(
         "softmax",
         nn.Softmax(-1),
-        _absolute(5e-4),
+        absolute(5e-4),
         (_normal(2), f"{heads}x{length}x{length}, N(0, 2)"),
         (_scores, "rows of 64, +-30, some of one score"),
         shapes=((heads, length, length), (rows, 64)),
@@ -243,12 +244,12 @@ def functions(tiny: bool = False) -> list[Function]:
         add(
             name,
             _with_gain(norm),
-            _absolute(2e-3),
+            absolute(2e-3),
             *norms,
             shapes=((rows, 768), (rows, 768)),
             counts=(rows * 768, rows * 768),
         )
-    add("log", torch.log, _absolute(5e-4), _UP_TO_100, _OCTAVES)
+    add("log", torch.log, absolute(5e-4), _UP_TO_100, _OCTAVES)
     add("sqrt", torch.sqrt, _SCALED, _UP_TO_100, _OCTAVES)
     smooth("softplus", nn.Softplus())
     smooth("hardswish", nn.Hardswish())

@@ -10,22 +10,33 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
+from bench_network import Relay
 from bench_peers.host import PEERS
 from bench_report import Row
 
 from mpcinfer import Client, ModelOwner
 from mpcinfer.client.local import LocalCluster
+from mpcinfer.graph.explain import Network
+
+LIMITS = {"step_timeout_s": 3600.0}  # a slow network is no failure
 
 
 class Ours:
     """A local cluster, parties and dealer as separate processes over mTLS gRPC, used through the SDK."""
 
-    def __init__(self, parties: int, stack: ExitStack) -> None:
-        self.cluster = stack.enter_context(LocalCluster(parties=parties))
+    def __init__(self, parties: int, stack: ExitStack, network: Network | None = None) -> None:
+        """`network`: between all processes, the client included; else the loopback device."""
+        relay = stack.enter_context(Relay(network)) if network else None
+        via = relay.route if relay else None
+        self.cluster = stack.enter_context(LocalCluster(parties=parties, via=via, limits=LIMITS))
         path = self.cluster.cluster_path
         self.owner = stack.enter_context(ModelOwner.connect(path, self.cluster.identity("owner/owner")))
-        self.client = stack.enter_context(Client.connect(path, self.cluster.identity("client/client")))
+        self.client = stack.enter_context(self.connect())
         self.roles = ["dealer", *(endpoint.role for endpoint in self.cluster.cluster.parties)]
+
+    def connect(self) -> Client:
+        """Another client, to be closed."""
+        return Client.connect(self.cluster.cluster_path, self.cluster.identity("client/client"))
 
 
 def machine(load_before: tuple[float, float, float], peers: Iterable[str]) -> Row:

@@ -197,6 +197,8 @@ def test_environment_overrides_the_node_file(directory: Path, monkeypatch: pytes
         ('role = "party/0"', 'role = "party/0"\nlimits = {max_message_mb = 0}', "positive"),
         ('role = "party/0"', 'role = "party/0"\nlimits = {step_timeout_s = nan}', "positive and finite"),
         ('role = "party/0"', 'role = "party/0"\nlimits = {speed = 1}', "limits: unknown 'speed'"),
+        ('role = "party/0"', 'role = "party/0"\npeer_port = 65536', "peer_port is 65536"),
+        ('role = "party/0"', 'role = "party/0"\npeer_advertised_port = -1', "peer_advertised_port is -1"),
         ('role = "party/0"', 'role = "party/0"\nrolle = 1', "unknown 'rolle'"),
     ],
 )

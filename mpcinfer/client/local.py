@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -54,12 +54,15 @@ class LocalCluster:
         base_port: int | None = None,
         limits: Mapping[str, float] | None = None,
         log_level: str = "info",
+        via: Callable[[str, int], int] | None = None,
     ) -> None:
         """Make in `directory` what is missing of keys, certificates and TOML files; start nothing yet.
 
         directory: an empty or new one, or that of an earlier local cluster, which is used again with its models
         (default: a temporary one, removed at `stop`). parties: 2 by default. base_port: party I listens there + I,
-        the dealer after them (default: ports that are free now). limits: the [limits] of new node files.
+        the dealer after them (default: ports that are free now). limits: the [limits] of new node files. via: told a
+        role and a port of 127.0.0.1 that it will listen on, says by which port others reach it; for what stands in
+        between, such as the slower network of a benchmark.
         ConfigError if the directory holds something else, IdentityError if its certificates cannot be used.
         """
         self._temporary = directory is None
@@ -67,9 +70,10 @@ class LocalCluster:
         self.cluster_path = self.directory / "cluster.toml"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
+        self._ports: dict[str, list[str]] = {}  # what node files say of ports, where that is not in the cluster file
         try:
             if not self.cluster_path.exists():
-                self._make(parties or 2, base_port)
+                self._make(parties or 2, base_port, via)
             self.cluster = Cluster.load(self.cluster_path)
             if parties not in (None, self.cluster.n):
                 raise ConfigError(f"{self.directory} holds a cluster of {self.cluster.n} parties, not {parties}")
@@ -217,16 +221,28 @@ class LocalCluster:
         process.kill()
         _reap(process)
 
-    def _make(self, parties: int, base_port: int | None) -> None:
+    def _make(self, parties: int, base_port: int | None, via: Callable[[str, int], int] | None) -> None:
         if self.directory.exists() and any(self.directory.iterdir()):
             raise ConfigError(f"{self.directory} is not empty and holds no cluster.toml; choose another directory")
         name = "local"
         self.directory.mkdir(parents=True, exist_ok=True)
         _, ca = certs.init_ca(self.directory, name)
         roles = [*(f"party/{index}" for index in range(parties)), "dealer"]
-        ports = _free_ports(len(roles)) if base_port is None else range(base_port, base_port + len(roles))
+        ports = _free_ports(len(roles)) if base_port is None else list(range(base_port, base_port + len(roles)))
+        if via is not None:
+            ports = self._mapped(dict(zip(roles, ports, strict=True)), via)
         entries = [(f"127.0.0.1:{port}", self._issue(name, role)) for port, role in zip(ports, roles, strict=True)]
         certs.write_cluster_file(self.cluster_path, name, ca, parties=entries[:-1], dealer=entries[-1])
+
+    def _mapped(self, ports: Mapping[str, int], via: Callable[[str, int], int]) -> list[int]:
+        """By which ports the roles are reached, when they listen on `ports`, and the parties on one more each."""
+        peer_ports = [port for port in _free_ports(2 * len(ports)) if port not in ports.values()]
+        for role, port in ports.items():
+            self._ports[role] = [f'listen = "127.0.0.1:{port}"']
+            if role != "dealer":
+                peer = peer_ports.pop()
+                self._ports[role] += [f"peer_port = {peer}", f"peer_advertised_port = {via(role, peer)}"]
+        return [via(role, port) for role, port in ports.items()]
 
     def _issue(self, name: str, role: str) -> Path:
         """A key and certificate for `role`, by the same two steps as between machines."""
@@ -248,6 +264,7 @@ class LocalCluster:
             f'key = "{stem}.key"',
             f'certificate = "{stem}.pem"',
             f'log_level = "{log_level}"',
+            *self._ports.get(role, ()),
         ]
         if role != "dealer":
             lines += [f'store = "{stem}-store"', f'store_key = "{stem}-store.key"']

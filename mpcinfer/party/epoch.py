@@ -198,7 +198,8 @@ class Former:
             offer = mesh_pb2.Hello()
             offer.CopyFrom(hello)
             if self._listener is not None:
-                offer.direct_port, offer.direct_token = self._listener.port, self._listener.offer(f"party/{peer}")
+                offer.direct_port = self._node.peer_advertised_port or self._listener.port
+                offer.direct_token = self._listener.offer(f"party/{peer}")
                 offered[peer] = offer.direct_token
             arrival.link.send(mesh.HELLO, offer.SerializeToString())
         epoch_mesh = Mesh(self._index, links)

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from assets import CACHE
+from bench_network import Relay
+
+from mpcinfer.graph.explain import Network
 
 HERE = Path(__file__).parent
 INSTALL_TIMEOUT = 1800.0  # seconds, for each call of pip
@@ -61,7 +64,8 @@ PEERS = {
         "3.11",
         18,
         (("spu==0.9.5", "numpy"),),
-        {"matmul": ("default", "cached"), "conv": ("default", "cached"), "maxpool": ("default", "pairs")},
+        {"maxpool": ("default", "pairs")}
+        | {operation: ("default", "cached") for operation in ("matmul", "conv", "gpt2", "bert", "llama")},
     ),
     # it asks for `sklearn`, a package that refuses to be installed, so what it needs is listed here
     "crypten": Peer(
@@ -92,7 +96,7 @@ PEERS = {
         for mode in ("lut", "shaft", "crypten")
     },
 }
-TIMED = ("spu", "crypten")  # what runs over sockets, as we do
+SOCKETS = ("spu", "crypten")  # what runs over sockets, as we do
 
 
 def install(peer: Peer) -> Path:
@@ -141,8 +145,10 @@ class Parties:
     A context manager; processes are started by the first call and again by the first after a failure.
     """
 
-    def __init__(self, peer: Peer, parties: int) -> None:
-        self.peer, self.n = peer, parties
+    def __init__(self, peer: Peer, parties: int, network: Network | None = None) -> None:
+        self.peer, self.n, self.network = peer, parties, network
+        self._relay: Relay | None = None
+        self.starts = 0  # how often the processes were started; what was prepared before the last time is gone
         self._count = 1 if peer.package == "prix" else parties
         self._interpreter: Path | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -202,14 +208,20 @@ class Parties:
 
     def _start(self) -> None:
         interpreter = self.install()
+        self.starts += 1
+        if self.network is not None and self.peer.package == "prix":
+            raise PeerFailed("its parties share memory, so that no network can be put between them")
         self._directory = directory = Path(tempfile.mkdtemp(prefix=f"bench-{self.peer.name}-"))
         self._received = [b""] * self._count
-        ports = ",".join(str(port) for port in _free_ports(self.n))
+        ports = _free_ports(self.n)
+        reached = self._reached(ports)
+        network = [str(self.network.bandwidth), str(self.network.round_trip / 2)] if self.network else []
         for rank in range(self._count):
             log = directory / f"{rank}.log"
+            seen = ",".join(str(ports[i] if i == rank else reached[i]) for i in range(self.n))
             arguments = {
-                "spu": [str(rank), ports, str(log)],
-                "crypten": [str(rank), str(self.n), str(directory / "rendezvous")],
+                "spu": [str(rank), seen, str(log)],
+                "crypten": [str(rank), str(self.n), str(directory / "rendezvous"), *network],  # has relays of its own
                 "prix": [self.peer.name.partition("-")[2], str(self.n)],
             }[self.peer.package]
             with log.open("ab") as errors:
@@ -224,6 +236,13 @@ class Parties:
                     )
                 )
 
+    def _reached(self, ports: list[int]) -> list[int]:
+        """By which ports the others reach the one that listens on each."""
+        if self.network is None or self.peer.package != "spu":
+            return ports
+        self._relay = Relay(self.network)
+        return [self._relay.route(f"party {i}", port) for i, port in enumerate(ports)]
+
     def stop(self) -> None:
         """End the processes, if there are any."""
         processes, self._processes = self._processes, []
@@ -235,6 +254,9 @@ class Parties:
                 if pipe is not None:
                     with contextlib.suppress(OSError):
                         pipe.close()
+        if self._relay is not None:
+            self._relay.__exit__()
+            self._relay = None
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None

@@ -1,7 +1,7 @@
 """One party of CrypTen (default configuration: party 0 deals, 16 fraction bits), in its own environment; see serve.py.
 
-run_crypten.py RANK PARTIES RENDEZVOUS: the parties are joined by torch.distributed's gloo over TCP on the loopback
-device; RENDEZVOUS is a file that does not exist yet.
+run_crypten.py RANK PARTIES RENDEZVOUS [RATE DELAY]: the parties are joined by torch.distributed's gloo over TCP on the
+loopback device, through relays if there are a rate and a delay for them; RENDEZVOUS is a file that does not exist yet.
 
 `import crypten` wants parts of torch.onnx that current torch no longer has, and torchvision. Its ONNX converter and its
 examples use them, nothing here does: empty modules stand in for them.
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from graphs import GRAPHS, Ops, evaluate
+from reroute import reroute
 from serve import peak_memory, reset_peak_memory, serve
 
 _MISSING = (
@@ -31,6 +33,9 @@ _MISSING = (
     "torchvision.models",
     "torchvision.transforms",
 )
+
+
+_ALL_POSITIVE = {"functions.reciprocal_all_pos": True}  # as is all that is inverted here
 
 
 def _larger(a: Any, b: Any) -> Any:
@@ -49,6 +54,7 @@ OPERATIONS: dict[str, Any] = {
     "relu": lambda x: x.relu(),
     "maxpool": lambda x: x.max_pool2d(2, stride=2),
     "argmax": lambda x: x.argmax(dim=-1, one_hot=False),
+    "max": lambda x: x.max(dim=-1, one_hot=False)[0],
 }
 
 
@@ -87,6 +93,59 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
+class CrypTenOps(Ops):
+    """What graphs are made of; public operands of + and * are torch tensors, see `accept_arrays`."""
+
+    def mm(self, a: Any, b: Any) -> Any:
+        return a.matmul(b)
+
+    def mean(self, x: Any) -> Any:
+        return x.mean(-1, keepdim=True)
+
+    def square(self, x: Any) -> Any:
+        return x.square()
+
+    def rsqrt(self, x: Any) -> Any:
+        return x.inv_sqrt()
+
+    def softmax(self, x: Any) -> Any:
+        return x.softmax(-1)
+
+    def gelu(self, x: Any) -> Any:
+        return _gelu(x)
+
+    gelu_tanh = gelu
+
+    def silu(self, x: Any) -> Any:
+        return x * x.sigmoid()
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return x.reshape(*shape)
+
+    def transpose(self, x: Any, axes: tuple[int, ...]) -> Any:
+        return x.permute(*axes)
+
+    def take(self, x: Any, axis: int, start: int, stop: int) -> Any:
+        return x.narrow(axis, start, stop - start)
+
+    def concatenate(self, parts: list[Any], axis: int) -> Any:
+        import crypten
+
+        return crypten.cat(parts, dim=axis)
+
+
+def accept_arrays(tensor: Any) -> None:
+    """Make the class of private tensors take numpy arrays as public operands."""
+
+    def taking(method: Any) -> Any:
+        return lambda self, y: method(self, torch.from_numpy(y) if isinstance(y, np.ndarray) else y)
+
+    for name in ("add", "sub", "mul"):
+        method = taking(getattr(tensor, name))
+        setattr(tensor, name, method)
+        setattr(tensor, f"__{name}__", method)
+
+
 class Runner:
     """Prepares cases (an operation on given arrays) and runs them together with the other parties."""
 
@@ -106,10 +165,13 @@ class Runner:
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // parties))
         crypten.init()
+        accept_arrays(crypten.mpc.MPCTensor)
         self.rank, self.crypten = rank, crypten
         self.cases: dict[str, tuple[Any, list[Any], Any]] = {}
 
-    def prepare(self, case: str, operation: str, arrays: str, variant: str) -> dict[str, Any]:
+    def prepare(
+        self, case: str, operation: str, arrays: str, variant: str, settings: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Share the arrays, run: once cold, once counted."""
         reset_peak_memory()
         began = time.perf_counter()
@@ -117,7 +179,12 @@ class Runner:
             names = sorted(stored.files, reverse=True)  # x before w
             private = [self.crypten.cryptensor(torch.from_numpy(stored[k]), src=0) for k in names]
         shared = time.perf_counter()
-        self.cases[case] = _pool_in_pairs if variant == "pairs" else OPERATIONS[operation], private, None
+
+        def graph(*args: Any) -> Any:
+            return evaluate(operation, CrypTenOps(), dict(zip(names, args, strict=True)), settings or {})
+
+        function = graph if operation in GRAPHS else (OPERATIONS | FUNCTIONS)[operation]
+        self.cases[case] = _pool_in_pairs if variant == "pairs" else function, private, None
         first = self.run(case)["seconds"]
         communicator = self.crypten.communicator.get()
         self.crypten.cfg.communicator.verbose = True
@@ -137,7 +204,7 @@ class Runner:
         operation, private, _ = self.cases[case]
         torch.distributed.barrier()
         began = time.perf_counter()
-        with self.crypten.no_grad():
+        with self.crypten.no_grad(), self.crypten.cfg.temp_override(_ALL_POSITIVE):
             result = operation(*private)
         torch.distributed.barrier()
         seconds = time.perf_counter() - began
@@ -145,27 +212,31 @@ class Runner:
         return {"seconds": seconds}
 
     def finish(self, case: str, output: str) -> dict[str, int]:
-        """Forget the case; rank 0 writes its last result, revealed, to the file `output`."""
-        result = self.cases.pop(case)[2].get_plain_text()
+        """Forget the case; rank 0 writes its last result, revealed, to the file `output`; see `_decoded`."""
+        result = self.cases.pop(case)[2]
+        value, misread = self._decoded(result), result.get_plain_text().double().numpy()
         if self.rank == 0:
-            np.save(output, result.double().numpy())
-        return {"peak_rss_bytes": peak_memory()}
+            np.save(output, value)
+        return {"peak_rss_bytes": peak_memory(), "misread": int((np.abs(value - misread) > 0.5).sum())}
 
     def evaluate(self, function: str, arrays: str, output: str) -> None:
-        """Share the arrays, evaluate a function once; rank 0 writes the result, revealed, to the file `output`.
-
-        It is decoded here: CrypTen's own decoder is off by one for some negative numbers just above an integer.
-        """
+        """Share the arrays, evaluate a function once; rank 0 writes the result, revealed, to the file `output`."""
         with np.load(arrays) as stored:
             names = sorted(stored.files, reverse=True)  # x, weight, bias
             private = [self.crypten.cryptensor(torch.from_numpy(stored[k]), src=0) for k in names]
-        all_positive = {"functions.reciprocal_all_pos": True}  # as are the points of the reciprocal
-        with self.crypten.no_grad(), self.crypten.cfg.temp_override(all_positive):
+        with self.crypten.no_grad(), self.crypten.cfg.temp_override(_ALL_POSITIVE):
             result = FUNCTIONS[function](*private)
-        encoded = result.reveal()
+        value = self._decoded(result)
         if self.rank == 0:
-            np.save(output, encoded.double().numpy() / result.encoder.scale)
+            np.save(output, value)
+
+    @staticmethod
+    def _decoded(result: Any) -> Any:
+        """The revealed value; CrypTen's own decoder is off by one for some negative numbers just above an integer."""
+        return result.reveal().double().numpy() / result.encoder.scale
 
 
 if __name__ == "__main__":
+    if sys.argv[4:]:
+        reroute(*sys.argv[4:])
     serve(lambda: Runner(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

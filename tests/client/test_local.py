@@ -60,6 +60,24 @@ def test_ports(tmp_path: Path) -> None:
     assert len({e.address for e in (*free.parties, free.dealer)}) == 6
 
 
+def test_ports_of_something_in_between(tmp_path: Path) -> None:
+    asked: dict[tuple[str, int], int] = {}
+
+    def via(role: str, port: int) -> int:
+        return asked.setdefault((role, port), 40_000 + len(asked))
+
+    chosen = LocalCluster(tmp_path, via=via).cluster
+    reached = {port: inner for inner, port in asked.items()}
+    assert len(reached) == 5
+    for endpoint in (*chosen.parties, chosen.dealer):
+        node = Node.load(tmp_path / f"{endpoint.role.replace('/', '-')}.toml")
+        role, inner = reached[int(endpoint.address.rpartition(":")[2])]
+        assert (node.role, node.listen) == (role, f"127.0.0.1:{inner}") == (endpoint.role, node.listen)
+        if role != "dealer":
+            assert reached[node.peer_advertised_port] == (role, node.peer_port)
+            assert node.peer_port != inner
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "something").touch()
     with pytest.raises(ConfigError, match="not empty"):

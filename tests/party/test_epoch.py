@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -258,3 +259,19 @@ def test_a_port_that_cannot_be_reached_leaves_grpc(
         epoch = cluster.parties[0].former.current
         assert epoch is not None and epoch.mesh.links[1]._direct is None
         assert "openings go through gRPC" in caplog.text
+
+
+def test_others_dial_the_advertised_port(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # where nobody listens any more
+    cluster = InProcess(tmp_path, 2)
+    try:
+        cluster.start_dealer()
+        cluster.parties[0] = Party(cluster.keys.node("party/0"))
+        cluster.parties[1] = Party(replace(cluster.keys.node("party/1"), peer_advertised_port=port))
+        for party in cluster.parties.values():
+            party.start()
+        wait_for(lambda: all(p.lane.state == "ready" for p in cluster.parties.values()))
+        assert f"cannot be reached on port {port}" in caplog.text
+    finally:
+        cluster.stop()
