@@ -18,10 +18,11 @@ from mpcinfer.nn.registry import operator
 from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum, powers_below
 from mpcinfer.protocol.cache import append, cached_product
 from mpcinfer.protocol.context import Context, together
-from mpcinfer.protocol.inverse import reciprocal
+from mpcinfer.protocol.inverse import wide_reciprocal
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
 from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Cached, Public, Shared
 from mpcinfer.ring.kernels import MATMUL
 
@@ -57,7 +58,7 @@ async def attention(
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
-    Rounds 4 ceil(log4 M) + 17, one more where there is too little; per pair that is kept 45.5 bytes, and 8 for
+    Rounds 4 ceil(log4 M) + 15, one more where there is too little; per pair that is kept 45.5 bytes, and 8 for
     every pair; offline 281. For many pairs more rounds, 42.4 and 155 bytes: see `maximum_along`.
     """
     if dropout:
@@ -87,10 +88,11 @@ async def attention(
         return await truncate(ctx, y, EXP_BITS - _SUM_BITS)
 
     inverse, y = await together(
-        reciprocal(ctx.scope("inverse"), sums, **octaves_of_sum(columns), frac_bits=_INVERSE_BITS),
+        wide_reciprocal(ctx.scope("inverse"), sums, **octaves_of_sum(columns)),
         values(ctx.scope("values")),
     )
-    y = await multiply(ctx, y.map(lambda t: t.reshape(*heads[:-1], -1)), inverse)
+    y = y.map(lambda t: t.reshape(*heads[:-1], -1))
+    y = await truncated_product(ctx, inverse, inverse.frac_bits - _INVERSE_BITS, y)
     return await truncate(ctx, y, y.frac_bits - v.frac_bits)
 
 

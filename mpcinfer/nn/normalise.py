@@ -16,6 +16,7 @@ from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.polynomial import polynomials
 from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 
 # bits that rows lose before they are squared, unless deploy has found that they need more or less room
@@ -28,6 +29,8 @@ _HALF_BITS = 24
 
 async def _squares(ctx: Context, x: Shared, shift: int, centred: bool) -> tuple[Shared, Shared, float]:
     """Shares of y = rho (x - mean) (the mean only if `centred`), of sum y^2 over the last axis (kept), and rho.
+
+    The sum is below 2^62: what needs room truncates it by _SUM_BITS.
 
     y has x.frac_bits - shift fraction bits; rho is between 1/2 and 1. Centring costs nothing: y is n x - sum(x), an
     exact difference, divided by the power of two above n by the opening that also squares it.
@@ -44,37 +47,48 @@ async def _squares(ctx: Context, x: Shared, shift: int, centred: bool) -> tuple[
         (x.frac_bits - shift, 2 * (x.frac_bits - shift)),
     )
     total = square.map(lambda t: t.sum(-1, keepdim=True))
-    return y, await truncate(ctx, total, _SUM_BITS), n / 2.0**bits if centred else 1.0
+    return y, total, n / 2.0**bits if centred else 1.0
 
 
 def _octaves(total: Shared) -> dict[str, int]:
-    """The widest range of a sum of squares."""
-    high = 62 - _SUM_BITS - total.frac_bits
-    return {"low": max(-total.frac_bits, high - root.MAX_OCTAVES), "high": high}
+    """The widest range of a sum of squares that loses _SUM_BITS."""
+    high = 62 - total.frac_bits
+    return {"low": max(_SUM_BITS - total.frac_bits, high - root.MAX_OCTAVES), "high": high}
 
 
 async def standardise(
-    ctx: Context, x: Shared, eps: float, gain: Shared | None, bias: Shared | None, *, centred: bool, shift: int = SHIFT
+    ctx: Context,
+    x: Shared,
+    eps: float,
+    gain: Shared | None,
+    bias: Shared | None,
+    *,
+    centred: bool,
+    shift: int = SHIFT,
+    frac_bits: int | None = None,
 ) -> Shared:
     """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis, [*S, n]; without `centred`, x / rms(x).
 
+    frac_bits: of the result; x may have more (see `graph.postpone`), which it loses when it is squared.
+
     Input: sum (x - mean)^2 < 2^(62 - 2 (frac_bits - shift)), and rows whose deviation is below
     2^(shift - frac_bits + 8) lose precision. The variance itself may be anything, zero too, where the result is `bias`.
-    Rounds 12: the opening that centres, truncates and squares; a truncation of the sum; 1/sqrt (8), and meanwhile the
-    product with the gain; the product of both; a truncation. Bytes 40 per element (24 without gain), and about 480 per
+    Rounds 9: the opening that centres, truncates and squares; 1/sqrt (6), and meanwhile the product with the gain; the
+    product of both; a truncation. Bytes 40 per element (24 without gain), and about 480 per
     row.
     """
-    y, total, rho = await _squares(ctx, x, shift, centred)
+    frac_bits = x.frac_bits if frac_bits is None else frac_bits
+    y, total, rho = await _squares(ctx, x, shift + x.frac_bits - frac_bits, centred)
     n = x.shape[-1]
     total = add_public(ctx, total, round(n * rho**2 * eps * 2.0**total.frac_bits))
     inverse_bits = INVERSE_BITS + shift
     inverse, scaled = await together(
-        root.rsqrt(ctx.scope("rsqrt"), total, **_octaves(total), frac_bits=inverse_bits, over=n), _gained(ctx, y, gain)
+        root.wide_rsqrt(ctx.scope("rsqrt"), total, **_octaves(total), over=n, d=_SUM_BITS), _gained(ctx, y, gain)
     )
-    z = await multiply(ctx, scaled, inverse)
+    z = await truncated_product(ctx, inverse, inverse.frac_bits - inverse_bits, scaled)
     if bias is not None:
         z = z + bias.rescaled(z.frac_bits)
-    return await truncate(ctx, z, z.frac_bits - x.frac_bits)
+    return await truncate(ctx, z, z.frac_bits - frac_bits)
 
 
 async def _gained(ctx: Context, y: Shared, gain: Shared | None) -> Shared:
@@ -104,9 +118,11 @@ async def layer_norm(
     cudnn: bool = True,
     *,
     shift: int = SHIFT,
+    frac_bits: int | None = None,
 ) -> Shared:
     """torch.layer_norm; see `standardise`."""
-    y = await standardise(ctx, _joined(x, len(shape)), eps, _row(weight), _row(bias), centred=True, shift=shift)
+    row = _joined(x, len(shape))
+    y = await standardise(ctx, row, eps, _row(weight), _row(bias), centred=True, shift=shift, frac_bits=frac_bits)
     return y.map(lambda t: t.reshape(x.shape))
 
 
@@ -119,10 +135,12 @@ async def rms_norm(
     eps: float | None = None,
     *,
     shift: int = SHIFT,
+    frac_bits: int | None = None,
 ) -> Shared:
     """torch.rms_norm; see `standardise`. Without eps, torch's own for float32."""
     eps = 2.0**-23 if eps is None else eps
-    y = await standardise(ctx, _joined(x, len(shape)), eps, _row(weight), None, centred=False, shift=shift)
+    row = _joined(x, len(shape))
+    y = await standardise(ctx, row, eps, _row(weight), None, centred=False, shift=shift, frac_bits=frac_bits)
     return y.map(lambda t: t.reshape(x.shape))
 
 
@@ -180,7 +198,7 @@ async def vector_norm(
         raise UnsupportedError("norms are Euclidean, of order 2")
     joined, place = rows(x, dim)
     _, total, _ = await _squares(ctx, joined, shift, centred=False)
-    return place(await root.sqrt(ctx, total, **_octaves(total), frac_bits=x.frac_bits), keepdim)
+    return place(await root.sqrt(ctx, total, **_octaves(total), frac_bits=x.frac_bits, d=_SUM_BITS), keepdim)
 
 
 @operator("aten.var.dim", "aten.var.correction")
@@ -195,6 +213,7 @@ async def var(
     factor = 1 / (rho**2 * count)
     d = FACTOR_BITS - math.frexp(factor)[1]
     n = round(math.ldexp(factor, d))
+    total = await truncate(ctx, total, _SUM_BITS)
     # there is no room for the factor's 24 bits next to the sum's 54, so each half of the sum is multiplied by itself
     high = await truncate(ctx, total, _HALF_BITS)
     low = Shared(total.share - (high.share << _HALF_BITS), total.frac_bits)
@@ -212,6 +231,6 @@ async def std(
     joined, place = rows(x, dim)
     _, total, rho = await _squares(ctx, joined, shift, centred=True)
     count = joined.shape[-1] - (int(unbiased) if correction is None else correction)
-    y = await root.sqrt(ctx, total, **_octaves(total), frac_bits=x.frac_bits + 4)
+    y = await root.sqrt(ctx, total, **_octaves(total), frac_bits=x.frac_bits + 4, d=_SUM_BITS)
     y = await scale(ctx, y, 1 / (rho * math.sqrt(count)))
     return place(await truncate(ctx, y, 4), keepdim)

@@ -7,16 +7,17 @@ from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import rows
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.exponential import exp_nonpositive
-from mpcinfer.protocol.inverse import reciprocal
+from mpcinfer.protocol.inverse import wide_reciprocal
 from mpcinfer.protocol.logarithm import log
-from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.digits import DIGIT_BITS
 
 # exponentials keep this many fraction bits, so that a long row's sum does not gather their rounding errors
 EXP_BITS = 24
+_INVERSE_BITS = 30
 
 
 def octaves_of_sum(count: int) -> dict[str, int]:
@@ -46,13 +47,13 @@ async def softmax(ctx: Context, x: Shared) -> Shared:
 
     The maximum, x minus it, e^x, the sum, one reciprocal a row, the product, a truncation. Differences within a row
     must stay below 2^59 units in the last place.
-    Rounds 4 ceil(log4 k) + 15 (31 for k = 128); online 34.9 bytes per element and peer, 14.5 for each but one of a row
-    and 56 + 8.75 ceil(log2 k) per row (50.2 per element for k = 128); offline 276 bytes per element for k = 128; for
+    Rounds 4 ceil(log4 k) + 13 (29 for k = 128); online 34.9 bytes per element and peer, 14.5 for each but one of a row
+    and 40 + 8.75 ceil(log2 k) per row (50.2 per element for k = 128); offline 276 bytes per element for k = 128; for
     many rows more rounds and fewer bytes, see `maximum_along`. Openings: those of the protocols named.
     """
     powers, _ = await _powers(ctx, x)
-    inverse = await reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), **octaves_of_sum(x.shape[-1]))
-    y = await multiply(ctx, powers, inverse)  # below 2^55
+    inverse = await wide_reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), **octaves_of_sum(x.shape[-1]))
+    y = await truncated_product(ctx, inverse, inverse.frac_bits - _INVERSE_BITS, powers)  # below 2^55
     return await truncate(ctx, y, y.frac_bits - x.frac_bits)
 
 

@@ -6,9 +6,9 @@ from fractions import Fraction
 from functools import cache
 
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.octaves import BOUND, CUT_BITS, DEGREE, VALUE_BITS, near_one, normalise, octaves, spread, tail_of
 from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 
 # of a range: beyond it too few bits are left for 1/(1 - h), and the error grows (to 1e-3 at 44, 0.2 at 52)
@@ -41,31 +41,44 @@ def _tail() -> tuple[int, ...]:
 async def reciprocal(ctx: Context, x: Shared, *, low: int = -8, high: int = 20, frac_bits: int = 30) -> Shared:
     """Shares of 1/x for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale.
 
+    Input: as `wide_reciprocal`; ValueError for frac_bits above 60 + low, too. Output: relative error below 4.5e-5
+    (3.5e-5 over at most 34 octaves), plus one unit in the last place of the output.
+    Rounds 7; online 40 + 4.375 T bytes per element and peer (289.4 for the default range, 57 thresholds); openings and
+    correlations as `wide_reciprocal` and `truncate`.
+    """
+    if frac_bits > 60 + low:
+        raise ValueError(f"no reciprocals down to 2^{low} with {frac_bits} fraction bits")
+    y = await wide_reciprocal(ctx, x, low=low, high=high)
+    return await truncate(ctx, y, y.frac_bits - frac_bits)
+
+
+async def wide_reciprocal(ctx: Context, x: Shared, *, low: int, high: int) -> Shared:
+    """Shares of 1/x for 2^low <= x <= 2^high with 60 + low fraction bits: whoever multiplies by it truncates it first.
+
     Input: any x from -2^(62 - s) to 2^(62 - s) (in units of its last place), s = max(0, 9 - high - x.frac_bits), which
     is 0 for all but small ranges; below 2^low, zero and negative numbers included, the result is that of 2^low, above
     2^high that of 2^high. ValueError if x's last place is above 2^low, if high - low > 37, or if 64 bits don't hold
-    what lies between: 2^(high + 7) at x's scale below 2^63, 2^-low at the output's up to 2^60.
-    Output: relative error below 4.5e-5 (3.5e-5 over at most 34 octaves), plus one unit in the last place of the output.
+    what lies between: 2^(high + 7) at x's scale below 2^63.
+    Output: relative error below 4.5e-5 (3.5e-5 over at most 34 octaves); below 2^62.
     How: thresholds at half octaves give a shared gain and h with 1/x = gain / (1 - h), abs(h) <= 11/64, h linear in x
     on each piece and so exact; 1/(1 - h) by a polynomial of degree 4, the minimax one; times gain.
     Opened: x + r over Z_2^64; the words of `below`, T = 2 (high - low) + 1 times; outcome bits xor beta; then the
-    openings of `polynomial`, `truncate`, `multiply` and `truncate`.
-    Rounds 8; online 48 + 4.375 T bytes per element and peer (297.4 for the default range, 57 thresholds);
-    correlations `Comparison`, `TruncatedPowers`, `Truncation`, `Triple`.
+    openings of `polynomial` and `truncated_product`.
+    Rounds 6; online 32 + 4.375 T bytes per element and peer; correlations `Comparison`, `TruncatedPowers`,
+    `TruncatedProduct`.
     Source: normalisation by the leading bit as in Catrina and Saxena 2010. DESIGN's cubic on a whole octave with a
     Newton step has half the thresholds and two more rounds: rows, not elements, need this function most.
     """
     # gain < 2^(high - low + 7) and 1/(1 - h) < 1.21 keep the product below 2^62, whose scale is then 2^(60 + low)
     bits = 61 - CUT_BITS - (high - low)
-    fits = -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits and frac_bits <= 60 + low
-    if not fits or high - low > MAX_OCTAVES:
-        raise ValueError(f"no reciprocals over 2^{low} to 2^{high} from {x.frac_bits} to {frac_bits} fraction bits")
+    if not -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits or high - low > MAX_OCTAVES:
+        raise ValueError(f"no reciprocals over 2^{low} to 2^{high} from {x.frac_bits} fraction bits")
     x = spread(x, high)
     pieces = octaves(x.frac_bits, low, high)
-    h, gain = await normalise(ctx, x, pieces, pieces.gains)
+    h, entry = await normalise(ctx, x, pieces, pieces.gains)
+    gain = Shared(entry.share, pieces.gain_bits)
     # 1/(1 - h) - 1 is at most 0.21: below 2^61 with 63 fraction bits, as is h
-    inverse = await truncate(ctx, await near_one(ctx, h, 0, 1, _tail()), VALUE_BITS - bits)
-    if ctx.first:
-        inverse = Shared(inverse.share + (1 << bits), bits)
-    y = await multiply(ctx, Shared(gain.share, pieces.gain_bits), inverse)
-    return await truncate(ctx, y, y.frac_bits - frac_bits)
+    rest = await near_one(ctx, h, 0, 1, _tail())
+    return Shared(gain.share << bits, gain.frac_bits + bits) + await truncated_product(
+        ctx, rest, VALUE_BITS - bits, gain
+    )

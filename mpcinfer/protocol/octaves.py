@@ -15,10 +15,13 @@ from math import isqrt
 
 import torch
 
-from mpcinfer.protocol.compare import Comparison, below
+from mpcinfer.protocol.compare import Comparison, below, block_masks, digit_tables, digit_values
 from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.polynomial import polynomial
-from mpcinfer.protocol.types import Shared
+from mpcinfer.protocol.truncate import logical_shift
+from mpcinfer.protocol.types import Masked, Shared
+from mpcinfer.ring.domain import BIT, Z64, Ring
 
 # an octave [1, 2) is cut at sqrt(2); cut and centres' inverses are multiples of 2^-7
 CUT_BITS = 7
@@ -34,6 +37,7 @@ DEGREE = 4
 # the polynomial is linear in h, plus a tail into which h enters with so many bits; the sum has so many fraction bits
 ARGUMENT_BITS = 14
 VALUE_BITS = 63
+_OFFSET_BITS = 62
 
 
 @dataclass(frozen=True)
@@ -80,27 +84,92 @@ def spread(x: Shared, high: int) -> Shared:
     return x.rescaled(max(x.frac_bits, ARGUMENT_BITS + 2 - high - CUT_BITS))
 
 
-def _steps(values: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def _steps(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Going down from a piece to the one before it: [T, 1, ...], to be multiplied with [x < t] and summed."""
-    steps = torch.tensor([a - b for a, b in zip(values, values[1:], strict=False)], dtype=torch.int64)
-    return steps.reshape(-1, *([1] * (like.dim() - 1))).to(like.device)
+    return _differences(values).reshape(-1, *([1] * (like.dim() - 1))).to(like.device)
 
 
-async def normalise(ctx: Context, x: Shared, pieces: Octaves, table: Sequence[int]) -> tuple[Shared, Shared]:
-    """Shares of h and of the table's entry for x's piece (at scale 1); exact.
+@cache
+def _differences(values: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([a - b for a, b in zip(values, values[1:], strict=False)], dtype=torch.int64)
 
-    Opened: x + r over Z_2^64; the words of `below`, T times; outcome bits xor beta.
-    Rounds 4; online 8 + 4.375 T bytes per element and peer; correlation `Comparison` with products.
+
+@kind
+@dataclass(frozen=True)
+class TruncatedComparison(Kind):
+    """A `Comparison` of x / 2^d with T thresholds, and the products of its outcomes with x / 2^d.
+
+    m = r >> d masks what is compared; tables are of the digits of 2^d m. Times 2^(64 - d) goes msb(r), of d bits.
     """
-    correlation = ctx.correlation(Comparison(x.shape, 64, len(pieces.thresholds), products=True))
-    c = await ctx.open(x, correlation.mask("r"))
-    bits = await below(ctx, c, pieces.thresholds, correlation, 64)
+
+    shape: tuple[int, ...]
+    thresholds: int
+    d: int
+
+    def _many(self) -> tuple[int, ...]:
+        return (self.thresholds, *self.shape)
+
+    def free(self) -> dict[str, Field]:
+        """r; the block masks of both levels; beta."""
+        many = self._many()
+        return {"r": Field(self.shape, Z64), **block_masks(many, 64), "beta": Field(many, BIT)}
+
+    def derived(self) -> dict[str, Field]:
+        """lt tables and sign of 2^d m; block products; beta as a number; m and msb(r); both times beta."""
+        many = self._many()
+        return {
+            **digit_tables(self.shape, many, 64),
+            "bit": Field(many, Z64),
+            "high": Field(self.shape, Z64),
+            "wrap": Field(self.shape, Ring(self.d)),
+            "bit_high": Field(many, Z64),
+            "bit_wrap": Field(many, Ring(self.d)),
+        }
+
+    def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
+        """See `derived`."""
+        high, wrap, bit = logical_shift(free["r"], self.d), logical_shift(free["r"], 63), free["beta"].to(torch.int64)
+        return {
+            **digit_values(high << self.d, free, 64),
+            "bit": bit,
+            "high": high,
+            "wrap": wrap,
+            "bit_high": bit * high,
+            "bit_wrap": bit * wrap,
+        }
+
+
+async def normalise(
+    ctx: Context, x: Shared, pieces: Octaves, table: tuple[int, ...], d: int = 0
+) -> tuple[Shared, Shared]:
+    """Shares of h and of the table's entry for the piece of x / 2^d (at scale 1); exact but for the truncation.
+
+    Input: -2^62 <= x < 2^62 if d > 0; x / 2^d is floor(x / 2^d) or one more, as `truncate` has it.
+    Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below`, T times; outcome bits xor beta.
+    Rounds 4; online 8 + 4.375 T bytes per element and peer; correlation `Comparison` with products, or
+    `TruncatedComparison`.
+    """
+    count = len(pieces.thresholds)
+    if d:
+        correlation = ctx.correlation(TruncatedComparison(x.shape, count, d))
+        x = x.map(lambda t: t + (1 << _OFFSET_BITS)) if ctx.first else x
+        c = (await ctx.open(x, correlation.mask("r"))).value
+        # x / 2^d = public - m; times 2^d it is a multiple of 2^d, which compares like any number
+        public = logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
+        wrapped = (c >= 0).to(torch.int64) << (64 - d)
+        m = correlation["high"] - wrapped * correlation["wrap"]
+        bit_m = correlation["bit_high"] - wrapped * correlation["bit_wrap"]
+    else:
+        correlation = ctx.correlation(Comparison(x.shape, 64, count, products=True))
+        public = (await ctx.open(x, correlation.mask("r"))).value
+        m, bit_m = correlation["r"], correlation["bit_r"]
+    compared = Masked(public << d, Z64)
+    bits = await below(ctx, compared, tuple(t << d for t in pieces.thresholds), correlation, 64)
     flip = (await ctx.open(bits, correlation.mask("beta"))).value.to(torch.int64)
-    # b = flip xor beta as a number, and b x = b (c - r)
+    # b = flip xor beta as a number, and b times (public - m)
     bit, sign = correlation["bit"], 1 - 2 * flip
-    whole = (c.value if ctx.first else 0) - correlation["r"]
     number = sign * bit + flip if ctx.first else sign * bit
-    product = sign * (bit * c.value - correlation["bit_r"]) + flip * whole
+    product = sign * (bit * public - bit_m) + flip * ((public if ctx.first else 0) - m)
     h = (_steps(pieces.slopes, bit) * product + _steps(pieces.offsets, bit) * number).sum(0)
     entry = (_steps(table, bit) * number).sum(0)
     if ctx.first:

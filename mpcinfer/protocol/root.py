@@ -7,9 +7,19 @@ from functools import cache
 from math import isqrt
 
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.multiply import multiply
-from mpcinfer.protocol.octaves import CUT_BITS, VALUE_BITS, interpolated, near_one, normalise, octaves, spread, tail_of
+from mpcinfer.protocol.octaves import (
+    CUT_BITS,
+    VALUE_BITS,
+    Octaves,
+    interpolated,
+    near_one,
+    normalise,
+    octaves,
+    spread,
+    tail_of,
+)
 from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 
 # the least significant bits that a table's entry has: with these, neither it nor the polynomial's value, which has the
@@ -35,47 +45,70 @@ async def rsqrt(
 ) -> Shared:
     """Shares of 1/sqrt(x / over) for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale.
 
-    Input: any x from -2^(62 - s) to 2^(62 - s) (in units of its last place), s as in `reciprocal`; below 2^low, zero
-    and negative numbers included, the result is that of 2^low, above 2^high that of 2^high. over: a public number > 0,
-    so that the mean of a sum needs no division. ValueError for a range that 64 bits don't hold.
-    Output: relative error below 2.5e-5 (1.5e-5 over fewer than 40 octaves), plus one unit in the last place.
-    How: `octaves`; the table has the roots of the gains, the polynomial is (1 - h)^(-1/2).
-    Opened: as in `reciprocal`. Rounds 8; online 48 + 4.375 T bytes per element and peer, T = 2 (high - low) + 1;
-    correlations `Comparison`, `TruncatedPowers`, `Truncation`, `Triple`. Source: as `reciprocal`.
+    As `wide_rsqrt`, and then truncated: one unit in the last place more. ValueError if there are fewer fraction bits.
+    Rounds 7; online 40 + 4.375 T bytes per element and peer.
     """
-    return await _root(ctx, x, -1, low, high, frac_bits, over)
+    return await _narrowed(ctx, await wide_rsqrt(ctx, x, low=low, high=high, over=over), frac_bits)
 
 
-async def sqrt(ctx: Context, x: Shared, *, low: int = -16, high: int = 20, frac_bits: int = 16) -> Shared:
+async def sqrt(ctx: Context, x: Shared, *, low: int = -16, high: int = 20, frac_bits: int = 16, d: int = 0) -> Shared:
     """Shares of sqrt(x) for 2^low <= x <= 2^high, with `frac_bits` fraction bits; 0 below 2^low.
 
     As `rsqrt` in everything else: where x has no bits below 2^low, the result is 0 for x <= 0 and right above.
     """
-    return await _root(ctx, x, 1, low, high, frac_bits, 1)
+    return await _narrowed(ctx, await _root(ctx, x, 1, low, high, 1, d), frac_bits)
 
 
-async def _root(ctx: Context, x: Shared, sign: int, low: int, high: int, frac_bits: int, over: int) -> Shared:
+async def wide_rsqrt(ctx: Context, x: Shared, *, low: int, high: int, over: int = 1, d: int = 0) -> Shared:
+    """Shares of 1/sqrt(x / over) for 2^low <= x <= 2^high: whoever multiplies by it truncates it first.
+
+    Input: any x from -2^(62 - s) to 2^(62 - s) (in units of its last place), s as in `wide_reciprocal`; below 2^low,
+    zero and negative numbers included, the result is that of 2^low, above 2^high that of 2^high. over: a public
+    number > 0, so that the mean of a sum needs no division. d: bits that x loses first, by the opening that it needs
+    anyway. ValueError for a range that 64 bits don't hold.
+    Output: relative error below 2.5e-5 (1.5e-5 over fewer than 40 octaves); below 2^62, its fraction bits are what that
+    leaves.
+    How: `octaves`; the table has the roots of the gains, the polynomial is (1 - h)^(-1/2).
+    Opened: as in `wide_reciprocal`. Rounds 6; online 32 + 4.375 T bytes per element and peer, T = 2 (high - low) + 1;
+    correlations `Comparison` or `TruncatedComparison`, `TruncatedPowers`, `TruncatedProduct`. Source: as
+    `wide_reciprocal`.
+    """
+    return await _root(ctx, x, -1, low, high, over, d)
+
+
+async def _root(ctx: Context, x: Shared, sign: int, low: int, high: int, over: int, d: int) -> Shared:
     """(x / over)^(sign / 2)."""
+    scale = x.frac_bits - d
     ends = sorted(sign * exponent for exponent in (low, high))
     shift = over.bit_length() - 1 if sign < 0 else 0
     # entries reach from 2^((ends[0] + shift) / 2) to 2^((ends[1] + shift + 1) / 2); times the polynomial below 2^61
     entry_bits = _ENTRY_BITS - (ends[0] + shift) // 2
     bits = 60 - entry_bits - (ends[1] + shift + 2) // 2
-    fits = -x.frac_bits <= low < high <= 61 - CUT_BITS - x.frac_bits and high - low <= MAX_OCTAVES
-    if not fits or frac_bits > entry_bits + bits:
-        raise ValueError(f"no roots over 2^{low} to 2^{high} from {x.frac_bits} to {frac_bits} fraction bits")
-    x = spread(x, high)
-    pieces = octaves(x.frac_bits, low, high)
-    table = [_entry(pieces.real(i), sign, over, entry_bits) for i in range(len(pieces.gains))]
-    if sign > 0:
-        table[0] = 0
-    h, entry = await normalise(ctx, x, pieces, table)
+    if not -scale <= low < high <= 61 - CUT_BITS - scale or high - low > MAX_OCTAVES:
+        raise ValueError(f"no roots over 2^{low} to 2^{high} from {scale} fraction bits")
+    wider = spread(Shared(x.share, scale), high)
+    # what a truncation is to leave with more bits is truncated by fewer, or not at all
+    more = wider.frac_bits - scale
+    x, d = Shared(x.share << max(0, more - d), 0), max(0, d - more)
+    pieces = octaves(wider.frac_bits, low, high)
+    h, entry = await normalise(ctx, x, pieces, _table(pieces, sign, over, entry_bits), d)
+    entry = Shared(entry.share, entry_bits)
     # (1 - h)^(+-1/2) - 1 is at most 0.1: below 2^60 with 63 fraction bits, as is h / 2
-    value = await truncate(ctx, await near_one(ctx, h, 1, -sign, _tail(sign)), VALUE_BITS - bits)
-    if ctx.first:
-        value = Shared(value.share + (1 << bits), bits)
-    y = await multiply(ctx, Shared(entry.share, entry_bits), value)
+    rest = await near_one(ctx, h, 1, -sign, _tail(sign))
+    return Shared(entry.share << bits, entry_bits + bits) + await truncated_product(ctx, rest, VALUE_BITS - bits, entry)
+
+
+async def _narrowed(ctx: Context, y: Shared, frac_bits: int) -> Shared:
+    if frac_bits > y.frac_bits:
+        raise ValueError(f"roots over this range have {y.frac_bits} fraction bits, not {frac_bits}")
     return await truncate(ctx, y, y.frac_bits - frac_bits)
+
+
+@cache
+def _table(pieces: Octaves, sign: int, over: int, bits: int) -> tuple[int, ...]:
+    """The entries of all pieces; of a root 0 for the first, which reaches down to 0."""
+    table = [_entry(pieces.real(i), sign, over, bits) for i in range(len(pieces.gains))]
+    return (0, *table[1:]) if sign > 0 else tuple(table)
 
 
 def _entry(gain: Fraction, sign: int, over: int, bits: int) -> int:

@@ -92,6 +92,32 @@ def test_shares(world: Callable[..., LocalWorld], parties: int, limits: tuple[in
     assert entry.tolist() == [table[piece_of(pieces, v)] for v in x]
 
 
+@pytest.mark.parametrize("d", [1, 8, 20])
+def test_shares_of_what_is_truncated(world: Callable[..., LocalWorld], parties: int, d: int) -> None:
+    pieces = octaves(16, -8, 20)
+    inner = [t + i for t in pieces.thresholds for i in (-2, -1, 0, 1, t // 7)]
+    x = [(v << d) + part for v in (*inner, 0, 1, -1) for part in (0, 1, (1 << d) - 1)]
+    x += [2**62 - 1, -(2**62), 2**62 - (1 << d)]
+    table = tuple(3 * i * i - 100 for i in range(len(pieces.gains)))
+    used = world(parties)
+    found = used.run(lambda ctx, s: normalise(ctx, s, pieces, table, d), used.share(torch.tensor(x), 16 + d))
+    h, entry = (used.reveal(part).tolist() for part in zip(*found, strict=True))
+    for v, got, at in zip(x, h, entry, strict=True):
+        # floor or one more, and exactly what that one has
+        rounded = [v >> d, (v >> d) + 1] if v % (1 << d) else [v >> d]
+        assert (got, at) in [(h_of(pieces, r), table[piece_of(pieces, r)]) for r in rounded]
+
+
+def test_truncating_costs_no_round(run: Callable[..., Ran]) -> None:
+    pieces = octaves(16, -2, 2)
+    x = torch.arange(64).reshape(8, 8) << 8
+    ran = run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains, 8), (x, 24))
+    sent, dealt = 64 * 8 + 64 * 9 * 35 // 8, 8 * (16 * 15 + 1 + 64 + 8 + 9 * (4 * 22 + 15 + 2 * 64 + 8))
+    ran.costs(4, sent, dealt)
+    assert ran.opened()[0] == ("TruncatedComparison.r", 64)
+    assert ran.frac_bits == [pieces.frac_bits, 0]
+
+
 def test_costs(run: Callable[..., Ran]) -> None:
     pieces = octaves(16, -2, 2)
     ran = run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains), (torch.arange(64).reshape(8, 8), 16))

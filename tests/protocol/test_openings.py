@@ -18,10 +18,12 @@ from mpcinfer.protocol.linear import fixed_product, mask_weight
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.lookup import index_bits, one_hot
 from mpcinfer.protocol.multiply import multiply
+from mpcinfer.protocol.octaves import normalise, octaves
 from mpcinfer.protocol.select import relu
 from mpcinfer.protocol.tournament import argmax_along
 from mpcinfer.protocol.tracing import Cost, Plan, trace
 from mpcinfer.protocol.truncate import Truncation, truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared, SharedBits, Weight
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64, Ring
@@ -69,6 +71,15 @@ async def _truncate(ctx: Context, x: Shared) -> Any:
     return await truncate(ctx, x, 16)
 
 
+async def _truncated_product(ctx: Context, x: Shared, y: Shared) -> Any:
+    return await truncated_product(ctx, x, 16, y)
+
+
+async def _octave(ctx: Context, x: Shared) -> Any:
+    pieces = octaves(16, -2, 2)
+    return await normalise(ctx, x, pieces, pieces.gains, 8)
+
+
 async def _fixed(ctx: Context, x: Shared) -> Any:
     return await fixed_product(ctx, x, ctx.weights["w"], MATMUL)
 
@@ -94,6 +105,8 @@ CASES = {
     "relu": Case(_relu, ((),), lambda x: [x]),
     "truncate": Case(_truncate, ((),), lambda x: [x]),
     "multiply": Case(multiply, ((), ()), lambda x, y: [x, y]),
+    "truncated_product": Case(_truncated_product, ((), ()), lambda x, y: [x, y]),
+    "octave of a truncated number": Case(_octave, ((),), lambda x: [x]),
     "fixed_product": Case(_fixed, ((3,),), lambda x: [x], weight=True),
     "argmax": Case(_argmax, ((3,),), _duel),
     "less_than, 36 bits": Case(_less, ((),), lambda x: [x], bound=2**34),

@@ -1,0 +1,98 @@
+"""Products of a number that is truncated first: the truncation's error times the other, at one opening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mpcinfer.protocol import truncated_product as module
+from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.truncated_product import TruncatedProduct, truncated_product
+from mpcinfer.protocol.types import Shared
+from mpcinfer.ring.domain import Z64
+
+Run = Callable[..., Any]
+RNG = torch.Generator().manual_seed(7)
+LIMIT = 1 << 62
+EDGES = [0, 1, -1, (1 << 16) - 1, 1 << 16, -(1 << 16), LIMIT - 1, -LIMIT, LIMIT - (1 << 20), 12345, -12345]
+
+
+def random(bits: int, *shape: int) -> torch.Tensor:
+    return torch.randint(-(1 << bits), 1 << bits, shape, generator=RNG)
+
+
+def truncated(d: int) -> Callable[..., Any]:
+    async def protocol(ctx: Context, x: Shared, y: Shared) -> Shared:
+        return await truncated_product(ctx, x, d, y)
+
+    return protocol
+
+
+@pytest.mark.parametrize("d", [1, 2, 16, 40, 61])
+def test_every_edge(run: Run, d: int) -> None:
+    x = torch.tensor(EDGES).repeat(40)
+    ran = run(truncated(d), (x, 70 - 16), (torch.ones_like(x), 0))
+    off = ran.value - (x >> d)  # [0, 1], or wrong by 2^(64 - d)
+    assert ((off == 0) | (off == 1)).all()
+    assert ran.frac_bits == 54 - d
+
+
+def test_the_product_is_exact(run: Run) -> None:
+    """One truncated number, whatever it has been rounded to, times many: they agree on what it was."""
+    x, y = random(61, 500, 1), random(63 - 1, 500, 9)
+    y[:, 0] = 1
+    value = run(truncated(20), x, y).value
+    assert torch.equal(value, value[:, :1] * y)
+    assert (((value[:, :1] - (x >> 20)) == 0) | ((value[:, :1] - (x >> 20)) == 1)).all()
+
+
+def test_the_mean_error_is_zero(run: Run) -> None:
+    x = torch.full((20_000,), (5 << 16) + (1 << 14))  # a quarter above 5
+    mean = run(truncated(16), x, torch.ones_like(x)).value.double().mean()
+    assert abs(float(mean) - 5.25) < 0.02
+
+
+def test_costs_and_openings(run: Run) -> None:
+    ran = run(truncated(16), random(61, 1000), random(62, 1000))
+    ran.costs(rounds=1, sent=16_000, dealt=20_000)
+    assert ran.opened() == [("TruncatedProduct.r", 64), ("TruncatedProduct.b", 64)]
+
+
+@pytest.mark.parametrize(("xs", "ys"), [((), ()), ((0,), (0,)), ((3, 1), (4,)), ((2, 3), (3,)), ((5,), ())])
+def test_broadcasting_masks_operands_in_their_own_shapes(run: Run, xs: tuple[int, ...], ys: tuple[int, ...]) -> None:
+    x, y = random(60, *xs) << 1, random(62, *ys)
+    ran = run(truncated(1), x, y)
+    assert torch.equal(ran.value, (x >> 1) * y)
+    n = x.numel()
+    assert ran.cost.bytes_sent == 8 * (n + y.numel()) * (ran.parties - 1)
+    assert ran.opened()[0] == ("TruncatedProduct.r", 64)
+
+
+def test_nothing_to_truncate_is_a_product(run: Run) -> None:
+    x, y = random(62, 40), random(62, 40)
+    ran = run(truncated(0), x, y)
+    assert torch.equal(ran.value, x * y)
+    ran.costs(rounds=1, sent=16 * 40, dealt=8 * 40)
+
+
+@pytest.mark.parametrize("d", [-1, 62, 64])
+def test_what_cannot_be_truncated(run: Run, d: int) -> None:
+    with pytest.raises(ValueError, match="cannot truncate"):
+        run(truncated(d), random(61, 3), random(61, 3))
+
+
+def test_a_forgotten_wrap_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: without msb(r) results are off by 2^(64 - d) times y, for half of the masks."""
+    real = module.logical_shift
+    monkeypatch.setattr(module, "logical_shift", lambda x, d: torch.zeros_like(x) if d == 63 else real(x, d))
+    x = torch.tensor(EDGES).repeat(40)
+    value = run(truncated(16), x, torch.ones_like(x)).value
+    assert ((value - (x >> 16)).abs() > 1).any()
+
+
+def test_masks_are_uniform_on_what_is_opened() -> None:
+    free = TruncatedProduct((2, 3), (3,), 16).free()
+    assert free["r"].ring == free["b"].ring == Z64 and free["r"].shape == (2, 3) and free["b"].shape == (3,)
