@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError, NotFoundError
 from mpcinfer.protocol.cache import CacheUse, RowStore
-from mpcinfer.protocol.correlation import deal, free_values
+from mpcinfer.protocol.correlation import free_values
 from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.protocol.tracing import Plan
 
@@ -288,11 +288,11 @@ class Dealer:
                 raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")
             return mask
 
-        for name, item in plan.entries:
+        for batch in plan.batches:
             if session.ended:
                 raise AbortedError("this session has ended; the parties are forming a new one")
             began = time.perf_counter()
-            parts = deal(item, name, keys, fixed)
+            parts = batch.deal(keys, fixed)
             self.seconds_dealing += time.perf_counter() - began
             for part in parts:
                 self.bytes_sent += len(part)

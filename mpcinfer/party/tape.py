@@ -10,7 +10,7 @@ import grpc
 from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.protocol.cache import CacheUse
-from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
+from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
 from mpcinfer.wire import channel
@@ -59,10 +59,11 @@ def fetch(
     key = epoch.key.next(tape, use.digest(digest) if use is not None else digest)
     shares: dict[str, tuple[Kind, Tensors]] = {}
     rest = memoryview(correction)
-    for name, item in plan.entries:
-        size = correction_bytes(item) if last else 0
-        expanded = expand(item, name, key, last=last, correction=rest[:size])
-        shares[name] = item, item.prepare(expanded, lambda weight: weights[weight].masked)
+    for batch in plan.batches:
+        size = batch.correction_bytes if last else 0
+        expanded = batch.expand(key, last=last, correction=rest[:size])
+        for name, member in zip(batch.names, expanded, strict=True):
+            shares[name] = batch.item, batch.item.prepare(member, lambda weight: weights[weight].masked)
         rest = rest[size:]
     return Tape(shares, dealer_bytes)
 

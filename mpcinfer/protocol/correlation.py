@@ -78,6 +78,12 @@ class Kind(ABC):
         """What a party makes of its shares before any input is there; `opened` gives the public F of a weight."""
         return shares
 
+    def batched(self, count: int) -> Kind | None:
+        """One correlation that is `count` of these, side by side along a new axis of each field; None if none is."""
+        if self.lasting or self.growing or not hasattr(self, "shape"):
+            return None
+        return dataclasses.replace(self, shape=(count, *self.shape))  # type: ignore[type-var]
+
     def multiply_adds(self) -> tuple[int, int]:
         """For estimates, of the large products that use it: those of a party online, and those before, one after the
         other, of dealer and party. Work per element is not counted."""
@@ -113,8 +119,8 @@ def from_json(data: Mapping[str, Any]) -> Kind:
         raise InputError(f"wrong parameters for correlation {cls.__name__}")
     try:
         item = cls(**{k: _plain(k, v) for k, v in arguments.items()})
-        fields_ = [f for fields in _fields(item) for f in fields.values()]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        fields_ = [f for fields in fields_of(item) for f in fields.values()]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"impossible parameters for correlation {cls.__name__}") from error
     if any(type(size) is not int or size < 0 for f in fields_ for size in f.shape) or any(
         f.count > _MAX_ELEMENTS for f in fields_
@@ -124,7 +130,7 @@ def from_json(data: Mapping[str, Any]) -> Kind:
 
 
 @lru_cache(maxsize=4096)  # a model's layers ask for the same correlations again and again
-def _fields(item: Kind) -> tuple[Mapping[str, Field], Mapping[str, Field]]:
+def fields_of(item: Kind) -> tuple[Mapping[str, Field], Mapping[str, Field]]:
     """The free and the derived fields. No name is both: shares of one would stand in for shares of the other."""
     free, derived = item.free(), item.derived()
     if not free.keys().isdisjoint(derived):
@@ -149,7 +155,7 @@ class Correlation(Sealed):
     __slots__ = ("_derived", "_masks")
 
     def __init__(self, item: Kind, shares: Tensors, label: str) -> None:
-        free, derived = _fields(item)
+        free, derived = fields_of(item)
         self._masks = {
             name: Mask(shares[name], f.ring, f"{label}.{name}") for name, f in free.items() if name not in item.unopened
         }
@@ -172,13 +178,17 @@ class Correlation(Sealed):
         return f"Correlation(masks={list(self._masks)}, derived={list(self._derived)})"
 
 
+def streams(item: Kind, name: str, key: bytes, fields: Mapping[str, Field]) -> Tensors:
+    """One party's pseudo-random shares of these fields of the correlation `name`, from its tape key."""
+    return {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in fields.items()}
+
+
 def expand(item: Kind, name: str, key: bytes, *, last: bool, correction: memoryview | bytes | None = None) -> Tensors:
     """One party's shares of all fields of the correlation `name`, from its tape key (and the corrections, if last)."""
-    free, derived = _fields(item)
-    shares = {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in free.items()}
+    free, derived = fields_of(item)
     if not last:
-        shares |= {n: prg.expand(prg.derive(key, name, n), f.shape, f.ring) for n, f in derived.items()}
-        return shares
+        return streams(item, name, key, {**free, **derived})
+    shares = streams(item, name, key, free)
     rest = memoryview(b"" if correction is None else correction)
     if len(rest) != correction_bytes(item):
         raise ProtocolError(f"the dealer sent {len(rest)} bytes where the plan asks for {correction_bytes(item)}")
@@ -190,32 +200,37 @@ def expand(item: Kind, name: str, key: bytes, *, last: bool, correction: memoryv
 
 def correction_bytes(item: Kind) -> int:
     """What the dealer sends for this correlation."""
-    return sum(f.packed_bytes for f in _fields(item)[1].values())
+    return sum(f.packed_bytes for f in fields_of(item)[1].values())
 
 
 def free_values(item: Kind, name: str, keys: Sequence[bytes]) -> Tensors:
     """The dealer's view of the free fields: the sums of all parties' shares."""
-    values: Tensors = {}
-    for n, f in _fields(item)[0].items():
-        total = prg.expand(prg.derive(keys[0], name, n), f.shape, f.ring)
-        for key in keys[1:]:
-            total = f.ring.add(total, prg.expand(prg.derive(key, name, n), f.shape, f.ring))
-        values[n] = total
+    free = fields_of(item)[0]
+    values = streams(item, name, keys[0], free)
+    for key in keys[1:]:
+        for n, share in streams(item, name, key, free).items():
+            values[n] = free[n].ring.add(values[n], share)
     return values
+
+
+def corrections(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> Tensors:
+    """The last party's shares of the derived fields of correlation `name`."""
+    derived = fields_of(item)[1]
+    if not derived:
+        return {}
+    values, shares = item.derive(free_values(item, name, keys), fixed), {}
+    for n, f in derived.items():
+        share = f.ring.reduce(values[n].to(f.ring.dtype))
+        if tuple(share.shape) != f.shape:
+            raise ProtocolError(f"{type(item).__name__}.{n} has shape {tuple(share.shape)}, declared {f.shape}")
+        shares[n] = share
+    for key in keys[:-1]:
+        for n, share in streams(item, name, key, derived).items():
+            shares[n] = derived[n].ring.sub(shares[n], share)
+    return shares
 
 
 def deal(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> list[memoryview]:
     """The corrections of correlation `name` for the last party, packed, in field order."""
-    fields = _fields(item)[1]
-    if not fields:
-        return []
-    values = item.derive(free_values(item, name, keys), fixed)
-    packed = []
-    for n, f in fields.items():
-        share = f.ring.reduce(values[n].to(f.ring.dtype))
-        if tuple(share.shape) != f.shape:
-            raise ProtocolError(f"{type(item).__name__}.{n} has shape {tuple(share.shape)}, declared {f.shape}")
-        for key in keys[:-1]:
-            share = f.ring.sub(share, prg.expand(prg.derive(key, name, n), f.shape, f.ring))
-        packed.append(f.ring.pack(share))
-    return packed
+    derived = fields_of(item)[1]
+    return [derived[n].ring.pack(share) for n, share in corrections(item, name, keys, fixed).items()]

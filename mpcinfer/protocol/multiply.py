@@ -8,7 +8,7 @@ from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64
-from mpcinfer.ring.kernels import MUL, Bilinear
+from mpcinfer.ring.kernels import MATMUL, MUL, Bilinear
 
 
 @kind
@@ -31,6 +31,14 @@ class Triple(Kind):
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
         return {"c": self.op(free["a"], free["b"])}
+
+    def batched(self, count: int) -> Kind | None:
+        """Of products and matrix products, which broadcast."""
+        if self.op not in (MUL, MATMUL) or (self.op == MATMUL and min(len(self.x), len(self.y)) < 2):
+            return None
+        rank = max(len(self.x), len(self.y))
+        x, y = ((count, *[1] * (rank - len(shape)), *shape) for shape in (self.x, self.y))
+        return Triple(self.op, x, y)
 
     def multiply_adds(self) -> tuple[int, int]:
         """op(a, f), op(e, b) and op(e, f) online, op(a, b) before."""

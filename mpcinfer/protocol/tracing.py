@@ -12,13 +12,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from mpcinfer.errors import InputError, ProtocolError
+from mpcinfer.protocol.batch import Batch, batches
 from mpcinfer.protocol.context import Context, Opening, drive
-from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, canonical, correction_bytes, from_json, to_json
+from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, canonical, fields_of, from_json, to_json
 from mpcinfer.protocol.types import Mask, Weight
 
 _SEPARATORS = re.compile("[/#]")
@@ -53,9 +55,20 @@ class Plan:
         """SHA-256 of the plan."""
         return hashlib.sha256(self.to_bytes()).digest()
 
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The entries as they are dealt."""
+        return batches(self.entries)
+
+    @cached_property
+    def expanded_bytes(self) -> int:
+        """What a tape of it takes of a party's memory."""
+        fields_ = [f for _, item in self.entries for fields in fields_of(item) for f in fields.values()]
+        return sum(f.count * f.ring.width // 8 for f in fields_)
+
     def correction_bytes(self) -> int:
         """What the dealer sends for one tape of it."""
-        return sum(correction_bytes(k) for _, k in self.entries)
+        return sum(batch.correction_bytes for batch in self.batches)
 
 
 @dataclass

@@ -70,6 +70,49 @@ def _unpack(data: Any, k: int, out: Any) -> None:
         out[i] = value
 
 
+_EACH = ("uint8", "uint16", "uint32", "uint64")
+
+
+@njit([f"void({t}[:, ::1], int64, uint8[:, ::1])" for t in _EACH], nogil=True, cache=True)
+def _pack_rows(values: Any, k: int, out: Any) -> None:
+    for i in range(values.shape[0]):
+        acc, fill, at = np.uint64(0), 0, 0
+        for j in range(values.shape[1]):
+            rest, left = np.uint64(values[i, j]), k
+            while left > 0:
+                take = min(left, 32)
+                acc |= (rest & ((np.uint64(1) << np.uint64(take)) - np.uint64(1))) << np.uint64(fill)
+                rest >>= np.uint64(take)
+                left -= take
+                fill += take
+                while fill >= 8:
+                    out[i, at] = np.uint8(acc & np.uint64(255))
+                    acc >>= np.uint64(8)
+                    fill -= 8
+                    at += 1
+        if fill > 0:
+            out[i, at] = np.uint8(acc)
+
+
+@njit([f"void(uint8[:, ::1], int64, {t}[:, ::1])" for t in _EACH], nogil=True, cache=True)
+def _unpack_rows(data: Any, k: int, out: Any) -> None:
+    for i in range(out.shape[0]):
+        acc, fill, at = np.uint64(0), 0, 0
+        for j in range(out.shape[1]):
+            value, done = np.uint64(0), 0
+            while done < k:
+                take = min(k - done, 32)
+                while fill < take:
+                    acc |= np.uint64(data[i, at]) << np.uint64(fill)
+                    fill += 8
+                    at += 1
+                value |= (acc & ((np.uint64(1) << np.uint64(take)) - np.uint64(1))) << np.uint64(done)
+                acc >>= np.uint64(take)
+                fill -= take
+                done += take
+            out[i, j] = value
+
+
 def unsigned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same memory as unsigned integers of the same width."""
     return array.view(_UNSIGNED[array.dtype.itemsize])
@@ -93,3 +136,21 @@ def unpack(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
     words = np.zeros((raw.size + 3) // 4, np.uint32)  # aligned, writable, whole words: what the kernel takes
     words.view(np.uint8)[: raw.size] = raw
     _unpack(words, k, unsigned(out))
+
+
+def pack_rows(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:
+    """What `pack` makes of each row of `values` [m, n]: [m, ceil(n k / 8)]."""
+    if k == 1:
+        return np.packbits((values & 1).astype(np.uint8, copy=False), axis=1, bitorder="little")
+    out = np.empty((values.shape[0], (values.shape[1] * k + 7) // 8), np.uint8)
+    _pack_rows(unsigned(values), k, out)
+    return out
+
+
+def unpack_rows(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
+    """Fill `out` [m, n] from the rows that `pack_rows` made."""
+    raw = np.frombuffer(data, np.uint8).reshape(out.shape[0], -1)
+    if k == 1:
+        out[:] = np.unpackbits(raw, axis=1, count=out.shape[1], bitorder="little")
+        return
+    _unpack_rows(raw.copy(), k, unsigned(out))  # a copy: writable, as the kernel's signature has it

@@ -78,6 +78,23 @@ class Ring:
             packed.unpack(data, self.bits, flat)
         return out
 
+    def pack_rows(self, x: torch.Tensor) -> memoryview:
+        """Each row of x [m, n] as `pack` packs it, one after the other."""
+        if x.shape[1] * self.bits % 8 == 0:
+            return self.pack(x)
+        return packed.pack_rows(x.contiguous().numpy(), self.bits).reshape(-1).data
+
+    def unpack_rows(self, data: memoryview | bytes, shape: tuple[int, int]) -> torch.Tensor:
+        """The inverse of `pack_rows`; `data` must be exactly as long as that makes it (ValueError)."""
+        count, length = shape
+        if length * self.bits % 8 == 0:
+            return self.unpack(data, shape)
+        if len(data) != count * self.packed_bytes(length):
+            raise ValueError(f"{len(data)} bytes where {count * self.packed_bytes(length)} were expected")
+        out = torch.empty(shape, dtype=self.dtype)
+        packed.unpack_rows(data, self.bits, out.numpy())
+        return out
+
 
 Z64 = Ring(64)
 BIT = Ring(1, xor=True)

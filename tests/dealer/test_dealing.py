@@ -28,7 +28,7 @@ from mpcinfer.protocol import correlation
 from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask
 from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
-from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes, expand
+from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.exponential import Exponential
 from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
@@ -168,11 +168,11 @@ class Session:
         n = self.dealer.parties
         result = []
         for i, key in enumerate(self.tape_keys[tape]):
-            rest, shares = memoryview(corrections), {}
-            for name, item in plan.entries:
-                size = correction_bytes(item)
-                last = i == n - 1
-                shares[name] = expand(item, name, key, last=last, correction=rest[:size] if last else None)
+            rest, shares = memoryview(corrections), dict[str, Tensors]()
+            for batch in plan.batches:
+                size, last = batch.correction_bytes, i == n - 1
+                members = batch.expand(key, last=last, correction=rest[:size] if last else None)
+                shares |= dict(zip(batch.names, members, strict=True))
                 rest = rest[size:]
             result.append(shares)
         return result

@@ -14,7 +14,6 @@ import torch
 from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.tape import Tape, fetch
-from mpcinfer.protocol.correlation import deal
 from mpcinfer.protocol.session import KeyChain
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
@@ -82,7 +81,7 @@ class FakeDealer:
 
 def corrections(tape: bytes) -> bytes:
     keys = [KeyChain(key).next(tape, DIGEST) for key in KEYS]
-    parts = [part for name, item in PLAN.entries for part in deal(item, name, keys, {}.__getitem__)]
+    parts = [part for batch in PLAN.batches for part in batch.deal(keys, {}.__getitem__)]
     return b"".join(map(bytes, parts))
 
 

@@ -81,11 +81,11 @@ def test_another_distribution_shows(fault: Callable[[np.ndarray], np.ndarray]) -
 
 def test_fewer_random_bits_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_UNIFORM_BITS", 5)
-    correlation._fields.cache_clear()
+    correlation.fields_of.cache_clear()
     try:
         assert fit(drawn()) < 1e-6
     finally:
-        correlation._fields.cache_clear()
+        correlation.fields_of.cache_clear()
 
 
 @pytest.mark.parametrize("word", [0, 1, 2**51, 2**52 - 2, 2**52 - 1])

@@ -1,0 +1,111 @@
+"""Correlations of one kind are dealt together: a small one costs what its names and calls cost, hardly its numbers.
+
+The layers of a network ask for the same kinds again and again. What is equal in a plan becomes one correlation with
+one more axis, of which each member is a slice. What a member is, and what is sent for it, stays as it was; only the
+streams that it is expanded from are its batch's, named after the first member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mpcinfer.errors import ProtocolError
+from mpcinfer.protocol.correlation import (
+    FixedMasks,
+    Kind,
+    Tensors,
+    correction_bytes,
+    corrections,
+    deal,
+    expand,
+    fields_of,
+    streams,
+)
+
+# of all fields of a batch: what is worked on at a time stays in the cache
+_MOST_ELEMENTS = 1 << 17
+_PROBE = 1_000_003  # the extent of the new axis while it is looked for: no other axis is as long
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Members of a plan, by name: correlations of one kind."""
+
+    names: tuple[str, ...]
+    item: Kind
+
+    @property
+    def correction_bytes(self) -> int:
+        """What the dealer sends for all members: as much as if they were dealt one by one."""
+        return len(self.names) * correction_bytes(self.item)
+
+    def deal(self, keys: Sequence[bytes], fixed: FixedMasks) -> list[memoryview]:
+        """The corrections for the last party, by field, of each field the members' one after the other."""
+        if len(self.names) == 1:
+            return deal(self.item, self.names[0], keys, fixed)
+        derived, axes = fields_of(self.item)[1], _axes(self.item)
+        shares = corrections(_whole(self), self.names[0], keys, fixed)
+        return [
+            derived[n].ring.pack_rows(share.movedim(axes[n], 0).reshape(len(self.names), -1))
+            for n, share in shares.items()
+        ]
+
+    def expand(self, key: bytes, *, last: bool, correction: memoryview | bytes | None = None) -> list[Tensors]:
+        """One party's shares of each member, from its tape key (and the corrections, if last)."""
+        if len(self.names) == 1:
+            return [expand(self.item, self.names[0], key, last=last, correction=correction)]
+        whole, axes = _whole(self), _axes(self.item)
+        free, derived = fields_of(whole)
+        shares = streams(whole, self.names[0], key, free if last else {**free, **derived})
+        shares = {n: share.movedim(axes[n], 0) for n, share in shares.items()}
+        if last:
+            rest = memoryview(b"" if correction is None else correction)
+            if len(rest) != self.correction_bytes:
+                raise ProtocolError(
+                    f"the dealer sent {len(rest)} bytes where the plan asks for {self.correction_bytes}"
+                )
+            for n, f in fields_of(self.item)[1].items():
+                size = f.packed_bytes * len(self.names)
+                shares[n] = f.ring.unpack_rows(rest[:size], (len(self.names), f.count))
+                rest = rest[size:]
+        shapes = {n: f.shape for fields in fields_of(self.item) for n, f in fields.items()}
+        parts = {n: share.unbind(0) for n, share in shares.items()}
+        return [{n: part[i].reshape(shapes[n]) for n, part in parts.items()} for i in range(len(self.names))]
+
+
+def batches(entries: Sequence[tuple[str, Kind]]) -> list[Batch]:
+    """The entries of a plan, in batches, by their first members' places: the same for all who have the plan."""
+    open_: dict[Kind, list[str]] = {}
+    found: list[tuple[list[str], Kind]] = []
+    for name, item in entries:
+        most = _most(item)
+        if item not in open_ or len(open_[item]) >= most:
+            open_[item] = []
+            found.append((open_[item], item))
+        open_[item].append(name)
+    return [Batch(tuple(names), item) for names, item in found]
+
+
+@lru_cache(maxsize=4096)
+def _most(item: Kind) -> int:
+    """How many of a kind are dealt together."""
+    count = sum(f.count for fields in fields_of(item) for f in fields.values())
+    if 2 * count > _MOST_ELEMENTS or item.batched(2) is None:
+        return 1
+    return _MOST_ELEMENTS // max(1, count)
+
+
+def _whole(batch: Batch) -> Kind:
+    whole = batch.item.batched(len(batch.names))
+    assert whole is not None
+    return whole
+
+
+@lru_cache(maxsize=4096)
+def _axes(item: Kind) -> dict[str, int]:
+    """Of each field, which axis the members lie along."""
+    whole = item.batched(_PROBE)
+    assert whole is not None
+    return {n: f.shape.index(_PROBE) for fields in fields_of(whole) for n, f in fields.items()}

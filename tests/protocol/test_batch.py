@@ -1,0 +1,155 @@
+"""Batches: members are correlations as if dealt one by one, at the same price, from streams of their own."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from mpcinfer.errors import ProtocolError
+from mpcinfer.protocol import batch
+from mpcinfer.protocol.batch import Batch, batches
+from mpcinfer.protocol.compare import Comparison
+from mpcinfer.protocol.contest import Contest
+from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes
+from mpcinfer.protocol.exponential import Exponential
+from mpcinfer.protocol.gumbel import Gumbel
+from mpcinfer.protocol.linear import FixedProduct, WeightMask
+from mpcinfer.protocol.lookup import OneHot
+from mpcinfer.protocol.multiply import SquarePair, Triple
+from mpcinfer.protocol.octaves import TruncatedComparison
+from mpcinfer.protocol.piecewise import Pieces
+from mpcinfer.protocol.polynomial import TruncatedPowers
+from mpcinfer.protocol.rerandomise import ZeroSharing
+from mpcinfer.protocol.truncate import Truncation
+from mpcinfer.protocol.truncated_product import TruncatedProduct
+from mpcinfer.ring import sharing
+from mpcinfer.ring.domain import Z64, Ring
+from mpcinfer.ring.kernels import MATMUL, MUL, Bilinear
+from tests.openings import seed
+
+BATCHED: list[Kind] = [
+    Truncation((5, 3), 16),
+    Truncation((), 61),
+    Triple(MUL, (4, 1), (3,)),
+    Triple(MUL, (3,), (2, 4, 3)),
+    Triple(MATMUL, (1, 4), (4, 3)),
+    Triple(MATMUL, (2, 1, 4), (4, 3)),
+    TruncatedProduct((3, 1), (4,), 17),
+    TruncatedComparison((2, 2), 5, 9),
+    SquarePair((7,)),
+    SquarePair((0,)),
+    TruncatedPowers((3,), 17, 3),
+    Comparison((6,)),
+    Comparison((2, 3), 48, 3),
+    Comparison((5,), 36, 2),
+    Comparison((4,), 64, 2, products=True),
+    Comparison((4,), 64, 1, products=True, others=2),
+    Contest((3,), 4, 48),
+    Contest((1, 2), 3, 64, others=1),
+    Pieces((3,), 48, 5),
+    Exponential((3,), 16, 42, False, 48),
+    Exponential((2, 2), 16, 39, True, 48),
+    OneHot((2,), 3),
+    ZeroSharing((3, 2)),
+]
+ALONE: list[Kind] = [
+    Triple(MATMUL, (4,), (4, 3)),
+    Triple(Bilinear("conv", ((1,), (0,), (1,), 1)), (1, 1, 4), (1, 1, 2)),
+    WeightMask("w", (4, 3)),
+    FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
+    Truncation((1 << 16,), 16),
+]
+MEMBERS = 5
+
+
+def no_weights(name: str) -> torch.Tensor:
+    raise AssertionError(name)
+
+
+def of(item: Kind, count: int = MEMBERS) -> Batch:
+    (found,) = batches([(f"n{i}#0", item) for i in range(count)])
+    return found
+
+
+def dealt(whole: Batch, n: int) -> tuple[list[list[Tensors]], bytes]:
+    keys = [seed("key", i) for i in range(n)]
+    sent = b"".join(whole.deal(keys, no_weights))
+    parties = [whole.expand(key, last=False) for key in keys[:-1]]
+    return [*parties, whole.expand(keys[-1], last=True, correction=sent)], sent
+
+
+@pytest.mark.parametrize("item", BATCHED, ids=str)
+class TestMembers:
+    def test_shares_are_of_what_is_derived_from_the_masks(self, item: Kind, parties: int) -> None:
+        shares, sent = dealt(of(item), parties)
+        free, derived = item.free(), item.derived()
+        for i in range(MEMBERS):
+            total = {n: sharing.combine([party[i][n] for party in shares], f.ring) for n, f in (free | derived).items()}
+            values = item.derive({n: total[n].contiguous() for n in free}, no_weights)
+            for n, f in derived.items():
+                assert torch.equal(total[n], f.ring.reduce(values[n].to(f.ring.dtype))), n
+                assert tuple(total[n].shape) == f.shape
+        assert len(sent) == MEMBERS * correction_bytes(item) == of(item).correction_bytes
+
+    def test_members_have_nothing_in_common(self, item: Kind) -> None:
+        shares, _ = dealt(of(item), 2)
+        for party in shares:
+            for a, b in combinations(party, 2):
+                for n, f in item.free().items():
+                    if f.count * f.ring.bits > 64:
+                        assert not torch.equal(a[n], b[n])
+
+    def test_a_correction_of_another_length_is_refused(self, item: Kind) -> None:
+        _, sent = dealt(of(item), 2)
+        for wrong in (sent + b"\0", sent[:-1] if sent else b"1", None if sent else b"2"):
+            with pytest.raises(ProtocolError, match="bytes where the plan asks for"):
+                of(item).expand(seed("key", 1), last=True, correction=wrong)
+
+
+def test_a_swapped_axis_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above would catch: members that lie along another axis than the one they are looked for on."""
+    item = Comparison((2, 3), 48, MEMBERS, products=True)
+    axes = {n: 0 for n in batch._axes(item)}
+    monkeypatch.setattr(batch, "_axes", lambda _: axes)
+    with pytest.raises(AssertionError):
+        TestMembers().test_shares_are_of_what_is_derived_from_the_masks(item, 2)
+
+
+@pytest.mark.parametrize("item", ALONE, ids=str)
+def test_what_does_not_fit_together_is_dealt_alone(item: Kind) -> None:
+    assert [b.names for b in batches([("a#0", item), ("b#0", item)])] == [("a#0",), ("b#0",)]
+
+
+def test_noise_is_dealt_in_batches_too() -> None:
+    """Its derived field is no function that `derive` gives twice for other shapes, but its size is bounded."""
+    shares, _ = dealt(of(Gumbel((50,), 16)), 2)
+    for i in range(MEMBERS):
+        g = sharing.combine([party[i]["g"] for party in shares], Z64).double() / 2**16
+        assert -4 < float(g.min()) and float(g.max()) < 40
+
+
+def test_batches_are_in_the_order_of_their_first_members() -> None:
+    a, b = Truncation((2,), 16), Truncation((2,), 17)
+    entries: list[tuple[str, Kind]] = [("1", a), ("2", b), ("3", a), ("4", SquarePair((2,))), ("5", b)]
+    assert [x.names for x in batches(entries)] == [("1", "3"), ("2", "5"), ("4",)]
+
+
+def test_batches_have_a_size() -> None:
+    item = Truncation((1 << 14,), 16)
+    found = batches([(str(i), item) for i in range(9)])
+    assert [len(b.names) for b in found] == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, 15, 22, 48, 64])
+@pytest.mark.parametrize("length", [0, 1, 5, 8])
+def test_rows_are_packed_one_by_one(bits: int, length: int) -> None:
+    ring = Ring(bits, xor=bits < 32)
+    rows = ring.reduce(torch.randint(-(2**62), 2**62, (4, length), generator=torch.Generator().manual_seed(1)))
+    rows = rows.to(ring.dtype) if not ring.xor else ring.reduce(rows.to(ring.dtype))
+    data = ring.pack_rows(rows)
+    assert bytes(data) == b"".join(bytes(ring.pack(row)) for row in rows)
+    assert torch.equal(ring.unpack_rows(data, (4, length)), rows)
+    with pytest.raises(ValueError, match="bytes where"):
+        ring.unpack_rows(bytes(data) + b"\0", (4, length))
