@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mpcinfer.errors import MpcInferError, ShapeError, UnsupportedError
+from mpcinfer.graph.flow import Flow
 from mpcinfer.graph.program import Constant, Node, Program, Ref, references
 from mpcinfer.graph.sizes import solve
 from mpcinfer.nn import lookup, public
@@ -18,7 +19,7 @@ from mpcinfer.protocol.types import Public, Shared, Weight
 
 # what a party holds of a model, by parameter and constant name
 Holdings = Mapping[str, Shared | Weight | Public]
-EvaluateNode = Callable[[Node, Mapping[str, Any]], Awaitable[Any]]
+EvaluateNode = Callable[[Node, Mapping[str, Any]], Coroutine[Any, Any, Any]]
 
 
 async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: Sequence[Shared]) -> list[Shared]:
@@ -32,19 +33,22 @@ async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: 
 async def evaluated(
     program: Program, wanted: Sequence[str], values: Mapping[str, Any], evaluate_node: EvaluateNode
 ) -> list[Any]:
-    """What the nodes called `wanted` yield; nodes that none of them needs are left out."""
+    """What the nodes called `wanted` yield; nodes that none of them needs are left out. See `Flow` for their order."""
     values, needed = dict(values), set(wanted)
     for node in reversed(program.nodes):
         if node.name in needed:
             needed.update(references(node))
     nodes = [node for node in program.nodes if node.name in needed]
     uses = Counter([name for node in nodes for name in references(node)] + list(wanted))
-    for node in nodes:
-        values[node.name] = await evaluate_node(node, values)
+
+    def finish(node: Node, value: Any) -> None:
+        values[node.name] = value
         for name in references(node):
             uses[name] -= 1
             if not uses[name]:
                 values.pop(name, None)
+
+    await Flow(nodes, lambda node: evaluate_node(node, values), finish)
     return [values[name] for name in wanted]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mpcinfer.graph.interpret import Holdings, check_inputs, evaluate, evaluated, public_constant, released
-from mpcinfer.graph.program import Node, Program, Ref
+from mpcinfer.graph.program import Node, Program, Ref, references
 from mpcinfer.graph.step import step
 from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.context import Context, together
@@ -104,7 +104,7 @@ class Planner:
     def _finished(self, run: _Run, protocol: Any) -> tuple[Plan, Cost, Any]:
         """The nodes' entries and cost, then those of what follows the nodes."""
         plan, cost, result = trace(protocol, parties=self._parties)
-        run.add(plan, cost)
+        run.add(plan, cost, len(run.cost.messages))
         return Plan(tuple(run.entries), self._deployment), run.cost, result
 
 
@@ -116,14 +116,19 @@ class _Run:
         self.cost = Cost()
         self._known = known
         self._parties = parties
+        self._ends: dict[str, int] = {}
 
-    def add(self, plan: Plan, cost: Cost) -> None:
-        """Append what was traced."""
+    def add(self, plan: Plan, cost: Cost, start: int) -> int:
+        """What begins after so many rounds, next to what is there; the rounds until its end."""
         self.entries += plan.entries
-        self.cost.rounds += cost.rounds
         self.cost.bytes_sent += cost.bytes_sent
         self.cost.openings += cost.openings
-        self.cost.messages += cost.messages
+        end = start + len(cost.messages)
+        self.cost.messages += [Counter() for _ in range(end - len(self.cost.messages))]
+        for message, more in zip(self.cost.messages[start:end], cost.messages, strict=True):
+            message.update(more)
+        self.cost.rounds = len(self.cost.messages)
+        return end
 
     def node(self, frac_bits: int) -> Any:
         """What evaluates a node, for `evaluated`."""
@@ -138,7 +143,8 @@ class _Run:
             names = {a.name: b.name for a, b in zip(known.given, given, strict=True) if isinstance(a, Weight | Cached)}
             messages = [Counter({node.name: message.total()}) for message in known.cost.messages]
             plan = _renamed(known.plan, "", node.name, names)
-            self.add(plan, dataclasses.replace(known.cost, messages=messages))
+            start = max((self._ends.get(name, 0) for name in references(node)), default=0)
+            self._ends[node.name] = self.add(plan, dataclasses.replace(known.cost, messages=messages), start)
             return _anew(known.result, {id(a): b for a, b in zip(known.given, given, strict=True)}, names)
 
         return rule

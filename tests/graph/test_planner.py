@@ -40,7 +40,8 @@ def holdings(program: Program) -> dict[str, Any]:
 
 
 def same(ours: tuple[Plan, Cost, Any], direct: tuple[Plan, Cost, Any]) -> None:
-    assert ours[0].entries == direct[0].entries
+    # nodes that run side by side draw in turn when the whole is traced
+    assert dict(ours[0].entries) == dict(direct[0].entries)
     assert len({name for name, _ in ours[0].entries}) == len(ours[0].entries)
     assert (ours[1].rounds, ours[1].bytes_sent) == (direct[1].rounds, direct[1].bytes_sent)
     assert ours[1].openings == direct[1].openings and ours[1].messages == direct[1].messages
@@ -96,7 +97,7 @@ def test_a_plan_is_that_of_the_program_traced_as_a_whole(
     for _ in range(2):  # the second time from memory alone
         ours = planner.inference(shapes)
         same(ours, (plan, cost, [x.shape for x in outputs]))
-        assert ours[0] == plan
+        assert ours[0].deployment == plan.deployment
 
 
 @pytest.mark.slow
