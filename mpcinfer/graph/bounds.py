@@ -24,6 +24,7 @@ from mpcinfer.errors import RangeError
 from mpcinfer.graph import transfer, transfer_functions, transfer_rows  # noqa: F401  (they register what operators do)
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
+from mpcinfer.graph.postpone import postpone_truncations
 from mpcinfer.graph.program import Input, Program
 from mpcinfer.graph.sizes import filled
 from mpcinfer.ring.codec import FixedPoint, check_indices
@@ -150,4 +151,4 @@ def _declared(program: Program, limits: Sequence[float], found: Evaluation) -> P
         replace(node, kwargs=node.kwargs | found.chosen[node.name]) if node.name in found.chosen else node
         for node in program.nodes
     )
-    return replace(program, inputs=tuple(inputs), nodes=tuple(nodes))
+    return postpone_truncations(replace(program, inputs=tuple(inputs), nodes=tuple(nodes)))

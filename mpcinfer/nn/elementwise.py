@@ -140,9 +140,10 @@ async def total(ctx: Context, x: Any, y: Any, factor: Number) -> Any:
 
 
 @operator("aten.add.Tensor", "aten.add.Scalar", "_operator.add")
-async def add(ctx: Context, x: Any, y: Any, alpha: Number = 1) -> Any:
-    """x + alpha y."""
-    return await total(ctx, x, y, alpha)
+async def add(ctx: Context, x: Any, y: Any, alpha: Number = 1, *, frac_bits: int | None = None) -> Any:
+    """x + alpha y. frac_bits: what the sum is to have, if it has more (see `graph.postpone`)."""
+    z = await total(ctx, x, y, alpha)
+    return z if frac_bits is None else await truncate(ctx, z, z.frac_bits - frac_bits)
 
 
 @operator("aten.sub.Tensor", "aten.sub.Scalar", "_operator.sub")

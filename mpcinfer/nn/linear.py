@@ -16,24 +16,26 @@ from mpcinfer.protocol.types import Shared, Weight
 from mpcinfer.ring.kernels import MATMUL, MATMUL_T, MUL, Bilinear
 
 
-async def _bilinear(ctx: Context, x: Shared, w: Shared | Weight, bias: Shared | None, op: Bilinear) -> Shared:
-    """op(x, w) + bias, back at x's scale."""
+async def _bilinear(
+    ctx: Context, x: Shared, w: Shared | Weight, bias: Shared | None, op: Bilinear, wide: bool = False
+) -> Shared:
+    """op(x, w) + bias, back at x's scale unless `wide`."""
     y = await (fixed_product(ctx, x, w, op) if isinstance(w, Weight) else multiply(ctx, x, w, op))
     if bias is not None:
         y = y + bias.rescaled(y.frac_bits)
-    return await truncate(ctx, y, y.frac_bits - x.frac_bits)
+    return y if wide else await truncate(ctx, y, y.frac_bits - x.frac_bits)
 
 
 @operator("mpc.linear")
-async def linear(ctx: Context, x: Shared, w: Weight, bias: Shared | None = None) -> Shared:
-    """x @ w + bias, w laid out [in, out] (capture transposes torch's [out, in])."""
-    return await _bilinear(ctx, x, w, bias, MATMUL)
+async def linear(ctx: Context, x: Shared, w: Weight, bias: Shared | None = None, *, wide: bool = False) -> Shared:
+    """x @ w + bias, w laid out [in, out] (capture transposes torch's [out, in]); for `wide` see `graph.postpone`."""
+    return await _bilinear(ctx, x, w, bias, MATMUL, wide)
 
 
 @operator("mpc.tied_linear")
-async def tied_linear(ctx: Context, x: Shared, w: Weight, bias: Shared | None = None) -> Shared:
+async def tied_linear(ctx: Context, x: Shared, w: Weight, bias: Shared | None = None, *, wide: bool = False) -> Shared:
     """x @ w.T + bias, w laid out [out, in], as the table of an embedding that it also is."""
-    return await _bilinear(ctx, x, w, bias, MATMUL_T)
+    return await _bilinear(ctx, x, w, bias, MATMUL_T, wide)
 
 
 @operator("aten.linear.default")
