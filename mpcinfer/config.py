@@ -172,10 +172,16 @@ class Limits:
     max_sessions: int = 64
     session_mb: int = 1024
     session_idle_s: float = 900.0
+    # what a party may use for tapes that are ready before a request comes; 0: none are
+    pool_mb: int = 1024
+    # how many waiting requests are evaluated together, and the memory for the randomness of all of them
+    max_batch: int = 8
+    batch_mb: int = 1024
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if not 0 < getattr(self, item.name) < float("inf"):
+            value = getattr(self, item.name)
+            if not 0 < value < float("inf") and not (item.name == "pool_mb" and value == 0):
                 raise ConfigError(f"limits: {item.name} must be positive and finite")
         if self.max_message_mb > 2047:
             raise ConfigError("limits: max_message_mb can be at most 2047, the most that gRPC carries in one message")

@@ -55,6 +55,7 @@ class PartyStatus:
     requests_done: int = 0
     requests_failed: int = 0
     requests_waiting: int = 0
+    runs_ready: int = 0
     uptime_seconds: float = 0.0
     models: tuple[Model, ...] = ()
 
@@ -338,6 +339,7 @@ def party_status(cluster: Cluster, identity: Identity, endpoint: Endpoint, *, ti
         requests_done=status.requests_done,
         requests_failed=status.requests_failed,
         requests_waiting=status.requests_waiting,
+        runs_ready=status.runs_ready,
         uptime_seconds=status.uptime_seconds,
         models=tuple(Model.parse(info) for info in status.models),
     )

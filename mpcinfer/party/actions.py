@@ -12,9 +12,8 @@ from typing import Any
 from mpcinfer.errors import AbortedError, NotFoundError
 from mpcinfer.graph.interpret import interpret
 from mpcinfer.party.catalogue import Catalogue, Model
-from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
-from mpcinfer.party.stepping import Phase, Refused, Stepping, tapes
+from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 
@@ -47,60 +46,84 @@ def found(catalogue: Catalogue, admitted: Model, step: dict[str, Any]) -> Model:
     return model
 
 
-def infer(by: Stepping, catalogue: Catalogue, epoch: Epoch, job: Job, step: dict[str, Any]) -> Inferred:
+async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> Inferred:
     """Evaluate a model on shares of inputs."""
     admitted, inputs = job.content.model, job.content.inputs
+    shapes = tuple(x.shape for x in inputs)
     own_tape, mask_tape = tapes(step, 2)
 
     def prepare() -> tuple[Model, Plan, bytes]:
         model = found(catalogue, admitted, step)
-        return model, *model.plan([x.shape for x in inputs], epoch.mesh.parties)
+        return model, *model.plan(shapes, part.epoch.mesh.parties)
 
-    model, plan, digest = by.agreed(epoch, prepare)
-    by.masked(epoch, model, mask_tape)
-    began, sent = time.perf_counter(), epoch.mesh.bytes_sent
-    tape = by.deal(epoch, own_tape, plan, digest, model.weights)
-    offline = Phase(time.perf_counter() - began, 0, epoch.mesh.bytes_sent - sent, tape.dealer_bytes)
+    model, plan, digest = await by.agreed(part, prepare)
+    await by.masked(part, model, mask_tape)
+    began, sent = time.perf_counter(), part.sent
+    ahead = by.pool.take(digest, model, shapes, plan)
+    if ahead is not None:
+        tape, seconds = await by.taken(part, ahead), ahead.seconds
+    else:
+        tape, seconds = await by.deal(part, own_tape, plan, digest, model.weights), 0.0
+    offline = Phase(seconds + time.perf_counter() - began, 0, part.sent - sent, tape.dealer_bytes)
     holdings = model.holdings()
-    outputs, online = by.execute(
-        epoch, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
+    outputs, online = await by.execute(
+        part, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
     )
     return Inferred(model, outputs, online, offline)
 
 
-def deploy(by: Stepping, catalogue: Catalogue, epoch: Epoch, job: Job, step: dict[str, Any]) -> Model:
+async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:
+    """Begin to fetch a tape for a request that may come. Refused if some party has no room for it."""
+    digest = bytes.fromhex(step["plan"])
+    by.pool.drop([bytes.fromhex(d) for d in step["drops"]])
+
+    def prepare() -> tuple[Model, Plan]:
+        by.pool.check_room(digest)
+        shelf = by.pool.shelves()[digest]
+        return shelf.model, shelf.model.plan(shelf.shapes, part.epoch.mesh.parties)[0]
+
+    try:
+        model, plan = await by.agreed(part, prepare)
+    except Refused:
+        by.pool.shelves()[digest].full = True
+        return
+    by.pool.put(digest, by.ahead(part, tapes(step, 1)[0], plan, digest, model.weights))
+
+
+async def deploy(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> Model:
     """Commit a staged upload everywhere or nowhere."""
     name, owner = job.facts["name"], job.caller
-    version = by.agreed(epoch, lambda: catalogue.next_version(name, owner))
-    notes = by.vote(epoch, None, f"{version} {secrets.token_hex(32)}")
+    version = await by.agreed(part, lambda: catalogue.next_version(name, owner))
+    notes = await by.vote(part, None, f"{version} {secrets.token_hex(32)}")
     # the id depends on fresh randomness of every party, so no attempt ever shares its masks with another
     version = max(int(n.partition(" ")[0]) for n in notes.values())
     nonces = "".join(notes[i].partition(" ")[2] for i in sorted(notes))
     deployment = hashlib.sha256(f"{step['id']} {nonces}".encode()).digest()
     try:
-        model: Model = by.agreed(epoch, lambda: catalogue.commit(job.id, deployment, version))
-        by.masked(epoch, model, tapes(step, 1)[0])
+        model: Model = await by.agreed(part, lambda: catalogue.commit(job.id, deployment, version))
+        await by.masked(part, model, tapes(step, 1)[0])
     except BaseException:
         catalogue.remove(deployment)
         raise
     # From here on another party may have seen that all are done: if this vote fails, the next epoch settles it.
-    by.vote(epoch, None)
+    await by.vote(part, None)
     catalogue.confirm(model)
     _log.info("model %s version %d deployed by %s", name, version, owner)
     return model
 
 
-def remove(by: Stepping, catalogue: Catalogue, epoch: Epoch, job: Job, step: dict[str, Any]) -> int:
+async def remove(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> int:
     """Delete versions of a model: how many."""
     name, version = job.facts["name"], job.facts["version"]
 
-    by.agreed(epoch, lambda: catalogue.next_version(name, job.caller))  # refuses other owners
+    await by.agreed(part, lambda: catalogue.next_version(name, job.caller))  # refuses other owners
     # A party whose file is damaged or gone does not know what is in it; another one does.
-    notes = by.vote(epoch, None, " ".join(i.hex() for i in catalogue.matching(name, version)))
+    notes = await by.vote(part, None, " ".join(i.hex() for i in catalogue.matching(name, version)))
     deployments = {bytes.fromhex(i) for note in notes.values() for i in note.split()}
     if not deployments:
         raise Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
     for deployment in deployments:
         catalogue.remove(deployment)
+        by.pool.forget(deployment)
     _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
     return len(deployments)

@@ -40,6 +40,7 @@ class Model:
     shares: dict[str, Shared] | None = field(default=None, repr=False)
     weights: dict[str, Weight] = field(default_factory=dict, repr=False)
     masked_in: bytes = b""
+    masking_in: bytes = b""
     plans: dict[Any, tuple[Plan, bytes]] = field(default_factory=dict, repr=False)
     planner: Planner | None = field(default=None, repr=False)
     constants: dict[str, Public] | None = field(default=None, repr=False)

@@ -14,10 +14,10 @@ from mpcinfer.graph.step import CHUNK, Stepped, capacity, step
 from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.party.actions import found
 from mpcinfer.party.catalogue import Catalogue, Model
-from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.session import Session, Sessions
-from mpcinfer.party.stepping import Phase, Refused, Stepping, tapes
+from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
+from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 
@@ -47,28 +47,39 @@ class Writing:
     taken: int = 0
     chosen: int = 0
 
-    @property
-    def over(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.taken == self.tokens.shape[1] and self.chosen >= self.most
-
     def next_tokens(self) -> tuple[Shared, Choice | None]:
         """What goes in next, and how the token after it is chosen, if it is."""
-        length = self.tokens.shape[1]
-        if self.taken < length:
-            new = self.tokens.map(lambda t: t[:, self.taken : self.taken + CHUNK])
-            last = self.taken + new.shape[1] == length
-            return new, self.choice if last and self.most else None
+        count, choice = self.part(self.taken)
+        if self.taken < self.tokens.shape[1]:
+            return self.tokens.map(lambda t: t[:, self.taken : self.taken + count]), choice
         assert self.session is not None and self.session.token is not None
-        return self.session.token, self.choice
+        return self.session.token, choice
+
+    def part(self, taken: int) -> tuple[int, Choice | None]:
+        """How many tokens go in after so many of the prompt, and how the token after them is chosen, if it is."""
+        count = min(CHUNK, self.tokens.shape[1] - taken)
+        if not count:
+            return 1, self.choice
+        last = taken + count == self.tokens.shape[1]
+        return count, self.choice if last and self.most else None
+
+    def plan(self, parties: int) -> tuple[Plan, bytes]:
+        """The plan of its next step, as far as it is known before that begins: without a parent's rows."""
+        count, choice = self.part(self.taken)
+        length, counted = (self.session.length, self.session.counted) if self.session is not None else (0, 0)
+        return _planned(parties, self.model, length, counted, count, choice)
+
+    def over(self, taken: int, chosen: int) -> bool:
+        """Whether there is nothing left to do after so many tokens of the prompt and so many of the answer."""
+        return taken == self.tokens.shape[1] and chosen >= self.most
 
 
-def generate(
-    by: Stepping, catalogue: Catalogue, sessions: Sessions, epoch: Epoch, job: Job, announced: dict[str, Any]
+async def generate(
+    by: Stepping, catalogue: Catalogue, sessions: Sessions, part: Part, job: Job, announced: dict[str, Any]
 ) -> bool:
     """One step of a request; whether that was the last."""
     writing: Writing = job.content
-    own_tape, mask_tape = tapes(announced, 2)
+    own_tape, mask_tape, next_tape = tapes(announced, 3)
 
     def prepare() -> tuple[Session, Shared, Choice | None, Plan, bytes, Seen | None]:
         model = found(catalogue, writing.model, announced)
@@ -82,27 +93,36 @@ def generate(
         if choice is not None and choice.penalises:
             uncounted = torch.cat([session.tokens[:, session.counted :], new.share], dim=1)[0]
             before = Seen(session.counts, Shared(uncounted))
-        room, fresh = capacity(session.length + new.shape[1]), 0 if before is None else before.fresh.shape[0]
-        plan, digest = model.step_plan(new.shape[1], room, choice, fresh, epoch.mesh.parties)
+        plan, digest = _planned(part.epoch.mesh.parties, model, session.length, session.counted, new.shape[1], choice)
         return session, new, choice, plan, digest, before
 
     begun = writing.session is not None
     try:
-        session, new, choice, plan, digest, before = by.agreed(epoch, prepare)
+        session, new, choice, plan, digest, before = await by.agreed(part, prepare)
     except Refused:
         if not begun and writing.session is not None:  # it began here, but not everywhere
             sessions.forget([job.id])
         raise
-    model = session.model
-    by.masked(epoch, model, mask_tape)
-    began, sent = time.perf_counter(), epoch.mesh.bytes_sent
-    use = session.use()
-    tape = by.deal(epoch, own_tape, plan, digest, model.weights, use)
-    offline = Phase(time.perf_counter() - began, 0, epoch.mesh.bytes_sent - sent, tape.dealer_bytes)
-    holdings, caches = model.holdings(), session.caches(capacity(session.length + new.shape[1]))
+    model, slot = session.model, session.slot
+    await by.masked(part, model, mask_tape)
+    began, sent = time.perf_counter(), part.sent
+    tape, seconds = await _tape(by, part, session, own_tape, plan, digest)
+    seconds += time.perf_counter() - began
+    offline = Phase(seconds, 0, part.sent - sent, tape.dealer_bytes)
+    length, counted = session.length + new.shape[1], session.counted
+    counted = counted if before is None else length
+    taken, chosen = min(writing.taken + new.shape[1], writing.tokens.shape[1]), writing.chosen + (choice is not None)
+    # what the next step needs is known, unless several texts grow from the same rows in turn
+    if not writing.over(taken, chosen) and slot.last in (b"", session.id):
+        count, next_choice = writing.part(taken)
+        next_plan, next_digest = _planned(part.epoch.mesh.parties, model, length, counted, count, next_choice)
+        use = session.use_after(new.shape[1])
+        slot.ahead = by.ahead(part, next_tape, next_plan, next_digest, model.weights, use, count)
+    slot.last = session.id
+    holdings, caches = model.holdings(), session.caches(capacity(length))
     done: Stepped
-    done, online = by.execute(
-        epoch,
+    done, online = await by.execute(
+        part,
         tape,
         model.weights,
         lambda ctx: step(model.program, ctx, holdings, new, caches, choice, before),
@@ -111,10 +131,31 @@ def generate(
     session.token = done.token
     if done.counts is not None:
         session.counts, session.counted = done.counts, session.length
-    writing.taken = min(writing.taken + new.shape[1], writing.tokens.shape[1])
-    writing.chosen += choice is not None
+    writing.taken, writing.chosen = taken, chosen
     writing.done.put(Written(writing.taken, done.outputs, online, offline))
-    return writing.over
+    return writing.over(taken, chosen)
+
+
+def _planned(
+    parties: int, model: Model, length: int, counted: int, new: int, choice: Choice | None
+) -> tuple[Plan, bytes]:
+    """The plan of a step that takes in `new` tokens after `length`, of which `counted` have been counted."""
+    fresh = length + new - counted if choice is not None and choice.penalises else 0
+    return model.step_plan(new, capacity(length + new), choice, fresh, parties)
+
+
+async def _tape(
+    by: Stepping, part: Part, session: Session, tape: bytes, plan: Plan, digest: bytes
+) -> tuple[Tape, float]:
+    """The tape of a step, and the seconds it took if it was fetched ahead."""
+    slot = session.slot
+    ahead, slot.ahead = slot.ahead, None
+    if ahead is not None:
+        fetched = await by.taken(part, ahead)
+        if ahead.digest == session.use().digest(digest):
+            return fetched, ahead.seconds
+        slot.skip(ahead.rows)  # the text has taken another turn; the dealer has given these rows masks
+    return await by.deal(part, tape, plan, digest, session.model.weights, session.use()), 0.0
 
 
 def gone() -> AbortedError:

@@ -108,6 +108,11 @@ class Inbox:
             if self._jobs.get(job.id) is job:
                 self._order.append(job.id)
 
+    def restore(self, jobs: list[Job]) -> None:
+        """Let `next` return these requests again, before all others."""
+        with self._changed:
+            self._order.extendleft(job.id for job in reversed(jobs) if self._jobs.get(job.id) is job)
+
     def postpone(self, job: Job) -> None:
         """Let `next` return this request again in a moment: it has not reached all parties yet, but holds nobody up."""
         now = time.monotonic()

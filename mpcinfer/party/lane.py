@@ -2,7 +2,8 @@
 
 A step is agreed on before anything is spent: party 0 announces a request, every party checks that the client sent it
 the same one, and all vote. Then the offline phase (fetch and expand the tape), a second vote, and the online phase.
-A refusal in a vote concerns that request only. An error after the second vote ends the epoch.
+A refusal in a vote concerns that request only. An error after the second vote ends the epoch. Requests that wait at the
+same time share a step: their votes travel in one message, and their openings share rounds.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, MpcInferError, UnavailableError
-from mpcinfer.party.actions import deploy, infer, remove
+from mpcinfer.party.actions import deploy, fill, infer, remove
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
-from mpcinfer.party.generation import generate, gone
+from mpcinfer.party.generation import Writing, generate, gone
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.metrics import PartyMetrics
+from mpcinfer.party.pool import Pool
 from mpcinfer.party.session import Sessions
-from mpcinfer.party.stepping import Late, Refused, Stepping, incident
+from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
 from mpcinfer.wire.mesh import CONTROL
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _log = logging.getLogger(__name__)
 _MATCH_SECONDS = 0.05  # how long the lane waits for a request that another party has already
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
+_QUIET_SECONDS = 0.05  # without a request, before something is fetched for one that may come
 _FLUSH_SECONDS = 0.5
 _ACTIONS: dict[str, Callable[..., Any]] = {"infer": infer, "deploy": deploy, "remove": remove}
 
@@ -113,6 +116,7 @@ class Lane:
                 self._set("connecting", f"{incident(error)}; beginning a new epoch")
             finally:
                 self._sessions.clear()
+                self._by.pool.clear()
                 self._metrics.ended()
                 if self._epoch is not None:
                     # if only the dealer is lost, a peer may still need what was sent for the step that is done
@@ -142,32 +146,90 @@ class Lane:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
+    @property
+    def pool(self) -> Pool:
+        """The tapes that are ready."""
+        return self._by.pool
+
     def _lead(self, epoch: Epoch) -> None:
-        job = self._inbox.next(_IDLE_SECONDS)
+        wanted = self._by.pool.wanted()
+        job = self._inbox.next(_QUIET_SECONDS if wanted is not None else _IDLE_SECONDS)
         if epoch.over:
             raise AbortedError("a party or the dealer has left; connecting again")
         idle = self._sessions.idle()
         if idle:
+            self._by.settle()
             epoch.mesh.announce(json.dumps({"action": "forget", "sessions": [i.hex() for i in idle]}).encode())
             epoch.forget(self._sessions.forget(idle))
-        if job is None or self._stopping.is_set():
+        if self._stopping.is_set():
             return
-        step = self._describe(job)
+        if job is None:
+            if wanted is not None:
+                self._fill(epoch, wanted)
+            return
+        jobs = self._together(epoch, job)
+        step = {"action": job.action, "parts": [self._describe(each) for each in jobs]}
         epoch.mesh.announce(json.dumps(step).encode())
         self._step(epoch, step)
-        if job.action == "generate" and job.taken:
-            self._inbox.again(job)
+        for each in jobs:
+            if each.action == "generate" and each.taken:
+                self._inbox.again(each)
+
+    def _together(self, epoch: Epoch, job: Job) -> list[Job]:
+        """The request and those that wait behind it and can share its step: rounds cost the same for all of them.
+
+        Models whose masks are open, texts that grow from rows of their own, and as many as there is memory for.
+        """
+        jobs, rest, slots, used = [job], [], {_slot(self._sessions, job)}, 0
+        while job.action in ("infer", "generate") and len(jobs) < self._limits.max_batch:
+            other = self._inbox.next(0)
+            if other is None:
+                break
+            slot = _slot(self._sessions, other)
+            fits = other.action == job.action and other.content.model.masked_in == epoch.id and slot not in slots
+            if not (fits and job.content.model.masked_in == epoch.id):
+                rest.append(other)
+                break
+            used = (used or _memory(epoch, job)) + _memory(epoch, other)
+            if used > self._limits.batch_mb << 20:
+                rest.append(other)
+                break
+            jobs.append(other)
+            slots.add(slot)
+        self._inbox.restore(rest)
+        return jobs
 
     def _follow(self, epoch: Epoch) -> None:
         step = json.loads(epoch.mesh.links[0].receive(CONTROL))
         if step["action"] == "forget":
             self._sessions.forget([bytes.fromhex(i) for i in step["sessions"]])
+        elif step["action"] == "fill":
+            self._filled(epoch, step)
         else:
             self._step(epoch, step)
 
+    def _fill(self, epoch: Epoch, wanted: tuple[bytes, list[bytes]]) -> None:
+        digest, drops = wanted
+        step = {
+            "action": "fill",
+            "plan": digest.hex(),
+            "drops": [d.hex() for d in drops],
+            "tape": secrets.token_hex(16),
+        }
+        epoch.mesh.announce(json.dumps(step).encode())
+        self._filled(epoch, step)
+
+    def _filled(self, epoch: Epoch, step: dict[str, Any]) -> None:
+        epoch.mesh.account = self._metrics.account("fill")
+        watchdog = epoch.mesh.limited(self._limits.step_timeout_s)
+        try:
+            self._by.settle()
+            self._by.run(epoch, [fill(self._by, Part(epoch), step)])
+        finally:
+            watchdog.cancel()
+
     def _describe(self, job: Job) -> dict[str, Any]:
-        step: dict[str, Any] = {
-            "action": job.action,
+        part: dict[str, Any] = {
             "id": job.id.hex(),
             "digest": job.digest(),
             "tape": secrets.token_hex(16),
@@ -175,54 +237,89 @@ class Lane:
             "begun": job.taken,
         }
         if job.action in ("infer", "generate"):
-            step["deployment"] = job.content.model.id.hex()
-        return step
+            part["deployment"] = job.content.model.id.hex()
+        return part
 
     def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
         limit = self._limits.step_timeout_s
         epoch.mesh.account = self._metrics.account(step["action"])
         watchdog, end = epoch.mesh.limited(limit), time.monotonic() + limit
-        job: Job | None = None
+        jobs: list[Job | None] = [None] * len(step["parts"])
         self._busy = True
         try:
-            refusal = None
-            try:
-                job = self._inbox.match(
-                    bytes.fromhex(step["id"]), step["digest"], 0 if self.index == 0 else _MATCH_SECONDS
-                )
-            except MpcInferError as error:
-                refusal = error
-            # an upload that has begun to arrive may take as long as its caller waits
-            if job is None and step["last"] and not self._inbox.expects(bytes.fromhex(step["id"])):
-                refusal = refusal or UnavailableError("the request has not reached all parties; send it again")
-            if job is None and step["begun"]:
-                refusal = gone()
-            self._by.vote(epoch, refusal, late=job is None)
-            assert job is not None
-            job.taken = True
-            if step["action"] == "generate":
-                if not generate(self._by, self._catalogue, self._sessions, epoch, job, step):
-                    return
-                job.succeed(None)
-            else:
-                job.succeed(_ACTIONS[step["action"]](self._by, self._catalogue, epoch, job, step))
-            self.done += 1
-        except Late:
-            if job is not None and self.index == 0:
-                self._inbox.postpone(job)
-        except Refused as refused:
-            self._answer(job, refused.__cause__)
+            self._by.settle()
+            parts = [self._part(epoch, step["action"], each, jobs, i) for i, each in enumerate(step["parts"])]
+            for job, outcome in zip(jobs, self._by.run(epoch, parts), strict=True):
+                if isinstance(outcome, Late):
+                    if job is not None and self.index == 0:
+                        self._inbox.postpone(job)
+                elif isinstance(outcome, Refused):
+                    self._answer(job, outcome.__cause__)
+                elif outcome:
+                    self.done += 1
         except Exception as error:
             # the links broke because a watchdog closed them, here or at a party that came to the step a moment earlier
             late = time.monotonic() >= end - limit / 20
             slow = AbortedError(f"not finished in the {limit:g} s that party {self.index} allows (step_timeout_s)")
-            self._answer(job, slow if late else error)
+            for job in jobs or [None]:
+                self._answer(job, slow if late else error)
             raise
         finally:
             self._busy = False
             watchdog.cancel()
 
+    async def _part(
+        self, epoch: Epoch, action: str, described: dict[str, Any], jobs: list[Job | None], at: int
+    ) -> bool:
+        """One request of a step, from the vote on whether all have it; whether it has its answer now."""
+        part, job, refusal = Part(epoch), None, None
+        id_ = bytes.fromhex(described["id"])
+        try:
+            job = self._inbox.match(id_, described["digest"], 0 if self.index == 0 else _MATCH_SECONDS)
+        except MpcInferError as error:
+            refusal = error
+        # an upload that has begun to arrive may take as long as its caller waits
+        if job is None and described["last"] and not self._inbox.expects(id_):
+            refusal = refusal or UnavailableError("the request has not reached all parties; send it again")
+        if job is None and described["begun"]:
+            refusal = gone()
+        jobs[at] = job
+        await self._by.vote(part, refusal, late=job is None)
+        assert job is not None
+        job.taken = True
+        if action != "generate":
+            job.succeed(await _ACTIONS[action](self._by, self._catalogue, part, job, described))
+            return True
+        over = await generate(self._by, self._catalogue, self._sessions, part, job, described)
+        if over:
+            job.succeed(None)
+        return over
+
     def _answer(self, job: Job | None, error: BaseException | None) -> None:
         self.failed += 1
         if job is not None:
             job.fail(error if isinstance(error, MpcInferError) else incident(error))
+
+
+def _slot(sessions: Sessions, job: Job) -> bytes:
+    """Where a text's rows are, and two must not grow at once; for anything else its own id."""
+    if job.action != "generate":
+        return job.id
+    writing: Writing = job.content
+    return sessions.slot(job.id) or sessions.slot(writing.parent) or job.id
+
+
+def _memory(epoch: Epoch, job: Job) -> int:
+    """What a request's tape takes, in bytes, as far as it is known before it is looked at closely."""
+    content = job.content
+    if job.action not in ("infer", "generate") or content.model.masked_in != epoch.id:
+        return 0
+    try:
+        if job.action == "infer":
+            plan, _ = content.model.plan(tuple(x.shape for x in content.inputs), epoch.mesh.parties)
+        else:
+            plan, _ = content.plan(epoch.mesh.parties)
+    except Exception:  # its own part of the step will say so, where that is this request's failure only
+        return 0
+    size: int = plan.expanded_bytes
+    return size

@@ -71,6 +71,7 @@ class Party:
         )
         gauge("waiting_requests", "Requests that have not been answered.", lambda: len(self.inbox))
         gauge("sessions", "Texts whose keys and values are kept.", lambda: len(self.sessions))
+        self.metrics.pool(lambda: {"infer": len(self.lane.pool), "generate": self.sessions.ahead()})
         gauge("models", "Models that all parties hold.", lambda: len(self.catalogue.models()))
 
     def start(self) -> None:

@@ -88,6 +88,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 requests_done=self._lane.done,
                 requests_failed=self._lane.failed,
                 requests_waiting=len(self._inbox),
+                runs_ready=len(self._lane.pool) + self._sessions.ahead(),
                 uptime_seconds=time.monotonic() - self._started,
                 models=[_info(m) for m in self._catalogue.models()],
             )

@@ -16,6 +16,7 @@ import torch
 
 from mpcinfer.errors import BusyError, ConflictError, ContextLengthError, NotFoundError
 from mpcinfer.graph.program import Program
+from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Model
 from mpcinfer.protocol.cache import CacheUse, RowStore, joined
 from mpcinfer.protocol.types import Cached, Shared
@@ -31,10 +32,19 @@ class Slot:
     shares: dict[str, RowStore] = field(repr=False)
     masked: dict[str, RowStore] = field(repr=False)
 
+    # what is on its way for the step that should come next, and whose step was the last one
+    ahead: Ahead | None = field(default=None, repr=False)
+    last: bytes = b""
+
     @property
     def count(self) -> int:
         """How many rows have been appended to each cache."""
         return next(iter(self.shares.values())).count
+
+    def skip(self, rows: int) -> None:
+        """Leave out the numbers of rows whose masks will never be used."""
+        for store in (*self.shares.values(), *self.masked.values()):
+            store.skip(rows)
 
 
 @dataclass
@@ -71,6 +81,11 @@ class Session:
     def use(self) -> CacheUse:
         """What to tell the dealer."""
         return CacheUse(self.slot.id, self.runs, self.slot.count)
+
+    def use_after(self, new: int) -> CacheUse:
+        """The same, once a step has appended so many rows."""
+        count = self.slot.count
+        return CacheUse(self.slot.id, tuple(joined([*self.runs, (count, count + new)])), count + new)
 
     def caches(self, room: int) -> dict[str, Cached]:
         """The caches, with room for so many rows."""
@@ -111,6 +126,16 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def slot(self, session_id: bytes) -> bytes:
+        """The id of a session's slot; nothing if there is no such session."""
+        session = self._sessions.get(session_id)
+        return session.slot.id if session is not None else b""
+
+    def ahead(self) -> int:
+        """For how many of them randomness for the next step is there, or on its way."""
+        slots = {s.slot.id: s.slot for s in self._sessions.copy().values()}
+        return sum(slot.ahead is not None for slot in slots.values())
 
     def rows(self, program: Program) -> int:
         """How many rows a slot of this model may have here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from mpcinfer import errors
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError
 from mpcinfer.graph.plan import mask_weights
+from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.pool import Pool
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.protocol.cache import CacheUse
-from mpcinfer.protocol.context import Context, Opening, drive
+from mpcinfer.protocol.context import Context, Opening
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared, Weight
 from mpcinfer.wire import channel
@@ -44,6 +46,51 @@ class Late(Exception):
     """Some party does not have the request yet: party 0 will announce it again."""
 
 
+@dataclass
+class Part:
+    """One request's part of a step, which several may share: what it has cost this party so far."""
+
+    epoch: Epoch
+    rounds: int = 0
+    sent: int = 0
+
+
+class _Ballot:
+    """What a part waits for: the others' votes."""
+
+    def __init__(self, part: Part, own: dict[str, Any]) -> None:
+        self.part = part
+        self.own = own
+
+    def __await__(self) -> Generator[_Ballot, dict[int, Any], dict[int, Any]]:
+        return (yield self)
+
+
+class _Round:
+    """What a part waits for: opened values."""
+
+    def __init__(self, part: Part, openings: list[Opening]) -> None:
+        self.part = part
+        self.openings = openings
+
+
+class _Metered:
+    """A protocol as a part of a step: its openings say whose they are."""
+
+    def __init__(self, part: Part, protocol: Coroutine[Any, Any, Any]) -> None:
+        self._part, self._protocol = part, protocol
+
+    def __await__(self) -> Generator[_Round, list[torch.Tensor], Any]:
+        values: list[torch.Tensor] | None = None
+        try:
+            while True:
+                values = yield _Round(self._part, self._protocol.send(values))
+        except StopIteration as done:
+            return done.value
+        finally:
+            self._protocol.close()
+
+
 class Stepping:
     """How this party takes part in steps."""
 
@@ -51,9 +98,49 @@ class Stepping:
         self.index = index
         self._catalogue = catalogue
         self._limits = limits
+        self.pool = Pool(limits.pool_mb)
+        self._ahead: Ahead | None = None
 
-    def vote(
-        self, epoch: Epoch, refusal: MpcInferError | None, note: str = "", *, late: bool = False
+    def run(self, epoch: Epoch, steps: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Run the parts of a step side by side: what each yields, or Refused or Late. Any other error ends all of them.
+
+        Whatever waits for votes goes first, in one message; once all wait for openings, these share a round.
+        """
+        outcomes: list[Any] = [None] * len(steps)
+        waiting: dict[int, _Ballot | _Round] = {}
+
+        def resume(i: int, value: Any) -> None:
+            try:
+                waiting[i] = steps[i].send(value)
+            except StopIteration as done:
+                waiting.pop(i, None)
+                outcomes[i] = done.value
+            except (Refused, Late) as error:
+                waiting.pop(i, None)
+                outcomes[i] = error
+
+        try:
+            for i in range(len(steps)):
+                resume(i, None)
+            while waiting:
+                ballots = {i: w for i, w in waiting.items() if isinstance(w, _Ballot)}
+                if ballots:
+                    found = _count(epoch, list(ballots.values()))
+                    for (i, _), answers in zip(ballots.items(), found, strict=True):
+                        resume(i, answers)
+                    continue
+                rounds = {i: w for i, w in waiting.items() if isinstance(w, _Round)}
+                values, at = _shared_round(epoch, list(rounds.values())), 0
+                for i, each in rounds.items():
+                    resume(i, values[at : at + len(each.openings)])
+                    at += len(each.openings)
+            return outcomes
+        finally:
+            for step in steps:
+                step.close()
+
+    async def vote(
+        self, part: Part, refusal: MpcInferError | None, note: str = "", *, late: bool = False
     ) -> dict[int, str]:
         """All parties say yes (with a note each), no, or "not here yet".
 
@@ -64,9 +151,7 @@ class Stepping:
             "text": str(refusal) if refusal else note,
             "late": late,
         }
-        answers = {self.index: own} | {
-            peer: json.loads(raw) for peer, raw in epoch.mesh.exchange(json.dumps(own).encode(), CONTROL).items()
-        }
+        answers = {self.index: own} | await _Ballot(part, own)
         if refusal is not None:
             raise Refused from refusal
         for peer, answer in sorted(answers.items()):
@@ -79,34 +164,28 @@ class Stepping:
             raise Late
         return {peer: answer["text"] for peer, answer in answers.items()}
 
-    def agreed(self, epoch: Epoch, work: Callable[[], Any]) -> Any:
+    async def agreed(self, part: Part, work: Callable[[], Any]) -> Any:
         """Do something that may fail here, and go on only if it succeeded everywhere."""
-        value, refusal = None, None
-        try:
-            value = work()
-        except MpcInferError as error:
-            refusal = error
-        except Exception as error:
-            refusal = incident(error)
-        self.vote(epoch, refusal)
+        value, refusal = _tried(work)
+        await self.vote(part, refusal)
         return value
 
-    def execute(
+    async def execute(
         self,
-        epoch: Epoch,
+        part: Part,
         tape: Tape,
         weights: dict[str, Weight],
         protocol: Callable[[Context], Coroutine[Any, Any, Any]],
     ) -> tuple[Any, Phase]:
         """Run a protocol with the other parties: its result here, and what it cost."""
-        began, rounds, sent = time.perf_counter(), epoch.mesh.rounds, epoch.mesh.bytes_sent
-        ctx = Context(self.index, epoch.mesh.parties, tape, weights)
-        result = drive(protocol(ctx), lambda batch: _exchange(epoch, batch))
-        return result, Phase(time.perf_counter() - began, epoch.mesh.rounds - rounds, epoch.mesh.bytes_sent - sent)
+        began, rounds, sent = time.perf_counter(), part.rounds, part.sent
+        ctx = Context(self.index, part.epoch.mesh.parties, tape, weights)
+        result = await _Metered(part, protocol(ctx))
+        return result, Phase(time.perf_counter() - began, part.rounds - rounds, part.sent - sent)
 
-    def deal(
+    async def deal(
         self,
-        epoch: Epoch,
+        part: Part,
         tape: bytes,
         plan: Plan,
         digest: bytes,
@@ -114,27 +193,82 @@ class Stepping:
         use: CacheUse | None = None,
     ) -> Tape:
         """Fetch a tape at all parties. A failure ends the epoch: the dealer may have forgotten it, or burn the tape."""
+        seconds = self._limits.step_timeout_s
+        return await self._fetched(part, lambda: fetch(part.epoch, tape, plan, digest, weights, seconds, use))
+
+    def ahead(
+        self,
+        part: Part,
+        tape: bytes,
+        plan: Plan,
+        digest: bytes,
+        weights: dict[str, Weight],
+        use: CacheUse | None = None,
+        rows: int = 0,
+    ) -> Ahead:
+        """Begin to fetch a tape that is for later, which gives so many rows of caches masks.
+
+        One after the other if there are several, and in the same order at all parties.
+        """
+        seconds, epoch = self._limits.step_timeout_s, part.epoch
+        named = use.digest(digest) if use is not None else digest
+        self._ahead = Ahead(
+            tape, named, lambda: fetch(epoch, tape, plan, digest, weights, seconds, use), rows, after=self._ahead
+        )
+        return self._ahead
+
+    async def taken(self, part: Part, ahead: Ahead) -> Tape:
+        """What was fetched ahead, the same at all parties. A failure ends the epoch, as in `deal`."""
+        return await self._fetched(part, ahead.take, ahead.id.hex())
+
+    def settle(self) -> None:
+        """Wait for what is being fetched ahead: nothing else may be asked of the dealer before it is there."""
+        if self._ahead is not None:
+            self._ahead.settle()
+            self._ahead = None
+
+    async def _fetched(self, part: Part, work: Callable[[], Tape], id_: str = "") -> Tape:
+        self.settle()
+        tape, refusal = _tried(work)
         try:
-            tape_here: Tape = self.agreed(
-                epoch, lambda: fetch(epoch, tape, plan, digest, weights, self._limits.step_timeout_s, use)
-            )
+            named = await self.vote(part, refusal, id_)
         except Refused as refused:
             raise refused.__cause__ or AbortedError("a party could not get its randomness") from None
-        return tape_here
+        if len(set(named.values())) > 1:
+            raise ProtocolError("the parties took different tapes; all of them are burnt")
+        fetched: Tape = tape
+        return fetched
 
-    def masked(self, epoch: Epoch, model: Model, tape: bytes) -> None:
+    async def masked(self, part: Part, model: Model, tape: bytes) -> None:
         """Open the weights' masks, once per epoch."""
+        epoch = part.epoch
         if model.masked_in == epoch.id:
             return
+        if model.masking_in == epoch.id:
+            raise ProtocolError("two parts of a step open one model's masks")
+        model.masking_in = epoch.id
 
         def prepare() -> tuple[Plan, dict[str, Shared]]:
             return model.mask_plan(epoch.mesh.parties), self._catalogue.load(model)
 
-        plan, shares = self.agreed(epoch, prepare)
-        masks = self.deal(epoch, tape, plan, plan.digest(), {})
-        masked, _ = self.execute(epoch, masks, {}, lambda ctx: mask_weights(model.program, ctx, shares))
+        try:
+            plan, shares = await self.agreed(part, prepare)
+            masks = await self.deal(part, tape, plan, plan.digest(), {})
+            masked, _ = await self.execute(part, masks, {}, lambda ctx: mask_weights(model.program, ctx, shares))
+        finally:
+            model.masking_in = b""
         model.weights = {w.name: w for w in masked}
         model.masked_in = epoch.id
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, MpcInferError | None]:
+    """What it returns, or why it fails."""
+    try:
+        return work(), None
+    except MpcInferError as error:
+        return None, error
+    except Exception as error:
+        return None, incident(error)
 
 
 def incident(error: BaseException | None) -> ProtocolError:
@@ -146,6 +280,35 @@ def tapes(step: dict[str, Any], count: int) -> list[bytes]:
     """Ids of the tapes of a step, from the one party 0 drew."""
     base = bytes.fromhex(step["tape"])
     return [hashlib.sha256(base + bytes([i])).digest()[:16] for i in range(count)]
+
+
+def _count(epoch: Epoch, ballots: list[_Ballot]) -> list[dict[int, Any]]:
+    """One control message to every peer for all who vote: the others' answers to each."""
+    before = epoch.mesh.bytes_sent
+    raw = epoch.mesh.exchange(json.dumps([ballot.own for ballot in ballots]).encode(), CONTROL)
+    found = {peer: json.loads(answers) for peer, answers in raw.items()}
+    for peer, answers in found.items():
+        if not isinstance(answers, list) or len(answers) != len(ballots):
+            raise ProtocolError(f"party {peer} votes on something else")
+    for ballot in ballots[1:]:
+        ballot.part.sent += (epoch.mesh.bytes_sent - before) // len(ballots)
+    rest = (epoch.mesh.bytes_sent - before) // len(ballots) * (len(ballots) - 1)
+    ballots[0].part.sent += epoch.mesh.bytes_sent - before - rest
+    return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))]
+
+
+def _shared_round(epoch: Epoch, rounds: list[_Round]) -> list[torch.Tensor]:
+    """One round of all parts; the frames' headers count with the first one's bytes."""
+    before, peers = epoch.mesh.bytes_sent, epoch.mesh.parties - 1
+    values = _exchange(epoch, [opening for each in rounds for opening in each.openings])
+    headers = epoch.mesh.bytes_sent - before
+    for each in rounds:
+        own = peers * sum(o.ring.packed_bytes(o.masked.numel()) for o in each.openings)
+        each.part.rounds += 1
+        each.part.sent += own
+        headers -= own
+    rounds[0].part.sent += headers
+    return values
 
 
 def _exchange(epoch: Epoch, batch: list[Opening]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import mpcinfer.party.stepping as stepping
 from mpcinfer.config import Limits
 from mpcinfer.errors import BusyError, ContextLengthError
+from mpcinfer.party.session import Slot
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine, split
 from mpcinfer.wire import channel
@@ -124,6 +126,92 @@ def slots(cluster: InProcess) -> dict[bytes, int]:
 
 def epoch(cluster: InProcess) -> Any:
     return cluster.parties[0].former.current
+
+
+@pytest.mark.parametrize("cluster", [2, 3], indirect=True, ids="n={}".format)
+def test_what_was_fetched_ahead_is_skipped_if_the_text_takes_another_turn(cluster: InProcess) -> None:
+    caller, text = cluster.caller(), token_ids(6)
+    first = write(caller, text, 30)
+    first.step()
+    first.cancel()
+    wait_for(lambda: not any(len(p.inbox) for p in cluster.parties.values()))
+    session = cluster.parties[0].lane._sessions._sessions[first.session]
+    written = session.length
+    assert cluster.parties[0].lane._sessions.ahead() == 1
+    fork = write(caller, [9, 8], 3, first.session, 4)
+    assert right(fork.rest()[:-1], [*text[:4], 9, 8])
+    # two new rows and two tokens' rows, and the one that was never written: its mask is not another row's
+    assert list(slots(cluster).values()) == [written + 1 + 2 + 2]
+    assert {s.slot.count for p in cluster.parties.values() for s in p.lane._sessions._sessions.values()} == {
+        written + 1 + 2 + 2
+    }
+
+
+def test_rows_that_are_not_skipped_are_noticed(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: parties that forget that the dealer has counted on."""
+    caller, text = cluster.caller(), token_ids(6)
+    first = write(caller, text, 30)
+    first.step()
+    first.cancel()
+    wait_for(lambda: not any(len(p.inbox) for p in cluster.parties.values()))
+    monkeypatch.setattr(Slot, "skip", lambda slot, rows: None)
+    fork = write(caller, [9, 8], 3, first.session, 4)
+    assert fork.rest()[-1] is not None
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_texts_that_are_written_at_the_same_time_share_rounds(tmp_path: Path, n: int) -> None:
+    with InProcess(tmp_path, n, replace(LIMITS, max_sessions=16)) as cluster:
+        cluster.caller().deploy(CAPTURED.program, dict(CAPTURED.weights))
+        together(cluster)
+
+
+def together(cluster: InProcess) -> None:
+    caller, text = cluster.caller(), token_ids(6)
+    alone = write(caller, text, 4)
+    found = alone.rest()
+    mesh = epoch(cluster).mesh
+    before = mesh.rounds
+    again = write(caller, text, 4).rest()
+    of_one = mesh.rounds - before
+    assert right(found[:-1], text) and right(again[:-1], text)
+    gate = Gate(cluster.parties[1].lane)
+    first = write(caller, text, 1)
+    assert gate.reached.wait(60)
+    texts = [token_ids(6), [7, 3, 9, 2], token_ids(6)]
+    streams = [write(caller, each, 4) for each in texts]
+    fork = write(caller, [5], 4, alone.session, 7)  # grows from the same rows as the next one: not in one step
+    other = write(caller, [8], 4, alone.session, 7)
+    wait_for(lambda: all(len(p.inbox) == 6 for p in cluster.parties.values()))
+    gate.open.set()
+    assert first.rest()[-1] is None
+    before = mesh.rounds
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda s: s.rest(), [*streams, fork, other]))
+    grown = [*texts, [*text, found[0], 5], [*text, found[0], 8]]
+    assert all(a[-1] is None and len(a) == 5 and right(a[:-1], t) for a, t in zip(answers, grown, strict=True))
+    assert mesh.rounds - before <= 2.5 * of_one
+
+
+def test_tapes_are_fetched_ahead(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    real_deal, real_ahead = stepping.Stepping.deal, stepping.Stepping.ahead
+
+    def deal(by: stepping.Stepping, *args: Any, **kwargs: Any) -> Any:
+        fetched.append("deal")
+        return real_deal(by, *args, **kwargs)
+
+    def ahead(by: stepping.Stepping, *args: Any, **kwargs: Any) -> Any:
+        fetched.append("ahead")
+        return real_ahead(by, *args, **kwargs)
+
+    caller, text = cluster.caller(), token_ids(6)
+    assert write(caller, text, 1).rest()[-1] is None  # opens the masks of the weights
+    monkeypatch.setattr(stepping.Stepping, "deal", deal)
+    monkeypatch.setattr(stepping.Stepping, "ahead", ahead)
+    found = write(caller, text, 4).rest()
+    assert right(found[:-1], text)
+    assert sorted(fetched) == ["ahead"] * 3 * cluster.n + ["deal"] * cluster.n
 
 
 def test_a_text_its_fork_and_its_end(cluster: InProcess) -> None:

@@ -16,6 +16,7 @@ import mpcinfer.protocol.linear as linear_module
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, StoreError, UnavailableError
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.pool import READY
 from mpcinfer.party.stepping import Stepping
 from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.types import Weight
@@ -98,6 +99,121 @@ def test_deploy_and_infer(cluster: InProcess) -> None:
     assert right(caller.infer(X), X, other)
     assert right(caller.infer(X, version=1))
     assert [(m.name, m.version) for m in cluster.parties[0].catalogue.models()] == [("m", 1), ("m", 2)]
+
+
+@pytest.mark.parametrize("cluster", [2, 3], indirect=True, ids="n={}".format)
+def test_requests_that_wait_share_rounds(cluster: InProcess, caller: Caller) -> None:
+    assert right(caller.infer(X))
+    gate = Gate(cluster.parties[1].lane)
+    first = later(lambda: caller.infer(X))
+    assert gate.reached.wait(60)
+    inputs = [torch.randn(k, 4) for k in (1, 3, 3, 2)]
+    waiting = [later(lambda x=x: cluster.caller("client/bob").infer(x)) for x in inputs]  # type: ignore[misc]
+    wait_for(lambda: all(len(p.inbox) == 5 for p in cluster.parties.values()))
+    mesh = cluster.parties[0].former.current.mesh  # type: ignore[union-attr]
+    gate.open.set()
+    assert right(first.result(60))
+    before, sent = mesh.rounds, mesh.bytes_sent
+    answers = [w.result(60) for w in waiting]
+    assert all(right(a, x) for a, x in zip(answers, inputs, strict=True))
+    assert mesh.rounds - before == 8  # what one request takes
+    assert {a.online.rounds for each in answers for a in each} == {8}
+    # each is told what it has cost, and nothing is told twice
+    assert sum(a[0].online.bytes_sent + a[0].offline.bytes_sent for a in answers) <= mesh.bytes_sent - sent
+
+
+def test_a_request_that_is_refused_leaves_those_beside_it_alone(cluster: InProcess, caller: Caller) -> None:
+    assert right(caller.infer(X))
+    gate = Gate(cluster.parties[1].lane)
+    first = later(lambda: caller.infer(X))
+    assert gate.reached.wait(60)
+    epoch = cluster.parties[0].former.current
+    good = [later(lambda: caller.infer(X)) for _ in range(2)]
+    wait_for(lambda: all(len(p.inbox) == 3 for p in cluster.parties.values()))
+    requests = caller.inferences(X)
+    other = caller.inferences(X[:1])[-1]
+    other.request_id = requests[0].request_id
+    bad = later(lambda: caller.at_all("Infer", [*requests[:-1], other]))
+    wait_for(lambda: all(len(p.inbox) == 4 for p in cluster.parties.values()))
+    gate.open.set()
+    assert all(right(each.result(60)) for each in (first, *good))
+    assert kinds(bad.result(60)) == ["AgreementError"] * cluster.n
+    assert cluster.parties[0].former.current is epoch and right(caller.infer(X))
+
+
+def test_as_many_as_there_is_memory_for(tmp_path: Path) -> None:
+    with InProcess(tmp_path, 2, Limits(max_batch=2, pool_mb=0)) as cluster:
+        caller = cluster.caller()
+        caller.deploy(PROGRAM, WEIGHTS)
+        for limit, rounds in ((2, 16), (1, 32)):  # of four requests
+            for p in cluster.parties.values():
+                p.lane._limits = Limits(max_batch=limit, pool_mb=0)
+            gate = Gate(cluster.parties[1].lane)
+            first = later(lambda: caller.infer(X))
+            assert gate.reached.wait(60)
+            waiting = [later(lambda: caller.infer(X)) for _ in range(4)]
+            wait_for(lambda: all(len(p.inbox) == 5 for p in cluster.parties.values()))
+            mesh = cluster.parties[0].former.current.mesh  # type: ignore[union-attr]
+            gate.open.set()
+            assert right(first.result(60))
+            before = mesh.rounds
+            assert all(right(w.result(60)) for w in waiting) and mesh.rounds - before == rounds
+
+
+def ready(cluster: InProcess, count: int = READY) -> bool:
+    return all(len(p.lane.pool) == count for p in cluster.parties.values())
+
+
+@pytest.mark.parametrize("cluster", [2, 3], indirect=True, ids="n={}".format)
+def test_the_next_request_finds_its_randomness_ready(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert right(caller.infer(X))
+    wait_for(lambda: ready(cluster))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepping, "deal", lambda *_: pytest.fail("a tape was fetched"))
+        answers = caller.infer(2 * X)
+    assert right(answers, 2 * X)
+    plan, _ = cluster.parties[0].catalogue.find("m", 0).plan([(3, 4)], cluster.n)
+    *others, last = [a.offline.bytes_from_dealer for a in answers]
+    assert not any(others) and 0 < last - plan.correction_bytes() <= 16 and {a.online.rounds for a in answers} == {8}
+    wait_for(lambda: ready(cluster))  # it is filled again
+    tapes = [[t for s in p.lane.pool.shelves().values() for t in s.tapes] for p in cluster.parties.values()]
+    assert len({tuple(t.id for t in each) for each in tapes}) == 1
+
+
+def test_parties_that_take_different_tapes_burn_them(cluster: InProcess, caller: Caller) -> None:
+    """The planted fault: the pools of two parties are not in the same order."""
+    assert right(caller.infer(X))
+    wait_for(lambda: ready(cluster))
+    (shelf,) = cluster.parties[1].lane.pool.shelves().values()
+    shelf.tapes.reverse()
+    wait = cluster.new_epoch()
+    assert not any(hasattr(a, "outputs") for a in caller.infer(X))
+    wait()
+    assert right(caller.infer(X))
+
+
+def test_pools_are_burnt_with_their_epoch_and_model(cluster: InProcess, caller: Caller) -> None:
+    assert right(caller.infer(X))
+    wait_for(lambda: ready(cluster))
+    request = party_pb2.RemoveModelRequest(request_id=b"0" * 16, name="m")
+    assert [a.removed for a in caller.at_all("RemoveModel", [request] * cluster.n)] == [1] * cluster.n
+    assert ready(cluster, 0)
+    caller.deploy(PROGRAM, WEIGHTS)
+    assert right(caller.infer(X))
+    wait_for(lambda: ready(cluster))
+    cluster.crash(1)
+    cluster.start_party(1)
+    cluster.wait_ready()
+    assert ready(cluster, 0) and right(caller.infer(X))
+
+
+def test_a_party_without_room_keeps_the_others_from_filling(cluster: InProcess, caller: Caller) -> None:
+    cluster.parties[1].lane.pool._most = 0
+    assert right(caller.infer(X))
+    wait_for(lambda: any(s.full for s in cluster.parties[0].lane.pool.shelves().values()))
+    assert ready(cluster, 0) and right(caller.infer(X))
 
 
 def test_requests_of_several_clients_are_taken_in_turn(cluster: InProcess, caller: Caller) -> None:
@@ -545,6 +661,7 @@ def test_what_is_spent_is_what_was_dealt(cluster: InProcess, caller: Caller) -> 
     before = dealt(cluster)
     for _ in range(3):
         caller.infer(X)
-    assert dealt(cluster) == before + 3
+    wait_for(lambda: ready(cluster))
+    assert dealt(cluster) == before + 3 + READY
     assert cluster.dealer is not None and cluster.dealer._session is not None
     assert not cluster.dealer._session.tapes

@@ -27,7 +27,10 @@ from tests.party.test_lane import Gate, later
 PROGRAM = mlp()
 WEIGHTS = random_weights(PROGRAM)
 X = torch.linspace(-2, 2, 8).reshape(2, 4)
-LIMITS = Limits(max_waiting_requests=4, max_upload_mb=1, max_message_mb=4, connect_timeout_s=5, step_timeout_s=60)
+# nothing is dealt ahead, so that what is spent can be counted
+LIMITS = Limits(
+    max_waiting_requests=4, max_upload_mb=1, max_message_mb=4, connect_timeout_s=5, step_timeout_s=60, pool_mb=0
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("index", "parties", "protocol_version", "cluster_digest", "package_version", "state", "detail", "requests_done", "requests_failed", "requests_waiting", "uptime_seconds", "models")
+    __slots__ = ("index", "parties", "protocol_version", "cluster_digest", "package_version", "state", "detail", "requests_done", "requests_failed", "requests_waiting", "uptime_seconds", "models", "runs_ready")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PARTIES_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class StatusResponse(_message.Message):
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_READY_FIELD_NUMBER: _ClassVar[int]
     index: int
     parties: int
     protocol_version: int
@@ -37,7 +38,8 @@ class StatusResponse(_message.Message):
     requests_waiting: int
     uptime_seconds: float
     models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
-    def __init__(self, index: _Optional[int] = ..., parties: _Optional[int] = ..., protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., package_version: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., requests_done: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
+    runs_ready: int
+    def __init__(self, index: _Optional[int] = ..., parties: _Optional[int] = ..., protocol_version: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., package_version: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., requests_done: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., runs_ready: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "version", "deployment_id", "owner", "inputs", "outputs", "reveal", "created_unix_seconds", "parameters", "sizes", "context", "vocabulary_digest")

@@ -1,0 +1,49 @@
+"""Tapes that are fetched while something else is computed, or while nothing is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from mpcinfer.party.tape import Tape
+
+
+class Ahead:
+    """A tape on its way, fetched in a thread of its own.
+
+    All parties ask for it in the same step, and nobody asks the dealer for anything else before it is there: the key
+    chains of both ends move in the same order.
+    """
+
+    def __init__(
+        self, id_: bytes, digest: bytes, fetch: Callable[[], Tape], rows: int = 0, after: Ahead | None = None
+    ) -> None:
+        """id_: the tape's. digest: of what it is for. rows: how many of each cache it masks. after: comes first."""
+        self.id = id_
+        self.digest = digest
+        self.rows = rows
+        self.seconds = 0.0
+        self._tape: Future[Tape] = Future()
+        threading.Thread(target=self._run, args=(fetch, after), name="ahead", daemon=True).start()
+
+    def _run(self, fetch: Callable[[], Tape], after: Ahead | None) -> None:
+        if after is not None:
+            after.settle()
+        began = time.perf_counter()
+        try:
+            tape = fetch()
+        except BaseException as error:
+            self._tape.set_exception(error)
+        else:
+            self.seconds = time.perf_counter() - began
+            self._tape.set_result(tape)
+
+    def settle(self) -> None:
+        """Wait until it is there, or has failed."""
+        self._tape.exception()
+
+    def take(self) -> Tape:
+        """The tape; raises what fetching it has raised."""
+        return self._tape.result()
