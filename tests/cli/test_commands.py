@@ -318,7 +318,7 @@ def test_the_templates_are_what_the_processes_read(shell: Shell, tmp_path: Path)
         spelled_out, count = re.subn(r"(?m)^# (?=\w+ = )", "", text)
         (made.directory / "node.toml").write_text(spelled_out)
         assert Node.load(made.directory / "node.toml") == node
-        assert count == (11 if name == "party" else 0)
+        assert count == (17 if name == "party" else 0)
 
 
 @pytest.mark.slow

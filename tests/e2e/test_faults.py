@@ -73,7 +73,8 @@ def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         parties=request.param,
         owners=["alice", "eve"],
         clients=["bob"],
-        limits={"max_waiting_requests": WAITING, "connect_timeout_s": 5.0, "step_timeout_s": 60.0},
+        # nothing is dealt ahead: every request needs the dealer
+        limits={"max_waiting_requests": WAITING, "connect_timeout_s": 5.0, "step_timeout_s": 60.0, "pool_mb": 0},
     )
     try:
         cluster.start()

@@ -45,7 +45,12 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     cluster = LocalCluster(
-        tmp_path_factory.mktemp("metrics") / "local", parties=2, owners=["penguin"], clients=["ocelot"]
+        tmp_path_factory.mktemp("metrics") / "local",
+        parties=2,
+        owners=["penguin"],
+        clients=["ocelot"],
+        # nothing is dealt ahead, so that what is counted is what the callers are told
+        limits={"pool_mb": 0},
     )
     roles = ["party/0", "party/1", "dealer"]
     ports = dict(zip(roles, free_ports(3), strict=True))

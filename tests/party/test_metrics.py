@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, BusyError, ConfigError
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.server import Party
@@ -30,7 +31,7 @@ NAME = "zebra"  # of a model
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="n={}".format)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    with InProcess(tmp_path_factory.mktemp("metrics"), request.param) as running:
+    with InProcess(tmp_path_factory.mktemp("metrics"), request.param, Limits(pool_mb=0)) as running:
         yield running
 
 
