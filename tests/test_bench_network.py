@@ -45,6 +45,7 @@ def everything(sock: socket.socket) -> bytes:
     return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
+@pytest.mark.slow  # it measures time
 @pytest.mark.parametrize(("name", "seconds"), [("lan", 0.2), ("wan", 0.5)])
 def test_delay_and_rate_are_those_of_the_network(network: Any, name: str, seconds: float) -> None:
     nominal = network.NETWORKS[name]

@@ -156,18 +156,19 @@ class Lane:
         job = self._inbox.next(_QUIET_SECONDS if wanted is not None else _IDLE_SECONDS)
         if epoch.over:
             raise AbortedError("a party or the dealer has left; connecting again")
-        idle = self._sessions.idle()
+        jobs = [] if job is None else self._together(epoch, job)
+        idle = self._sessions.idle(max(1, sum(each.action == "generate" and not each.taken for each in jobs)))
         if idle:
             self._by.settle()
             epoch.mesh.announce(json.dumps({"action": "forget", "sessions": [i.hex() for i in idle]}).encode())
             epoch.forget(self._sessions.forget(idle))
         if self._stopping.is_set():
+            self._inbox.restore(jobs)
             return
         if job is None:
             if wanted is not None:
                 self._fill(epoch, wanted)
             return
-        jobs = self._together(epoch, job)
         step = {"action": job.action, "parts": [self._describe(each) for each in jobs]}
         epoch.mesh.announce(json.dumps(step).encode())
         self._step(epoch, step)

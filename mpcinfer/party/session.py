@@ -191,11 +191,11 @@ class Sessions:
                 "shorter text"
             )
 
-    def idle(self) -> list[bytes]:
-        """Party 0: which sessions to forget now."""
+    def idle(self, new: int = 1) -> list[bytes]:
+        """Party 0: which sessions to forget now, so that there is room for so many new ones."""
         now = time.monotonic()
         resting = sorted((s for s in self._sessions.values() if not s.active), key=lambda s: s.touched)
-        crowd = max(0, len(self._sessions) - (self._most - 1))
+        crowd = max(0, len(self._sessions) - (self._most - new))
         over = {s.id for s in resting[:crowd]} | {s.id for s in resting if now - s.touched > self._idle_seconds}
         ended = {i for i in self._ending.copy() if i in self._sessions and not self._sessions[i].active}
         return sorted(over | ended)

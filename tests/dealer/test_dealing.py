@@ -34,12 +34,14 @@ from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
 from mpcinfer.protocol.multiply import SquarePair, Triple
+from mpcinfer.protocol.octaves import TruncatedComparison
 from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
 from mpcinfer.protocol.session import KeyChain, session_keys
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
+from mpcinfer.protocol.truncated_product import TruncatedProduct
 from mpcinfer.ring.kernels import Bilinear
 from mpcinfer.ring.sharing import combine
 
@@ -69,6 +71,8 @@ KINDS: list[Kind] = [
     Triple(MATMUL, (2, 3), (3, 4)),
     Triple(CONV, (1, 2, 4, 4), (3, 2, 3, 3)),
     TruncatedPowers((6,), 16, 3),
+    TruncatedComparison((3,), 4, 8),
+    TruncatedProduct((2, 1), (3,), 16),
     Truncation((7,), 16),
     WeightMask("other", (2, 2)),
     ZeroSharing((5,)),

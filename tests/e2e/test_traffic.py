@@ -67,6 +67,6 @@ def test_bytes_and_rounds_depend_on_shapes_only(measured: dict[str, Any]) -> Non
     # By the system's account the same but for TLS records, acknowledgements, and timers that go off now and then.
     for party in zero[0]["between_parties"]:
         a, b = (mean(run["between_parties"][party] for run in runs) for runs in (zero, maximal))
-        assert a == pytest.approx(b, rel=0.01)
+        assert a == pytest.approx(b, rel=0.03)
     a, b = (mean(run["loopback"] for run in runs) for runs in (zero, maximal))
     assert a == pytest.approx(b, rel=0.05)

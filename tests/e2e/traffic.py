@@ -46,7 +46,7 @@ def main() -> None:
     """Measure."""
     parties, directory = int(sys.argv[1]), Path(sys.argv[2])
     _loopback_up()
-    with local_cluster(directory, parties) as cluster:
+    with local_cluster(directory, parties, limits={"pool_mb": 0}) as cluster:
         connection = Recording.to(cluster.cluster_path)
         with ModelOwner(Recording.to(cluster.cluster_path, roles=("owner",))) as owner, Client(connection) as client:
             runs = {"wide": _wide(cluster, owner, client, connection)} | _alike(cluster, owner, client, connection)
