@@ -36,6 +36,7 @@ def test_our_error_is_at_most_that_of_crypten(name: str, crypten: Any, ran: Path
         assert 0 < ours <= theirs < 0.01, f"{parties} parties: {ours:.6f}, CrypTen: {theirs:.6f}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_module_means_what_it_means_in_crypten(crypten: Any, ran: Path) -> None:
     theirs = torch.load(ran / "zoo-0.pt")

@@ -34,6 +34,7 @@ def run(program: str, directory: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_model_of_the_page_deploys_and_answers(crypten: Any, tmp_path: Path) -> None:
     with local_cluster(tmp_path / "cluster", 2):

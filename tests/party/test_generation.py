@@ -128,7 +128,6 @@ def epoch(cluster: InProcess) -> Any:
     return cluster.parties[0].former.current
 
 
-@pytest.mark.parametrize("cluster", [2, 3], indirect=True, ids="n={}".format)
 def test_what_was_fetched_ahead_is_skipped_if_the_text_takes_another_turn(cluster: InProcess) -> None:
     caller, text = cluster.caller(), token_ids(6)
     first = write(caller, text, 30)
@@ -159,7 +158,7 @@ def test_rows_that_are_not_skipped_are_noticed(cluster: InProcess, monkeypatch: 
     assert fork.rest()[-1] is not None
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_texts_that_are_written_at_the_same_time_share_rounds(tmp_path: Path, n: int) -> None:
     with InProcess(tmp_path, n, replace(LIMITS, max_sessions=16)) as cluster:
         cluster.caller().deploy(CAPTURED.program, dict(CAPTURED.weights))

@@ -101,7 +101,6 @@ def test_deploy_and_infer(cluster: InProcess) -> None:
     assert [(m.name, m.version) for m in cluster.parties[0].catalogue.models()] == [("m", 1), ("m", 2)]
 
 
-@pytest.mark.parametrize("cluster", [2, 3], indirect=True, ids="n={}".format)
 def test_requests_that_wait_share_rounds(cluster: InProcess, caller: Caller) -> None:
     assert right(caller.infer(X))
     gate = Gate(cluster.parties[1].lane)
