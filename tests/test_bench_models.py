@@ -328,7 +328,6 @@ def test_work_in_plaintext(scripts: Any) -> None:
 
 
 def grown(scripts: Any, axis: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-@pytest.mark.slow
     """Rows of the tiny block, priced and not run."""
     growth = scripts("bench_growth")
     model = growth.block(tiny=True)
@@ -342,6 +341,9 @@ def grown(scripts: Any, axis: str, sizes: tuple[int, ...]) -> list[dict[str, Any
         )
         rows[-1] |= {"plain_seconds": 0.1, "peers": {}, "ratios": {}}
     return rows
+
+
+@pytest.mark.slow
 def test_no_step_grows_faster_than_in_plaintext(scripts: Any, pages: Any, tmp_path: Path) -> None:
     """By price, which is what a run counts."""
     rows = (
