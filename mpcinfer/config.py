@@ -194,10 +194,9 @@ class Node:
     `store` and `store_key` (the directory of model shares at rest and the file of the key they are encrypted with)
     are set for a party and None for the dealer. `listen` may have port 0 (any free port). Parties send each other
     openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
-    `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `metrics_listen` ("" for
-    nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.
     `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `peer_advertised_port` is the
     port they are told to connect to, on the host of the cluster file, where something in between maps ports (0: no).
+    `metrics_listen` ("" for nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.
     """
 
     cluster: Cluster

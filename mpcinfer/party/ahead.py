@@ -29,10 +29,11 @@ class Ahead:
         threading.Thread(target=self._run, args=(fetch, after), name="ahead", daemon=True).start()
 
     def _run(self, fetch: Callable[[], Tape], after: Ahead | None) -> None:
-        if after is not None:
-            after.settle()
         began = time.perf_counter()
         try:
+            if after is not None:
+                after.take()
+                began = time.perf_counter()
             tape = fetch()
         except BaseException as error:
             self._tape.set_exception(error)
@@ -40,10 +41,6 @@ class Ahead:
             self.seconds = time.perf_counter() - began
             self._tape.set_result(tape)
 
-    def settle(self) -> None:
-        """Wait until it is there, or has failed."""
-        self._tape.exception()
-
     def take(self) -> Tape:
-        """The tape; raises what fetching it has raised."""
+        """The tape, once it is there; raises what fetching it, or what came before, has raised."""
         return self._tape.result()

@@ -116,7 +116,7 @@ class Lane:
                 self._set("connecting", f"{incident(error)}; beginning a new epoch")
             finally:
                 self._sessions.clear()
-                self._by.pool.clear()
+                self._by.end()
                 self._metrics.ended()
                 if self._epoch is not None:
                     # if only the dealer is lost, a peer may still need what was sent for the step that is done

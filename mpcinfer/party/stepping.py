@@ -222,14 +222,25 @@ class Stepping:
         return await self._fetched(part, ahead.take, ahead.id.hex())
 
     def settle(self) -> None:
-        """Wait for what is being fetched ahead: nothing else may be asked of the dealer before it is there."""
-        if self._ahead is not None:
-            self._ahead.settle()
-            self._ahead = None
+        """Wait for what is being fetched ahead: nothing else may be asked of the dealer before it is there.
+
+        Raises what has gone wrong with it: the key chains need not agree any more, and the epoch must end.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.take()
+
+    def end(self) -> None:
+        """The epoch is over: all that was fetched ahead is burnt."""
+        self.pool.clear()
+        self._ahead = None
 
     async def _fetched(self, part: Part, work: Callable[[], Tape], id_: str = "") -> Tape:
-        self.settle()
-        tape, refusal = _tried(work)
+        def settled() -> Tape:
+            self.settle()
+            return work()
+
+        tape, refusal = _tried(settled)
         try:
             named = await self.vote(part, refusal, id_)
         except Refused as refused:
