@@ -301,10 +301,10 @@ def _count(epoch: Epoch, ballots: list[_Ballot]) -> list[dict[int, Any]]:
     for peer, answers in found.items():
         if not isinstance(answers, list) or len(answers) != len(ballots):
             raise ProtocolError(f"party {peer} votes on something else")
-    for ballot in ballots[1:]:
-        ballot.part.sent += (epoch.mesh.bytes_sent - before) // len(ballots)
-    rest = (epoch.mesh.bytes_sent - before) // len(ballots) * (len(ballots) - 1)
-    ballots[0].part.sent += epoch.mesh.bytes_sent - before - rest
+    each, rest = divmod(epoch.mesh.bytes_sent - before, len(ballots))
+    for ballot in ballots:
+        ballot.part.sent += each
+    ballots[0].part.sent += rest
     return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))]
 
 

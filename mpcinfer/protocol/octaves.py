@@ -19,7 +19,7 @@ from mpcinfer.protocol.compare import Comparison, below, block_masks, digit_tabl
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.polynomial import polynomial
-from mpcinfer.protocol.truncate import logical_shift
+from mpcinfer.protocol.truncate import logical_shift, offset, truncated_parts
 from mpcinfer.protocol.types import Masked, Shared
 from mpcinfer.ring.domain import BIT, Z64, Ring
 
@@ -37,7 +37,6 @@ DEGREE = 4
 # the polynomial is linear in h, plus a tail into which h enters with so many bits; the sum has so many fraction bits
 ARGUMENT_BITS = 14
 VALUE_BITS = 63
-_OFFSET_BITS = 62
 
 
 @dataclass(frozen=True)
@@ -152,11 +151,9 @@ async def normalise(
     count = len(pieces.thresholds)
     if d:
         correlation = ctx.correlation(TruncatedComparison(x.shape, count, d))
-        x = x.map(lambda t: t + (1 << _OFFSET_BITS)) if ctx.first else x
-        c = (await ctx.open(x, correlation.mask("r"))).value
+        c = (await ctx.open(offset(ctx, x), correlation.mask("r"))).value
         # x / 2^d = public - m; times 2^d it is a multiple of 2^d, which compares like any number
-        public = logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
-        wrapped = (c >= 0).to(torch.int64) << (64 - d)
+        public, wrapped = truncated_parts(c, d)
         m = correlation["high"] - wrapped * correlation["wrap"]
         bit_m = correlation["bit_high"] - wrapped * correlation["bit_wrap"]
     else:

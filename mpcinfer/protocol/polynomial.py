@@ -9,11 +9,9 @@ import torch
 
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
-from mpcinfer.protocol.truncate import logical_shift
+from mpcinfer.protocol.truncate import logical_shift, offset, truncated_parts
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64, Ring
-
-_OFFSET_BITS = 62
 
 
 @kind
@@ -68,10 +66,9 @@ async def polynomials(
     truncated value, with the wrap taken from the top bits as in EGK+20, is our own.
     """
     correlation = ctx.correlation(TruncatedPowers(x.shape, d, max(map(len, coefficients)) - 1))
-    offset = x.share + (1 << _OFFSET_BITS) if ctx.first else x.share
-    c = (await ctx.open(Shared(offset), correlation.mask("r"))).value
-    public = logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
-    powers = correlation["powers"] + torch.where(c >= 0, correlation["wrap"] << (64 - d), 0)
+    c = (await ctx.open(offset(ctx, x), correlation.mask("r"))).value
+    public, wrapped = truncated_parts(c, d)
+    powers = correlation["powers"] + wrapped * correlation["wrap"]
     return [
         Shared(_evaluated(ctx.first, public, powers, a), bits) for a, bits in zip(coefficients, frac_bits, strict=True)
     ]

@@ -14,12 +14,22 @@ from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64, Ring
 
-_OFFSET_BITS = 62
+OFFSET_BITS = 62
 
 
 def logical_shift(x: torch.Tensor, d: int) -> torch.Tensor:
     """x >> d of the unsigned 64-bit word, 0 < d < 64."""
     return (x >> d) & ((1 << (64 - d)) - 1)
+
+
+def offset(ctx: Context, x: Shared) -> Shared:
+    """x + 2^62, which is what is opened where a number loses bits: not negative, so that its top bits tell the wrap."""
+    return Shared(x.share + (1 << OFFSET_BITS), x.frac_bits) if ctx.first else x
+
+
+def truncated_parts(c: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an opened c = x + 2^62 + r: p and q with x / 2^d = p - ((r >> d) - q msb(r)). q is 0 or 2^(64 - d)."""
+    return logical_shift(c, d) - (1 << (OFFSET_BITS - d)), (c >= 0).to(torch.int64) << (64 - d)
 
 
 @kind
@@ -57,12 +67,10 @@ async def truncate(ctx: Context, x: Shared, d: int) -> Shared:
     """
     if d == 0:
         return x
-    if not 0 < d < _OFFSET_BITS:
+    if not 0 < d < OFFSET_BITS:
         raise ValueError(f"cannot truncate by {d} bits")
     correlation = ctx.correlation(Truncation(x.shape, d))
-    offset = x.share + (1 << _OFFSET_BITS) if ctx.first else x.share
-    c = (await ctx.open(Shared(offset), correlation.mask("r"))).value
-    y = torch.where(c >= 0, correlation["wrap"] << (64 - d), 0) - correlation["high"]
-    if ctx.first:
-        y += logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
-    return Shared(y, x.frac_bits - d)
+    c = (await ctx.open(offset(ctx, x), correlation.mask("r"))).value
+    public, wrapped = truncated_parts(c, d)
+    y = wrapped * correlation["wrap"] - correlation["high"]
+    return Shared(y + public if ctx.first else y, x.frac_bits - d)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.multiply import multiply
-from mpcinfer.protocol.truncate import logical_shift
+from mpcinfer.protocol.truncate import OFFSET_BITS, logical_shift, offset, truncated_parts
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64, Ring
-
-_OFFSET_BITS = 62
 
 
 @kind
@@ -67,14 +64,12 @@ async def truncated_product(ctx: Context, x: Shared, d: int, y: Shared) -> Share
     """
     if d == 0:
         return await multiply(ctx, x, y)
-    if not 0 < d < _OFFSET_BITS:
+    if not 0 < d < OFFSET_BITS:
         raise ValueError(f"cannot truncate by {d} bits")
     correlation = ctx.correlation(TruncatedProduct(x.shape, y.shape, d))
-    offset = x.map(lambda t: t + (1 << _OFFSET_BITS)) if ctx.first else x
-    opened, other = await together(ctx.open(offset, correlation.mask("r")), ctx.open(y, correlation.mask("b")))
-    c, f = opened.value, other.value
-    wrapped = (c >= 0).to(torch.int64) << (64 - d)
-    public = logical_shift(c, d) - (1 << (_OFFSET_BITS - d))
+    opened, other = await together(ctx.open(offset(ctx, x), correlation.mask("r")), ctx.open(y, correlation.mask("b")))
+    f = other.value
+    public, wrapped = truncated_parts(opened.value, d)
     m = correlation["high"] - wrapped * correlation["wrap"]
     m_b = correlation["high_b"] - wrapped * correlation["wrap_b"]
     # (public - m) (f - b)
