@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from bench_cases import figures, reset_peaks, summed
 from bench_models import LOGITS, smollm
 from bench_network import NETWORKS, measured
-from bench_ours import Ours, machine
+from bench_ours import Ours, report
 from bench_report import Row
 from demo_smollm import continued
 from rich.console import Console
@@ -43,13 +43,7 @@ def run_generate(options: argparse.Namespace, say: Console) -> Row:
                 )
     settings = {"parties": options.parties, "repeat": options.repeat, "steps": options.steps, "tiny": options.tiny}
     settings |= {"together": options.together}
-    return {
-        "command": options.command,
-        "machine": machine(before, []),
-        "settings": settings,
-        "networks": networks,
-        "rows": rows,
-    }
+    return report(options, before, [], settings, networks, rows)
 
 
 def _measured(ours: Ours, options: argparse.Namespace, say: Console, place: str) -> list[Row]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from bench_cases import figures, reset_peaks
 from bench_network import NETWORKS, measured
-from bench_ours import Ours, machine
+from bench_ours import Ours, report
 from bench_report import Row
 from rich.console import Console
 from torch import nn
@@ -60,13 +60,7 @@ def run_growth(options: argparse.Namespace, say: Console) -> Row:
                 rows += _measured(ours, parties, made, points, options, say, place)
     rows.sort(key=lambda row: (options.networks.index(row["network"]), AXES.index(row["axis"]), row["size"]))
     settings = {"parties": options.parties, "repeat": options.repeat, "tiny": options.tiny, "axes": options.axes}
-    return {
-        "command": options.command,
-        "machine": machine(before, []),
-        "settings": settings,
-        "networks": networks,
-        "rows": rows,
-    }
+    return report(options, before, [], settings, networks, rows)
 
 
 def block(tiny: bool = False) -> Block:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -37,6 +38,24 @@ class Ours:
     def connect(self) -> Client:
         """Another client, to be closed."""
         return Client.connect(self.cluster.cluster_path, self.cluster.identity("client/client"))
+
+
+def report(
+    options: argparse.Namespace,
+    before: tuple[float, float, float],
+    peers: Iterable[str],
+    settings: Row,
+    networks: Row,
+    rows: list[Row],
+) -> Row:
+    """What --json writes. before: the load average before the first run."""
+    return {
+        "command": options.command,
+        "machine": machine(before, peers),
+        "settings": settings,
+        "networks": networks,
+        "rows": rows,
+    }
 
 
 def machine(load_before: tuple[float, float, float], peers: Iterable[str]) -> Row:

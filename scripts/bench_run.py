@@ -13,7 +13,7 @@ from pathlib import Path
 from bench_cases import Workload, measure
 from bench_functions import PEER_SLACK
 from bench_network import NETWORKS, measured
-from bench_ours import Ours, machine
+from bench_ours import Ours, report
 from bench_peers.host import PEERS, Parties, PeerFailed
 from bench_report import Row, brief
 from rich.console import Console
@@ -58,10 +58,4 @@ def _report(options: argparse.Namespace, before: tuple[float, float, float], net
         "peers": options.peers,
         "peer_slack": PEER_SLACK,
     }
-    return {
-        "command": options.command,
-        "machine": machine(before, options.peers),
-        "settings": settings,
-        "networks": networks,
-        "rows": rows,
-    }
+    return report(options, before, options.peers, settings, networks, rows)

@@ -58,7 +58,8 @@ class PartyMetrics:
         )
         lookup(
             "waiting_seconds",
-            "Seconds this party stood still in steps, and what for: the others' openings or votes, or the dealer.",
+            "Seconds of waiting for the others' openings or votes, in which a step stands still, and for the dealer, "
+            "in which it goes on where a tape is fetched ahead.",
             self._waits,
             *("action", "on"),
         )

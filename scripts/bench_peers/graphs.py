@@ -42,6 +42,42 @@ class Ops:
         return self.mm(self.softmax(scores), v)
 
 
+class TensorOps(Ops):
+    """Of a system whose private tensors call things as torch does."""
+
+    def mm(self, a: Any, b: Any) -> Any:
+        """Matrix product, over equal leading dimensions."""
+        return a.matmul(b)
+
+    def mean(self, x: Any) -> Any:
+        """Over the last dimension, which stays."""
+        return x.mean(-1, keepdim=True)
+
+    def square(self, x: Any) -> Any:
+        """Elementwise."""
+        return x.square()
+
+    def rsqrt(self, x: Any) -> Any:
+        """Of positive numbers."""
+        return x.inv_sqrt()
+
+    def softmax(self, x: Any) -> Any:
+        """Over the last dimension."""
+        return x.softmax(dim=-1)
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Row by row."""
+        return x.reshape(*shape)
+
+    def transpose(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """In another order of the axes."""
+        return x.permute(*axes)
+
+    def take(self, x: Any, axis: int, start: int, stop: int) -> Any:
+        """A part along an axis."""
+        return x.narrow(axis, start, stop - start)
+
+
 class NumpyOps(Ops):
     """Plaintext, in the precision of the arrays."""
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from graphs import GRAPHS, Ops, evaluate
+from graphs import GRAPHS, TensorOps, evaluate
 from reroute import reroute
 from serve import peak_memory, reset_peak_memory, serve
 
@@ -93,23 +93,8 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
-class CrypTenOps(Ops):
+class CrypTenOps(TensorOps):
     """What graphs are made of; public operands of + and * are torch tensors, see `accept_arrays`."""
-
-    def mm(self, a: Any, b: Any) -> Any:
-        return a.matmul(b)
-
-    def mean(self, x: Any) -> Any:
-        return x.mean(-1, keepdim=True)
-
-    def square(self, x: Any) -> Any:
-        return x.square()
-
-    def rsqrt(self, x: Any) -> Any:
-        return x.inv_sqrt()
-
-    def softmax(self, x: Any) -> Any:
-        return x.softmax(-1)
 
     def gelu(self, x: Any) -> Any:
         return _gelu(x)
@@ -118,15 +103,6 @@ class CrypTenOps(Ops):
 
     def silu(self, x: Any) -> Any:
         return x * x.sigmoid()
-
-    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
-        return x.reshape(*shape)
-
-    def transpose(self, x: Any, axes: tuple[int, ...]) -> Any:
-        return x.permute(*axes)
-
-    def take(self, x: Any, axis: int, start: int, stop: int) -> Any:
-        return x.narrow(axis, start, stop - start)
 
     def concatenate(self, parts: list[Any], axis: int) -> Any:
         import crypten

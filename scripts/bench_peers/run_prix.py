@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import numpy as np
 import prix
-from graphs import GRAPHS, Ops, evaluate
+from graphs import GRAPHS, TensorOps, evaluate
 from serve import peak_memory, reset_peak_memory, serve
 
 # What it has no function for is written with those it has; its GELU, a table of the erf form, stands for both.
@@ -51,23 +51,8 @@ OPERATIONS: dict[str, Any] = {
 _SLOW = 5.0  # seconds; a run that takes so long is not repeated but to be timed
 
 
-class PrixOps(Ops):
+class PrixOps(TensorOps):
     """What graphs are made of."""
-
-    def mm(self, a: Any, b: Any) -> Any:
-        return a.matmul(b)
-
-    def mean(self, x: Any) -> Any:
-        return x.mean(-1, keepdim=True)
-
-    def square(self, x: Any) -> Any:
-        return x.square()
-
-    def rsqrt(self, x: Any) -> Any:
-        return x.inv_sqrt()
-
-    def softmax(self, x: Any) -> Any:
-        return x.softmax(dim=-1)
 
     def layernorm(self, x: Any, w: Any, name: str, eps: float) -> Any:
         return x.layernorm(w[f"{name}_g"], w[f"{name}_b"], eps=eps)
@@ -79,15 +64,6 @@ class PrixOps(Ops):
 
     def silu(self, x: Any) -> Any:
         return x.silu()
-
-    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
-        return x.reshape(*shape)
-
-    def transpose(self, x: Any, axes: tuple[int, ...]) -> Any:
-        return x.permute(*axes)
-
-    def take(self, x: Any, axis: int, start: int, stop: int) -> Any:
-        return x.narrow(axis, start, stop - start)
 
     def concatenate(self, parts: list[Any], axis: int) -> Any:
         return prix.cat(parts, dim=axis)
