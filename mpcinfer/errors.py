@@ -12,6 +12,10 @@
     +-- ConflictError            already there, or being changed               ALREADY_EXISTS       409
     +-- IdentityError            certificate missing, wrong, expired, unpinned UNAUTHENTICATED      401
     |   +-- ForbiddenError       the identity is known but may not do this     PERMISSION_DENIED    403
+    |   |   +-- GrantError       not what the model's owner has granted
+    |   |   +-- BudgetError      granted, and used up
+    |   +-- SignatureError       a signed statement is missing, forged or altered
+    |   +-- ManifestError        the parties are not what was pinned
     +-- ConfigError              a configuration or cluster file is wrong      FAILED_PRECONDITION  412
     |   +-- AgreementError       parties disagree (protocol version, cluster, model, request)
     +-- StoreError               a file at rest is damaged or unreadable       DATA_LOSS            500
@@ -20,6 +24,7 @@
     +-- UnavailableError         a party or the dealer cannot be reached       UNAVAILABLE          503
     |   +-- AbortedError         a peer failed in the middle; nothing leaked, retry   ABORTED       503
     +-- ProtocolError            a bug or an attack: a rule of the protocol broke     INTERNAL      500
+        +-- TamperingError       somebody computed something else, and was caught
 
 A message names the cause and the remedy. It never contains a secret: values, shares and seeds are not formatted.
 """
@@ -103,6 +108,22 @@ class ForbiddenError(IdentityError):
     http_status = 403
 
 
+class GrantError(ForbiddenError):
+    """The model's owner has not granted this: another client, entry point, time or place, or it was revoked."""
+
+
+class BudgetError(ForbiddenError):
+    """What the owner has granted for this period is used up."""
+
+
+class SignatureError(IdentityError):
+    """A signed statement is missing, forged, altered or meant for something else."""
+
+
+class ManifestError(IdentityError):
+    """The parties are not, or do not run, what was pinned, or cannot prove it."""
+
+
 class ConfigError(MpcInferError):
     """A configuration or cluster file is wrong."""
 
@@ -149,3 +170,7 @@ class AbortedError(UnavailableError):
 
 class ProtocolError(MpcInferError):
     """A rule of the protocol was broken: a bug or an attack, never a user's mistake."""
+
+
+class TamperingError(ProtocolError):
+    """Somebody has computed something else than was agreed on, and was caught."""

@@ -164,13 +164,7 @@ class Identity:
         """
         self.check_validity()
         certificate = _load_certificate(self.cert_pem)
-        try:
-            certificate.verify_directly_issued_by(_load_certificate(cluster.ca_pem))
-        except (ValueError, TypeError, InvalidSignature) as error:
-            raise IdentityError(
-                f"the certificate of {self.role} was not issued by the CA of cluster {cluster.name!r}; "
-                "have it signed by that CA, or use the cluster file it belongs to"
-            ) from error
+        _check_issuer(certificate, self.role, cluster)
         _check_member(self.cluster, self.role, _pin(certificate.public_key()), cluster)
 
 
@@ -206,6 +200,21 @@ def peer_from_certificate(cert_pem: bytes, cluster: Cluster) -> Peer:
     return Peer(role, pin)
 
 
+def check_certificate(cert_pem: bytes, cluster: Cluster, *, past: bool = False) -> Peer:
+    """Whom a certificate stands for that did not come through TLS; errors as in `Identity.check`.
+
+    past: whether it may have expired since.
+    """
+    certificate = _load_certificate(cert_pem)
+    cluster_name, role = _claimed_role(certificate)
+    if not past:
+        _check_validity(certificate, f"the certificate of {role}", _RENEW)
+    _check_issuer(certificate, role, cluster)
+    pin = _pin(certificate.public_key())
+    _check_member(cluster_name, role, pin, cluster)
+    return Peer(role, pin)
+
+
 def require(peer: Peer, *role_prefixes: str) -> None:
     """ForbiddenError unless the peer has one of the roles; "party/" means any party, "dealer" exactly that."""
     if not any(peer.role.startswith(p) if p.endswith("/") else peer.role == p for p in role_prefixes):
@@ -214,6 +223,16 @@ def require(peer: Peer, *role_prefixes: str) -> None:
 
 
 _RENEW = "have its request signed again by the CA (the key and its pin stay the same)"
+
+
+def _check_issuer(certificate: x509.Certificate, role: str, cluster: Cluster) -> None:
+    try:
+        certificate.verify_directly_issued_by(_load_certificate(cluster.ca_pem))
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise IdentityError(
+            f"the certificate of {role} was not issued by the CA of cluster {cluster.name!r}; "
+            "have it signed by that CA, or use the cluster file it belongs to"
+        ) from error
 
 
 def _check_member(cluster_name: str, role: str, pin: str, cluster: Cluster) -> None:
@@ -338,14 +357,14 @@ def _pin(public: object) -> str:
 def _load_certificate(pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise IdentityError("not a PEM certificate; the file is damaged or another one") from error
 
 
 def _load_request(pem: bytes) -> x509.CertificateSigningRequest:
     try:
         return x509.load_pem_x509_csr(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise IdentityError("not a PEM certificate request; the file is damaged or another one") from error
 
 

@@ -23,53 +23,66 @@ _sym_db = _symbol_database.Default()
 
 
 from mpcinfer.wire.v1 import tensor_pb2 as mpcinfer_dot_v1_dot_tensor__pb2
+from mpcinfer.wire.v1 import trust_pb2 as mpcinfer_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mpcinfer/v1/party.proto\x12\x0bmpcinfer.v1\x1a\x18mpcinfer/v1/tensor.proto\"\x0f\n\rStatusRequest\"\xb8\x02\n\x0eStatusResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07parties\x18\x02 \x01(\r\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fpackage_version\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x15\n\rrequests_done\x18\x08 \x01(\x04\x12\x17\n\x0frequests_failed\x18\t \x01(\x04\x12\x18\n\x10requests_waiting\x18\n \x01(\r\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12&\n\x06models\x18\x0c \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\x12\x12\n\nruns_ready\x18\r \x01(\r\"\xb3\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\'\n\x06inputs\x18\x05 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12(\n\x07outputs\x18\x06 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12\x0e\n\x06reveal\x18\x07 \x01(\t\x12\x1c\n\x14\x63reated_unix_seconds\x18\x08 \x01(\x01\x12\x12\n\nparameters\x18\t \x01(\x04\x12 \n\x05sizes\x18\n \x03(\x0b\x32\x11.mpcinfer.v1.Size\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\r\x12\x19\n\x11vocabulary_digest\x18\x0c \x01(\x0c\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\"U\n\rDeployRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.mpcinfer.v1.DeployHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9e\x01\n\x0c\x44\x65ployHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07program\x18\x03 \x01(\x0c\x12)\n\x07weights\x18\x04 \x03(\x0b\x32\x18.mpcinfer.v1.WeightShare\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x12\n\nvocabulary\x18\x07 \x01(\x0c\"K\n\x0bWeightShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tfrac_bits\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x0c\"F\n\x0e\x44\x65ployResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\"G\n\x12RemoveModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\"&\n\x13RemoveModelResponse\x12\x0f\n\x07removed\x18\x01 \x01(\r\"g\n\x0cInferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12#\n\x06inputs\x18\x04 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\"\x97\x01\n\rInferResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\"\xe0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06parent\x18\x04 \x01(\x0c\x12\x0c\n\x04keep\x18\x05 \x01(\r\x12#\n\x06tokens\x18\x06 \x01(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\r\x12\r\n\x05top_k\x18\t \x01(\r\x12\x1a\n\x12repetition_penalty\x18\n \x01(\r\"\xa9\x01\n\x10GenerateResponse\x12\r\n\x05taken\x18\x01 \x01(\r\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\x0f\n\x07version\x18\x05 \x01(\r\"$\n\x11\x45ndSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x14\n\x12\x45ndSessionResponse\"3\n\x11VocabularyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"#\n\x12VocabularyResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x32\xe2\x04\n\x0cPartyService\x12\x41\n\x06Status\x12\x1a.mpcinfer.v1.StatusRequest\x1a\x1b.mpcinfer.v1.StatusResponse\x12M\n\nListModels\x12\x1e.mpcinfer.v1.ListModelsRequest\x1a\x1f.mpcinfer.v1.ListModelsResponse\x12\x43\n\x06\x44\x65ploy\x12\x1a.mpcinfer.v1.DeployRequest\x1a\x1b.mpcinfer.v1.DeployResponse(\x01\x12P\n\x0bRemoveModel\x12\x1f.mpcinfer.v1.RemoveModelRequest\x1a .mpcinfer.v1.RemoveModelResponse\x12>\n\x05Infer\x12\x19.mpcinfer.v1.InferRequest\x1a\x1a.mpcinfer.v1.InferResponse\x12I\n\x08Generate\x12\x1c.mpcinfer.v1.GenerateRequest\x1a\x1d.mpcinfer.v1.GenerateResponse0\x01\x12M\n\nEndSession\x12\x1e.mpcinfer.v1.EndSessionRequest\x1a\x1f.mpcinfer.v1.EndSessionResponse\x12O\n\nVocabulary\x12\x1e.mpcinfer.v1.VocabularyRequest\x1a\x1f.mpcinfer.v1.VocabularyResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mpcinfer/v1/party.proto\x12\x0bmpcinfer.v1\x1a\x18mpcinfer/v1/tensor.proto\x1a\x17mpcinfer/v1/trust.proto\"\x0f\n\rStatusRequest\"\xb8\x02\n\x0eStatusResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07parties\x18\x02 \x01(\r\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fpackage_version\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x15\n\rrequests_done\x18\x08 \x01(\x04\x12\x17\n\x0frequests_failed\x18\t \x01(\x04\x12\x18\n\x10requests_waiting\x18\n \x01(\r\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12&\n\x06models\x18\x0c \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\x12\x12\n\nruns_ready\x18\r \x01(\r\"\xd7\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\'\n\x06inputs\x18\x05 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12(\n\x07outputs\x18\x06 \x03(\x0b\x32\x17.mpcinfer.v1.TensorSpec\x12\x0e\n\x06reveal\x18\x07 \x01(\t\x12\x1c\n\x14\x63reated_unix_seconds\x18\x08 \x01(\x01\x12\x12\n\nparameters\x18\t \x01(\x04\x12 \n\x05sizes\x18\n \x03(\x0b\x32\x11.mpcinfer.v1.Size\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\r\x12\x19\n\x11vocabulary_digest\x18\x0c \x01(\x0c\x12\"\n\x05grant\x18\r \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.mpcinfer.v1.ModelInfo\"U\n\rDeployRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.mpcinfer.v1.DeployHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc2\x01\n\x0c\x44\x65ployHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07program\x18\x03 \x01(\x0c\x12)\n\x07weights\x18\x04 \x03(\x0b\x32\x18.mpcinfer.v1.WeightShare\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x12\n\nvocabulary\x18\x07 \x01(\x0c\x12\"\n\x05grant\x18\x08 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"K\n\x0bWeightShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tfrac_bits\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x0c\"F\n\x0e\x44\x65ployResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\rdeployment_id\x18\x03 \x01(\x0c\"G\n\x12RemoveModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\"&\n\x13RemoveModelResponse\x12\x0f\n\x07removed\x18\x01 \x01(\r\"\x84\x01\n\x0cInferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12#\n\x06inputs\x18\x04 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x0c\n\x04salt\x18\x05 \x01(\x0c\x12\r\n\x05token\x18\x06 \x01(\t\"\xbd\x01\n\rInferResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12$\n\x07receipt\x18\x05 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"\xfd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06parent\x18\x04 \x01(\x0c\x12\x0c\n\x04keep\x18\x05 \x01(\r\x12#\n\x06tokens\x18\x06 \x01(\x0b\x32\x13.mpcinfer.v1.Tensor\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\r\x12\r\n\x05top_k\x18\t \x01(\r\x12\x1a\n\x12repetition_penalty\x18\n \x01(\r\x12\x0c\n\x04salt\x18\x0b \x01(\x0c\x12\r\n\x05token\x18\x0c \x01(\t\"\xcf\x01\n\x10GenerateResponse\x12\r\n\x05taken\x18\x01 \x01(\r\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.mpcinfer.v1.Tensor\x12&\n\x06online\x18\x03 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\'\n\x07offline\x18\x04 \x01(\x0b\x32\x16.mpcinfer.v1.PhaseCost\x12\x0f\n\x07version\x18\x05 \x01(\r\x12$\n\x07receipt\x18\x06 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"$\n\x11\x45ndSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x14\n\x12\x45ndSessionResponse\"3\n\x11VocabularyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"#\n\x12VocabularyResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\" \n\x0fManifestRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\":\n\x10ManifestResponse\x12&\n\tstatement\x18\x01 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"h\n\x0fSetGrantRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\"\n\x05grant\x18\x04 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"\x12\n\x10SetGrantResponse\"H\n\x13RefreshModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\")\n\x14RefreshModelResponse\x12\x11\n\trefreshed\x18\x01 \x01(\r2\xc9\x06\n\x0cPartyService\x12\x41\n\x06Status\x12\x1a.mpcinfer.v1.StatusRequest\x1a\x1b.mpcinfer.v1.StatusResponse\x12M\n\nListModels\x12\x1e.mpcinfer.v1.ListModelsRequest\x1a\x1f.mpcinfer.v1.ListModelsResponse\x12\x43\n\x06\x44\x65ploy\x12\x1a.mpcinfer.v1.DeployRequest\x1a\x1b.mpcinfer.v1.DeployResponse(\x01\x12P\n\x0bRemoveModel\x12\x1f.mpcinfer.v1.RemoveModelRequest\x1a .mpcinfer.v1.RemoveModelResponse\x12>\n\x05Infer\x12\x19.mpcinfer.v1.InferRequest\x1a\x1a.mpcinfer.v1.InferResponse\x12I\n\x08Generate\x12\x1c.mpcinfer.v1.GenerateRequest\x1a\x1d.mpcinfer.v1.GenerateResponse0\x01\x12M\n\nEndSession\x12\x1e.mpcinfer.v1.EndSessionRequest\x1a\x1f.mpcinfer.v1.EndSessionResponse\x12O\n\nVocabulary\x12\x1e.mpcinfer.v1.VocabularyRequest\x1a\x1f.mpcinfer.v1.VocabularyResponse0\x01\x12G\n\x08Manifest\x12\x1c.mpcinfer.v1.ManifestRequest\x1a\x1d.mpcinfer.v1.ManifestResponse\x12G\n\x08SetGrant\x12\x1c.mpcinfer.v1.SetGrantRequest\x1a\x1d.mpcinfer.v1.SetGrantResponse\x12S\n\x0cRefreshModel\x12 .mpcinfer.v1.RefreshModelRequest\x1a!.mpcinfer.v1.RefreshModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mpcinfer.v1.party_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUSREQUEST']._serialized_start=66
-  _globals['_STATUSREQUEST']._serialized_end=81
-  _globals['_STATUSRESPONSE']._serialized_start=84
-  _globals['_STATUSRESPONSE']._serialized_end=396
-  _globals['_MODELINFO']._serialized_start=399
-  _globals['_MODELINFO']._serialized_end=706
-  _globals['_LISTMODELSREQUEST']._serialized_start=708
-  _globals['_LISTMODELSREQUEST']._serialized_end=727
-  _globals['_LISTMODELSRESPONSE']._serialized_start=729
-  _globals['_LISTMODELSRESPONSE']._serialized_end=789
-  _globals['_DEPLOYREQUEST']._serialized_start=791
-  _globals['_DEPLOYREQUEST']._serialized_end=876
-  _globals['_DEPLOYHEADER']._serialized_start=879
-  _globals['_DEPLOYHEADER']._serialized_end=1037
-  _globals['_WEIGHTSHARE']._serialized_start=1039
-  _globals['_WEIGHTSHARE']._serialized_end=1114
-  _globals['_DEPLOYRESPONSE']._serialized_start=1116
-  _globals['_DEPLOYRESPONSE']._serialized_end=1186
-  _globals['_REMOVEMODELREQUEST']._serialized_start=1188
-  _globals['_REMOVEMODELREQUEST']._serialized_end=1259
-  _globals['_REMOVEMODELRESPONSE']._serialized_start=1261
-  _globals['_REMOVEMODELRESPONSE']._serialized_end=1299
-  _globals['_INFERREQUEST']._serialized_start=1301
-  _globals['_INFERREQUEST']._serialized_end=1404
-  _globals['_INFERRESPONSE']._serialized_start=1407
-  _globals['_INFERRESPONSE']._serialized_end=1558
-  _globals['_GENERATEREQUEST']._serialized_start=1561
-  _globals['_GENERATEREQUEST']._serialized_end=1785
-  _globals['_GENERATERESPONSE']._serialized_start=1788
-  _globals['_GENERATERESPONSE']._serialized_end=1957
-  _globals['_ENDSESSIONREQUEST']._serialized_start=1959
-  _globals['_ENDSESSIONREQUEST']._serialized_end=1995
-  _globals['_ENDSESSIONRESPONSE']._serialized_start=1997
-  _globals['_ENDSESSIONRESPONSE']._serialized_end=2017
-  _globals['_VOCABULARYREQUEST']._serialized_start=2019
-  _globals['_VOCABULARYREQUEST']._serialized_end=2070
-  _globals['_VOCABULARYRESPONSE']._serialized_start=2072
-  _globals['_VOCABULARYRESPONSE']._serialized_end=2107
-  _globals['_PARTYSERVICE']._serialized_start=2110
-  _globals['_PARTYSERVICE']._serialized_end=2720
+  _globals['_STATUSREQUEST']._serialized_start=91
+  _globals['_STATUSREQUEST']._serialized_end=106
+  _globals['_STATUSRESPONSE']._serialized_start=109
+  _globals['_STATUSRESPONSE']._serialized_end=421
+  _globals['_MODELINFO']._serialized_start=424
+  _globals['_MODELINFO']._serialized_end=767
+  _globals['_LISTMODELSREQUEST']._serialized_start=769
+  _globals['_LISTMODELSREQUEST']._serialized_end=788
+  _globals['_LISTMODELSRESPONSE']._serialized_start=790
+  _globals['_LISTMODELSRESPONSE']._serialized_end=850
+  _globals['_DEPLOYREQUEST']._serialized_start=852
+  _globals['_DEPLOYREQUEST']._serialized_end=937
+  _globals['_DEPLOYHEADER']._serialized_start=940
+  _globals['_DEPLOYHEADER']._serialized_end=1134
+  _globals['_WEIGHTSHARE']._serialized_start=1136
+  _globals['_WEIGHTSHARE']._serialized_end=1211
+  _globals['_DEPLOYRESPONSE']._serialized_start=1213
+  _globals['_DEPLOYRESPONSE']._serialized_end=1283
+  _globals['_REMOVEMODELREQUEST']._serialized_start=1285
+  _globals['_REMOVEMODELREQUEST']._serialized_end=1356
+  _globals['_REMOVEMODELRESPONSE']._serialized_start=1358
+  _globals['_REMOVEMODELRESPONSE']._serialized_end=1396
+  _globals['_INFERREQUEST']._serialized_start=1399
+  _globals['_INFERREQUEST']._serialized_end=1531
+  _globals['_INFERRESPONSE']._serialized_start=1534
+  _globals['_INFERRESPONSE']._serialized_end=1723
+  _globals['_GENERATEREQUEST']._serialized_start=1726
+  _globals['_GENERATEREQUEST']._serialized_end=1979
+  _globals['_GENERATERESPONSE']._serialized_start=1982
+  _globals['_GENERATERESPONSE']._serialized_end=2189
+  _globals['_ENDSESSIONREQUEST']._serialized_start=2191
+  _globals['_ENDSESSIONREQUEST']._serialized_end=2227
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=2229
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=2249
+  _globals['_VOCABULARYREQUEST']._serialized_start=2251
+  _globals['_VOCABULARYREQUEST']._serialized_end=2302
+  _globals['_VOCABULARYRESPONSE']._serialized_start=2304
+  _globals['_VOCABULARYRESPONSE']._serialized_end=2339
+  _globals['_MANIFESTREQUEST']._serialized_start=2341
+  _globals['_MANIFESTREQUEST']._serialized_end=2373
+  _globals['_MANIFESTRESPONSE']._serialized_start=2375
+  _globals['_MANIFESTRESPONSE']._serialized_end=2433
+  _globals['_SETGRANTREQUEST']._serialized_start=2435
+  _globals['_SETGRANTREQUEST']._serialized_end=2539
+  _globals['_SETGRANTRESPONSE']._serialized_start=2541
+  _globals['_SETGRANTRESPONSE']._serialized_end=2559
+  _globals['_REFRESHMODELREQUEST']._serialized_start=2561
+  _globals['_REFRESHMODELREQUEST']._serialized_end=2633
+  _globals['_REFRESHMODELRESPONSE']._serialized_start=2635
+  _globals['_REFRESHMODELRESPONSE']._serialized_end=2676
+  _globals['_PARTYSERVICE']._serialized_start=2679
+  _globals['_PARTYSERVICE']._serialized_end=3520
 # @@protoc_insertion_point(module_scope)

@@ -76,6 +76,21 @@ class PartyServiceStub(object):
                 request_serializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyRequest.SerializeToString,
                 response_deserializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyResponse.FromString,
                 _registered_method=True)
+        self.Manifest = channel.unary_unary(
+                '/mpcinfer.v1.PartyService/Manifest',
+                request_serializer=mpcinfer_dot_v1_dot_party__pb2.ManifestRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_party__pb2.ManifestResponse.FromString,
+                _registered_method=True)
+        self.SetGrant = channel.unary_unary(
+                '/mpcinfer.v1.PartyService/SetGrant',
+                request_serializer=mpcinfer_dot_v1_dot_party__pb2.SetGrantRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_party__pb2.SetGrantResponse.FromString,
+                _registered_method=True)
+        self.RefreshModel = channel.unary_unary(
+                '/mpcinfer.v1.PartyService/RefreshModel',
+                request_serializer=mpcinfer_dot_v1_dot_party__pb2.RefreshModelRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_party__pb2.RefreshModelResponse.FromString,
+                _registered_method=True)
 
 
 class PartyServiceServicer(object):
@@ -139,6 +154,27 @@ class PartyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Manifest(self, request, context):
+        """What this party says it runs, signed. Any certificate of the cluster may ask.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetGrant(self, request, context):
+        """Role owner. Replaces the grant of a deployed model: who may use it, for what, how often, until when.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefreshModel(self, request, context):
+        """Role owner. Stored shares are made anew from fresh randomness, of a model or of all this owner's models.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PartyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -181,6 +217,21 @@ def add_PartyServiceServicer_to_server(servicer, server):
                     servicer.Vocabulary,
                     request_deserializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyRequest.FromString,
                     response_serializer=mpcinfer_dot_v1_dot_party__pb2.VocabularyResponse.SerializeToString,
+            ),
+            'Manifest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Manifest,
+                    request_deserializer=mpcinfer_dot_v1_dot_party__pb2.ManifestRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_party__pb2.ManifestResponse.SerializeToString,
+            ),
+            'SetGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetGrant,
+                    request_deserializer=mpcinfer_dot_v1_dot_party__pb2.SetGrantRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_party__pb2.SetGrantResponse.SerializeToString,
+            ),
+            'RefreshModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RefreshModel,
+                    request_deserializer=mpcinfer_dot_v1_dot_party__pb2.RefreshModelRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_party__pb2.RefreshModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -401,6 +452,87 @@ class PartyService(object):
             '/mpcinfer.v1.PartyService/Vocabulary',
             mpcinfer_dot_v1_dot_party__pb2.VocabularyRequest.SerializeToString,
             mpcinfer_dot_v1_dot_party__pb2.VocabularyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Manifest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.PartyService/Manifest',
+            mpcinfer_dot_v1_dot_party__pb2.ManifestRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_party__pb2.ManifestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.PartyService/SetGrant',
+            mpcinfer_dot_v1_dot_party__pb2.SetGrantRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_party__pb2.SetGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefreshModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.PartyService/RefreshModel',
+            mpcinfer_dot_v1_dot_party__pb2.RefreshModelRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_party__pb2.RefreshModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

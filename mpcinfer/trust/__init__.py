@@ -1,0 +1,1 @@
+"""Signed statements: who runs what, who may use it, what was done."""

@@ -1,0 +1,144 @@
+"""Signed statements: what a party, an owner or a client says, provably.
+
+Each role signs with an Ed25519 key of its own, derived from its TLS key, which vouches for it (the *binding*). So
+nobody has another secret to keep, and whoever trusts a pin in the cluster file, or the CA's certificate of an owner,
+trusts the statements of that role and no others. A statement is canonical JSON; its *purpose* is signed with it, so
+that none can stand in for one of another sort.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.x509 import load_pem_x509_certificate
+
+from mpcinfer.config import Cluster
+from mpcinfer.errors import SignatureError
+from mpcinfer.wire.identity import Identity, check_certificate
+from mpcinfer.wire.v1 import trust_pb2
+
+_KEY = b"mpcinfer v1 signing key"
+_BINDING = b"mpcinfer v1 signing key of this certificate\0"
+_STATEMENT = b"mpcinfer v1 statement\0"
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A statement, not checked yet: `open_signed` says whose it is and what it says."""
+
+    purpose: str
+    payload: bytes
+    certificate: bytes = field(repr=False)
+    key: bytes = field(repr=False)
+    binding: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+
+    def message(self) -> trust_pb2.Signed:
+        """As it travels."""
+        return trust_pb2.Signed(**vars(self))
+
+    @staticmethod
+    def of(message: trust_pb2.Signed) -> Signed:
+        """The inverse of `message`."""
+        return Signed(
+            message.purpose, message.payload, message.certificate, message.key, message.binding, message.signature
+        )
+
+    def to_json(self) -> dict[str, str]:
+        """As it is written into files: bytes in hexadecimal, the statement and the certificate as text."""
+        return {
+            "purpose": self.purpose,
+            "payload": self.payload.decode(),
+            "certificate": self.certificate.decode(),
+            "key": self.key.hex(),
+            "binding": self.binding.hex(),
+            "signature": self.signature.hex(),
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> Signed:
+        """The inverse of `to_json`; SignatureError for anything else."""
+        try:
+            return Signed(
+                data["purpose"],
+                data["payload"].encode(),
+                data["certificate"].encode(),
+                *(bytes.fromhex(data[name]) for name in ("key", "binding", "signature")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SignatureError("this is no signed statement: it is damaged, or not what was meant") from error
+
+
+class Signer:
+    """Signs as one role."""
+
+    def __init__(self, identity: Identity) -> None:
+        """Derive the signing key from the TLS key."""
+        tls = serialization.load_pem_private_key(identity.key_pem, None)
+        assert isinstance(tls, ec.EllipticCurvePrivateKey)  # Identity has checked it
+        secret = tls.private_numbers().private_value.to_bytes(32, "big")
+        context = _KEY + f"\0{identity.cluster}\0{identity.role}".encode()
+        self._private = Ed25519PrivateKey.from_private_bytes(HKDF(SHA256(), 32, None, context).derive(secret))
+        self.role = identity.role
+        self.key = self._private.public_key().public_bytes_raw()
+        self._certificate = identity.cert_pem
+        self._binding = tls.sign(_BINDING + self.key, ec.ECDSA(SHA256()))
+
+    def sign(self, purpose: str, content: dict[str, Any]) -> Signed:
+        """State `content` (plain JSON data, without secrets)."""
+        payload = canonical(content)
+        signature = self._private.sign(_message(purpose, payload))
+        return Signed(purpose, payload, self._certificate, self.key, self._binding, signature)
+
+    def __repr__(self) -> str:
+        return f"Signer({self.role})"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What `open_signed` has found to be true: the role said it, with this key."""
+
+    role: str
+    pin: str
+    key: bytes
+    content: dict[str, Any]
+
+
+def open_signed(signed: Signed, cluster: Cluster, purpose: str, *, past: bool = False) -> Statement:
+    """Check a statement of a member of `cluster`, made for `purpose`. SignatureError says what is wrong with it.
+
+    past: whether its certificate may have expired since: for what is kept, such as receipts.
+    """
+    if signed.purpose != purpose:
+        raise SignatureError(f"a statement signed as {signed.purpose!r} was given where {purpose!r} is needed")
+    peer = check_certificate(signed.certificate, cluster, past=past)
+    tls = load_pem_x509_certificate(signed.certificate).public_key()
+    try:
+        if not isinstance(tls, ec.EllipticCurvePublicKey):
+            raise ValueError("not a key of this system")
+        tls.verify(signed.binding, _BINDING + signed.key, ec.ECDSA(SHA256()))
+        Ed25519PublicKey.from_public_bytes(signed.key).verify(signed.signature, _message(purpose, signed.payload))
+        content = json.loads(signed.payload)
+        if not isinstance(content, dict) or canonical(content) != signed.payload:
+            raise ValueError("not canonical")
+    except (InvalidSignature, ValueError, RecursionError) as error:
+        raise SignatureError(f"the signature of {peer.role} does not hold: the {purpose} was changed") from error
+    return Statement(peer.role, peer.pin, signed.key, content)
+
+
+def canonical(content: Any) -> bytes:
+    """JSON with one spelling."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _message(purpose: str, payload: bytes) -> bytes:
+    name = purpose.encode()
+    return _STATEMENT + len(name).to_bytes(2, "big") + name + payload
