@@ -15,10 +15,12 @@ from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.inbox import Inbox
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.mesh_service import MeshService
 from mpcinfer.party.metrics import PartyMetrics
-from mpcinfer.party.service import MeshService, PartyService
+from mpcinfer.party.service import PartyService
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.store import Store
+from mpcinfer.party.uploads import Uploads
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
@@ -50,8 +52,9 @@ class Party:
             self.metrics = PartyMetrics()
             self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, self.sessions, limits, self.metrics)
             self._show_state()
+            uploads = Uploads(self.store, self.inbox, limits)
             service = PartyService(
-                node.cluster, self.lane, self.inbox, self.catalogue, self.sessions, self.store, limits, self.metrics
+                node.cluster, self.lane, self.inbox, self.catalogue, self.sessions, uploads, limits, self.metrics
             )
             mesh = MeshService(node.cluster, self.index, self.former)
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import math
 import queue
-import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -18,33 +14,24 @@ import grpc
 
 from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
-from mpcinfer.errors import AbortedError, BusyError, DeadlineError, ForbiddenError, InputError, ShapeError, UploadError
+from mpcinfer.errors import AbortedError, BusyError, DeadlineError, InputError, ShapeError
 from mpcinfer.graph.interpret import check_inputs
-from mpcinfer.graph.program import Input, Program, Value
 from mpcinfer.nn.sampling import Choice
 from mpcinfer.party.actions import Inference, Inferred
-from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
-from mpcinfer.party.epoch import Former
+from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.generation import Writing, Written
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.messages import cost, info, reveal, share
 from mpcinfer.party.metrics import Call, PartyMetrics
-from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.session import Sessions
-from mpcinfer.party.stepping import Phase
-from mpcinfer.party.store import Store
-from mpcinfer.protocol.types import Shared
-from mpcinfer.ring import prg
-from mpcinfer.ring.codec import FixedPoint
-from mpcinfer.ring.domain import Z64
+from mpcinfer.party.uploads import Uploads
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import Peer, peer_of, require
-from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2, party_pb2_grpc, tensor_pb2
+from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DEFAULT_SECONDS = 300.0
-_MOST_VOCABULARY = 16 << 20
 
 
 class PartyService(party_pb2_grpc.PartyServiceServicer):
@@ -57,7 +44,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         inbox: Inbox,
         catalogue: Catalogue,
         sessions: Sessions,
-        store: Store,
+        uploads: Uploads,
         limits: Limits,
         metrics: PartyMetrics,
     ) -> None:
@@ -67,10 +54,9 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self._inbox = inbox
         self._catalogue = catalogue
         self._sessions = sessions
-        self._store = store
+        self._uploads = uploads
         self._limits = limits
         self._admission = threading.BoundedSemaphore(limits.max_waiting_requests)
-        self._uploads = threading.BoundedSemaphore(4)
         self._started = time.monotonic()
 
     def Status(self, request: party_pb2.StatusRequest, context: grpc.ServicerContext) -> party_pb2.StatusResponse:
@@ -90,7 +76,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 requests_waiting=len(self._inbox),
                 runs_ready=len(self._lane.pool) + self._sessions.ahead(),
                 uptime_seconds=time.monotonic() - self._started,
-                models=[_info(m) for m in self._catalogue.models()],
+                models=[info(m) for m in self._catalogue.models()],
             )
         except Exception as error:
             channel.abort(context, error)
@@ -100,7 +86,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
     ) -> party_pb2.ListModelsResponse:
         """See party.proto."""
         with self._admitted("models", context, "owner/", "client/", "party/"):
-            return party_pb2.ListModelsResponse(models=[_info(m) for m in self._catalogue.models()])
+            return party_pb2.ListModelsResponse(models=[info(m) for m in self._catalogue.models()])
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""
@@ -110,7 +96,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 raise InputError(f"{request.model!r} is a language model: it is asked to generate")
             check_inputs(model.program, [tuple(t.shape) for t in request.inputs])
             declared = zip(request.inputs, model.program.inputs, strict=True)
-            inputs = [_share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
+            inputs = [share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
             facts = {"model": request.model, "version": request.version, "shapes": [list(x.shape) for x in inputs]}
             content = Inference(model, inputs)
             done: Inferred = self._run(context, Job(request.request_id, "infer", peer.role, facts, content))
@@ -118,8 +104,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             return party_pb2.InferResponse(
                 outputs=[reveal(x) for x in done.outputs],
                 version=done.model.version,
-                online=_cost(done.online),
-                offline=_cost(done.offline),
+                online=cost(done.online),
+                offline=cost(done.offline),
             )
 
     def Generate(
@@ -147,8 +133,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                     yield party_pb2.GenerateResponse(
                         taken=written.taken,
                         outputs=[reveal(x) for x in written.outputs],
-                        online=_cost(written.online),
-                        offline=_cost(written.offline),
+                        online=cost(written.online),
+                        offline=cost(written.offline),
                         version=model.version,
                     )
 
@@ -176,7 +162,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         """See party.proto."""
         with (
             self._admitted("deploy", context, "owner/") as (peer, _),
-            self._upload(context, request_iterator, peer) as (id_, facts),
+            self._uploads.staged(request_iterator, peer.role, self._patience(context)) as (id_, facts),
         ):
             model: Model = self._run(context, Job(id_, "deploy", peer.role, facts, None))
             return party_pb2.DeployResponse(name=model.name, version=model.version, deployment_id=model.id)
@@ -194,7 +180,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         """A request to generate, checked."""
         if not model.program.caches:
             raise InputError(f"{request.model!r} is no language model: it is asked to infer")
-        tokens = _share(request.tokens, model.program.inputs[0], self._limits.max_message_mb << 20)
+        tokens = share(request.tokens, model.program.inputs[0], self._limits.max_message_mb << 20)
         if len(tokens.shape) != 2 or tokens.shape[0] != 1 or not tokens.shape[1]:
             raise ShapeError(f"tokens of shape {list(tokens.shape)}: send [1, length], at least one")
         if request.keep and not request.parent:
@@ -227,60 +213,6 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                     self._admission.release()
         except Exception as error:
             channel.abort(context, error)
-
-    @contextmanager
-    def _upload(
-        self, context: grpc.ServicerContext, parts: Iterator[party_pb2.DeployRequest], peer: Peer
-    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Stage an upload: its request id and public facts. What is not committed at the end is discarded."""
-        with ExitStack() as stack:
-            if not self._uploads.acquire(timeout=self._patience(context)):
-                raise BusyError("too many uploads at a time; send it again later")
-            try:
-                header, program, entries = self._header(next(parts, None))
-                metadata = {
-                    "name": header.name,
-                    "owner": peer.role,
-                    "program": program.to_bytes().decode(),
-                    "created": time.time(),
-                    "vocabulary": base64.b64encode(header.vocabulary).decode(),
-                }
-                stack.enter_context(self._inbox.arriving(header.request_id))
-                staged = self._store.stage(header.request_id, metadata, entries)
-                stack.callback(staged.discard)
-                for part in parts:
-                    staged.write(part.chunk)
-                staged.finish(header.size, header.digest)
-            except grpc.RpcError as error:
-                raise UploadError("the upload ended before it was complete") from error
-            finally:
-                self._uploads.release()
-            vocabulary = hashlib.sha256(header.vocabulary).hexdigest()
-            yield header.request_id, {"name": header.name, "program": program.digest().hex(), "vocabulary": vocabulary}
-
-    def _header(
-        self, first: party_pb2.DeployRequest | None
-    ) -> tuple[party_pb2.DeployHeader, Program, list[WeightEntry]]:
-        """The first message of an upload, checked."""
-        if first is None or first.WhichOneof("part") != "header":
-            raise UploadError("an upload begins with its header")
-        header = first.header
-        if not _NAME.fullmatch(header.name):
-            raise InputError(
-                "a model's name is 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
-            )
-        entries = [WeightEntry(w.name, tuple(w.shape), w.frac_bits, w.seed or None) for w in header.weights]
-        program = Program.from_bytes(header.program)
-        check_manifest(program, entries)
-        if any(entry.seed is not None and len(entry.seed) != prg.SEED_BYTES for entry in entries):
-            raise InputError(f"a weight's seed has {prg.SEED_BYTES} bytes")
-        # what seeds stand for counts like what is sent
-        expanded = sum(8 * math.prod(entry.shape) for entry in entries)
-        if max(header.size, expanded) > self._limits.max_upload_mb << 20:
-            raise UploadError(f"the upload is larger than this party allows ({self._limits.max_upload_mb} MiB)")
-        if len(header.vocabulary) > _MOST_VOCABULARY:
-            raise UploadError(f"the vocabulary is larger than {_MOST_VOCABULARY >> 20} MiB")
-        return header, program, entries
 
     def _patience(self, context: grpc.ServicerContext) -> float:
         left = context.time_remaining()
@@ -324,83 +256,3 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         finally:
             job.fail(AbortedError("the caller has gone"))
             self._inbox.discard(job)
-
-
-class MeshService(mesh_pb2_grpc.MeshServiceServicer):
-    """See mesh.proto: takes in the streams of parties with lower indices."""
-
-    def __init__(self, cluster: Cluster, index: int, former: Former) -> None:
-        self._cluster = cluster
-        self._index = index
-        self._former = former
-
-    def Connect(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        """See mesh.proto."""
-        try:
-            peer = peer_of(context, self._cluster)
-            require(peer, "party/")
-            number = int(peer.role.partition("/")[2])
-            if number >= self._index:
-                raise ForbiddenError(
-                    f"party {number} waits for party {self._index} to connect, not the other way round"
-                )
-            outgoing = self._former.accept(number, request_iterator, context)
-        except Exception as error:
-            channel.abort(context, error)
-        yield from outgoing
-
-
-def _share(tensor: tensor_pb2.Tensor, declared: Value, max_bytes: int) -> Shared:
-    """The share in a request, checked against the model's declaration."""
-    shape = tuple(tensor.shape)
-    if tensor.ring_bits not in (0, 64) or tensor.frac_bits != declared.frac_bits:
-        raise InputError(f"input {declared.name!r} must be shared over 64 bits with {declared.frac_bits} fraction bits")
-    count = math.prod(shape)
-    if tensor.WhichOneof("content") == "seed":
-        if len(tensor.seed) != prg.SEED_BYTES:
-            raise InputError(f"a seed has {prg.SEED_BYTES} bytes")
-        if 8 * count > max_bytes:  # what a seed stands for may be no larger than what could be sent
-            raise ShapeError(f"input {declared.name!r} is too large; send smaller batches")
-        return Shared(prg.expand(tensor.seed, shape, Z64), tensor.frac_bits)
-    if len(tensor.data) != 8 * count:
-        raise InputError(f"input {declared.name!r} has {len(tensor.data)} bytes of data, its shape needs {8 * count}")
-    return Shared(Z64.unpack(tensor.data, shape), tensor.frac_bits)
-
-
-def reveal(x: Shared) -> tensor_pb2.Tensor:
-    """The one way out for a share: in the answer to the client who asked, after re-randomisation."""
-    return tensor_pb2.Tensor(shape=x.shape, frac_bits=x.frac_bits, ring_bits=64, data=bytes(Z64.pack(x.share)))
-
-
-def _cost(phase: Phase) -> tensor_pb2.PhaseCost:
-    return tensor_pb2.PhaseCost(
-        seconds=phase.seconds,
-        rounds=phase.rounds,
-        bytes_sent=phase.bytes_sent,
-        bytes_from_dealer=phase.bytes_from_dealer,
-    )
-
-
-def _spec(value: Value) -> tensor_pb2.TensorSpec:
-    declared = value.limit if isinstance(value, Input) else 0.0
-    limit = declared or (FixedPoint(value.frac_bits).limit if value.frac_bits else 0.0)
-    return tensor_pb2.TensorSpec(
-        name=value.name, shape=value.shape, frac_bits=value.frac_bits, ring_bits=64, limit=limit
-    )
-
-
-def _info(model: Model) -> party_pb2.ModelInfo:
-    return party_pb2.ModelInfo(
-        name=model.name,
-        version=model.version,
-        deployment_id=model.id,
-        owner=model.owner,
-        inputs=[_spec(v) for v in model.program.inputs],
-        outputs=[_spec(v) for v in model.program.outputs],
-        reveal=model.program.reveal,
-        created_unix_seconds=model.created,
-        parameters=model.program.size,
-        sizes=[tensor_pb2.Size(name=s.name, low=s.low, high=s.high) for s in model.program.sizes],
-        context=model.program.context,
-        vocabulary_digest=hashlib.sha256(model.vocabulary).digest() if model.vocabulary else b"",
-    )

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mpcinfer.config import Limits
 from mpcinfer.errors import MpcInferError
 from mpcinfer.graph.program import Input, Program, Value
-from mpcinfer.party import service
+from mpcinfer.party import messages
 from mpcinfer.wire import channel
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 from tests.inprocess import Caller, InProcess, kinds, mlp, plain, random_weights, reveal, wait_for
@@ -395,9 +395,9 @@ def test_status_and_models(cluster: InProcess) -> None:
 
 
 def test_the_limits_served_are_the_programs_or_else_the_encodings() -> None:
-    assert service._spec(Input("x", (-1, 3), 16, 2.0**20, True)).limit == 2.0**20
-    assert service._spec(Input("x", (-1, 3), 16)).limit == 2.0**30
-    assert service._spec(Value("y", (-1,), 0)).limit == 0
+    assert messages.spec(Input("x", (-1, 3), 16, 2.0**20, True)).limit == 2.0**20
+    assert messages.spec(Input("x", (-1, 3), 16)).limit == 2.0**30
+    assert messages.spec(Value("y", (-1,), 0)).limit == 0
 
 
 def test_answers_are_shares_and_not_the_output(cluster: InProcess) -> None:

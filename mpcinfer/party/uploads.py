@@ -1,0 +1,96 @@
+"""Uploads of models: checked, and staged in the store until the lane commits them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import grpc
+
+from mpcinfer.config import Limits
+from mpcinfer.errors import BusyError, InputError, UploadError
+from mpcinfer.graph.program import Program
+from mpcinfer.party.catalogue import check_manifest
+from mpcinfer.party.inbox import Inbox
+from mpcinfer.party.record import WeightEntry
+from mpcinfer.party.store import Store
+from mpcinfer.ring import prg
+from mpcinfer.wire.v1 import party_pb2
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MOST_VOCABULARY = 16 << 20
+_MOST_AT_A_TIME = 4
+
+
+class Uploads:
+    """Takes in uploads, a few at a time."""
+
+    def __init__(self, store: Store, inbox: Inbox, limits: Limits) -> None:
+        self._store = store
+        self._inbox = inbox
+        self._limits = limits
+        self._room = threading.BoundedSemaphore(_MOST_AT_A_TIME)
+
+    @contextmanager
+    def staged(
+        self, parts: Iterator[party_pb2.DeployRequest], owner: str, patience: float
+    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Stage an upload: its request id and public facts. What is not committed at the end is discarded.
+
+        patience: how many seconds to wait for room.
+        """
+        with ExitStack() as stack:
+            if not self._room.acquire(timeout=patience):
+                raise BusyError("too many uploads at a time; send it again later")
+            try:
+                header, program, entries = self._header(next(parts, None))
+                metadata = {
+                    "name": header.name,
+                    "owner": owner,
+                    "program": program.to_bytes().decode(),
+                    "created": time.time(),
+                    "vocabulary": base64.b64encode(header.vocabulary).decode(),
+                }
+                stack.enter_context(self._inbox.arriving(header.request_id))
+                staged = self._store.stage(header.request_id, metadata, entries)
+                stack.callback(staged.discard)
+                for part in parts:
+                    staged.write(part.chunk)
+                staged.finish(header.size, header.digest)
+            except grpc.RpcError as error:
+                raise UploadError("the upload ended before it was complete") from error
+            finally:
+                self._room.release()
+            vocabulary = hashlib.sha256(header.vocabulary).hexdigest()
+            yield header.request_id, {"name": header.name, "program": program.digest().hex(), "vocabulary": vocabulary}
+
+    def _header(
+        self, first: party_pb2.DeployRequest | None
+    ) -> tuple[party_pb2.DeployHeader, Program, list[WeightEntry]]:
+        """The first message of an upload, checked."""
+        if first is None or first.WhichOneof("part") != "header":
+            raise UploadError("an upload begins with its header")
+        header = first.header
+        if not _NAME.fullmatch(header.name):
+            raise InputError(
+                "a model's name is 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+            )
+        entries = [WeightEntry(w.name, tuple(w.shape), w.frac_bits, w.seed or None) for w in header.weights]
+        program = Program.from_bytes(header.program)
+        check_manifest(program, entries)
+        if any(entry.seed is not None and len(entry.seed) != prg.SEED_BYTES for entry in entries):
+            raise InputError(f"a weight's seed has {prg.SEED_BYTES} bytes")
+        # what seeds stand for counts like what is sent
+        expanded = sum(8 * math.prod(entry.shape) for entry in entries)
+        if max(header.size, expanded) > self._limits.max_upload_mb << 20:
+            raise UploadError(f"the upload is larger than this party allows ({self._limits.max_upload_mb} MiB)")
+        if len(header.vocabulary) > _MOST_VOCABULARY:
+            raise UploadError(f"the vocabulary is larger than {_MOST_VOCABULARY >> 20} MiB")
+        return header, program, entries
