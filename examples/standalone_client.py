@@ -33,11 +33,12 @@ MIB = 2**20
 def generate_stubs():
     """Compile the .proto files as top-level modules party_pb2, party_pb2_grpc, tensor_pb2, and import them."""
     with tempfile.TemporaryDirectory() as directory:
-        for name in ("tensor.proto", "party.proto"):
+        names = ("tensor.proto", "trust.proto", "party.proto")
+        for name in names:
             text = (PROTOS / "mpcinfer" / "v1" / name).read_text()
             Path(directory, name).write_text(text.replace('import "mpcinfer/v1/', 'import "'))
         options = [f"-I{directory}", f"--python_out={directory}", f"--grpc_python_out={directory}"]
-        if protoc.main(["protoc", *options, f"{directory}/tensor.proto", f"{directory}/party.proto"]):
+        if protoc.main(["protoc", *options, *(f"{directory}/{name}" for name in names)]):
             sys.exit("protoc failed")
         sys.path.insert(0, directory)
         return [importlib.import_module(name) for name in ("party_pb2", "party_pb2_grpc", "tensor_pb2")]
