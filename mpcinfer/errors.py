@@ -41,6 +41,10 @@ class MpcInferError(Exception):
     grpc_status: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
 
+    def __init__(self, message: str = "") -> None:
+        """message: a text, so that nothing else is ever turned into one here."""
+        super().__init__(message)
+
 
 class InputError(MpcInferError):
     """What the caller handed in is wrong; retrying without a change fails again."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mpcinfer
+from tests.redaction import hidden_fields, leaks
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "mpcinfer").rglob("*.py"))
@@ -132,6 +133,67 @@ def test_the_scan_finds_planted_faults(fault: str) -> None:
 )
 def test_the_scan_leaves_clean_code_alone(clean: str) -> None:
     assert not list(banned_uses(clean))
+
+
+OURS = [path for path in PACKAGE if "v1" not in path.parts]
+HIDDEN = hidden_fields(path.read_text(encoding="utf-8") for path in OURS)
+# What is named like a secret and is none, or is told to nobody but whose it is.
+TOLD = {
+    ("chat.py", "error.message"): "a syntax error of a template, which is public",
+    ("chat.py", "message"): "what a template says to the data owner's own process",
+    ("data.py", "answer"): "a size",
+    ("config.py", "self.content"): "the unknown keys of a configuration file",
+    ("channel.py", "error.verify_message"): "why OpenSSL refuses a certificate",
+    ("export.py", "error"): "torch.export to the model's owner, about his own module",
+    ("graph.py", "error"): "onnx to the model's owner, about his own file",
+}
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_secret_is_formatted_into_logs_or_errors(path: Path) -> None:
+    found = leaks(path.read_text(encoding="utf-8"), HIDDEN)
+    assert [leak for leak in found if (path.name, leak.split()[2]) not in TOLD] == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "_log.info('got %s', share)",
+        "_log.warning(f'{request}')",
+        "def f(x: torch.Tensor):\n    raise InputError(f'wrong: {x}')",
+        "def f(x: tensor_pb2.Tensor):\n    _log.error('%s', x)",
+        "def f():\n    hello: mesh_pb2.Hello = g()\n    raise ProtocolError(str(hello))",
+        "raise InputError(f'{self._seed.hex()}')",
+        "raise InputError('a {} b'.format(prompt))",
+        "raise InputError('a %s b' % prompt)",
+        "raise InputError('text: ' + prompt)",
+        "raise InputError(', '.join(str(t) for t in tokens))",
+        "raise InputError(f'{tokens[0]} is unknown')",
+        "raise errors.InputError(repr(job.content))",
+        "raise StoreError(f'{writing.prompts}')",
+        "raise StoreError(f'{first if first else weights}')",
+        "_log.exception('it failed')",
+        "_log.error('it failed', exc_info=True)",
+        "try:\n    f()\nexcept Exception as error:\n    raise InputError(f'{error}')",
+        "async def f(x: Shared):\n    def g():\n        pass\n    _log.info('%r', x)",
+    ],
+)
+def test_a_secret_in_a_text_is_found(fault: str) -> None:
+    assert list(leaks(fault, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    "clean",
+    [
+        "raise InputError(f'{len(tokens)} tokens, shape {list(share.shape)}, {share.dtype}')",
+        "raise InputError(f'{type(error).__name__}')",
+        "try:\n    f()\nexcept OSError as error:\n    raise InputError(f'{path}: {error.strerror}') from error",
+        "_log.info('model %s version %d deployed by %s', name, version, owner)",
+        "share = f'{share}'",
+    ],
+)
+def test_what_may_be_said_is_not(clean: str) -> None:
+    assert not list(leaks(clean, HIDDEN))
 
 
 @pytest.mark.parametrize(

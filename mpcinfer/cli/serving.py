@@ -30,6 +30,7 @@ def proxy(
     from mpcinfer.client.locate import locate
     from mpcinfer.client.proxy.app import create_app, server
     from mpcinfer.client.proxy.backend import of_client
+    from mpcinfer.wire.memory import guard_memory
     from mpcinfer.wire.server import configure_logging
 
     token = None if token_file is None else read_token(token_file)
@@ -38,6 +39,7 @@ def proxy(
         app = create_app(of_client(client, members, timeout=timeout), host=host, token=token)
         with listen(host, port) as listening:
             configure_logging("info")
+            guard_memory(swap=False)
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             shown = f"[{host}]" if ":" in host else host
             print(f"http://{shown}:{listening.getsockname()[1]}/ (API at /v1); Ctrl-C stops it", flush=True)

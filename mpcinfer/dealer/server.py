@@ -12,6 +12,7 @@ from mpcinfer.dealer.service import DealerService
 from mpcinfer.errors import ConfigError
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.memory import guard_memory
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import dealer_pb2_grpc
 
@@ -39,6 +40,7 @@ def build(node: Node) -> tuple[Dealer, Server]:
 def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
+    guard_memory()
     stopped = stop_signal()
     torch.set_num_threads(1)
     _, server = build(node)

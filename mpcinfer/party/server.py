@@ -23,6 +23,7 @@ from mpcinfer.party.store import Store
 from mpcinfer.party.uploads import Uploads
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.memory import guard_memory
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2_grpc
 
@@ -96,6 +97,7 @@ class Party:
 def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
+    guard_memory()
     stopped = stop_signal()
     torch.set_num_threads(1)  # one lane computes at a time, and parties of one machine share its cores
     party = Party(node)

@@ -9,16 +9,19 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from mpcinfer.config import Node
+from mpcinfer.errors import MpcInferError
 from mpcinfer.wire import channel
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.metrics import Figures, MetricsServer
 
 _log = logging.getLogger(__name__)
+_PLAIN = (str, int, float, Path, MpcInferError)
 
 
 class Server:
@@ -88,7 +91,16 @@ def stop_signal() -> Callable[[], str]:
 
 
 def configure_logging(level: str) -> None:
-    """Log lines on stderr. What may be secret is never passed to a logger; there is nothing to filter here."""
+    """Log lines on stderr. Of what is no plain data, a tensor or a message of the wire, they show the type only."""
     logging.basicConfig(
         stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_redact)
+
+
+def _redact(record: logging.LogRecord) -> bool:
+    # a single dictionary is passed on by itself, for formats that name its items
+    args = record.args if isinstance(record.args, tuple) else (record.args,) if record.args else ()
+    record.args = tuple(each if isinstance(each, _PLAIN) else type(each).__name__ for each in args)
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpcinfer.client.generation import Message, Prompt, Settings
@@ -27,12 +27,12 @@ class Writing:
     """Answers to write: `n` for each prompt. `echo` are fields that the response repeats."""
 
     model: str
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...] = field(repr=False)
     settings: Settings
     n: int = 1
     stream: bool = False
     include_usage: bool = False
-    echo: tuple[tuple[str, Any], ...] = ()
+    echo: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Embedding:
     """Texts to embed; base64: the vectors as little-endian float32."""
 
     model: str
-    texts: tuple[Text, ...]
+    texts: tuple[Text, ...] = field(repr=False)
     base64: bool
 
 
@@ -220,9 +220,9 @@ def _message(value: object, param: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise ParameterError(f"{param}: the role must be one of {', '.join(_ROLES)}", f"{param}.role", "invalid_value")
     # An answer of an earlier turn comes back as it was sent, with an id, a status and fields that are empty.
-    for field, given in value.items():
-        empty = given is None or given == [] or field in ("role", "content", "id", "status")
-        if not empty and not (field == "type" and given == "message"):
+    for key, given in value.items():
+        empty = given is None or given == [] or key in ("role", "content", "id", "status")
+        if not empty and not (key == "type" and given == "message"):
             raise ParameterError(f"{param} can have a role and a content only", param, "unsupported_parameter")
     if not isinstance(content, list):
         return {"role": _ROLES[role], "content": check_text(content, f"{param}.content")}

@@ -1,0 +1,55 @@
+"""What a process holds in memory stays there: no core dump, no other process of its user looking in, no swap."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE = 4
+# Present and future pages, each once it is touched: address space that is only reserved takes no memory.
+_MCL_ALL_ON_FAULT = 1 | 2 | 4
+_CAP_IPC_LOCK = 14
+
+
+def guard_memory(*, swap: bool = True) -> None:
+    """Call at the start of a process that will hold shares or seeds. What the system does not allow is logged.
+
+    swap: also keep all memory out of the swap. That needs an unlimited RLIMIT_MEMLOCK or CAP_IPC_LOCK; with less,
+    memory would run out instead, so it is left alone.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
+    except (OSError, AttributeError):
+        _log.warning("this system lets other processes of the same user read this one's memory (no PR_SET_DUMPABLE)")
+        return
+    if not swap:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    if hard != resource.RLIM_INFINITY and not _may_lock_all():
+        _unlocked(f"RLIMIT_MEMLOCK is {hard >> 20} MiB")
+    elif libc.mlockall(_MCL_ALL_ON_FAULT):
+        _unlocked(os.strerror(ctypes.get_errno()))
+
+
+def _unlocked(why: str) -> None:
+    _log.warning(
+        "this process's memory, shares included, may be swapped to disk (%s): set LimitMEMLOCK=infinity, or use no or "
+        "encrypted swap",
+        why,
+    )
+
+
+def _may_lock_all() -> bool:
+    """Whether this process may lock memory whatever the limit."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    return bool(effective >> _CAP_IPC_LOCK & 1)

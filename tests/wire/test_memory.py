@@ -1,0 +1,65 @@
+"""What `guard_memory` does to a process, looked up in /proc in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHILD = """
+import ctypes, logging, os, resource, sys
+user, swap, plant = int(sys.argv[1]), sys.argv[2] == "swap", sys.argv[3]
+import mpcinfer.wire.memory as memory
+from mpcinfer.wire.server import configure_logging
+configure_logging("info")
+if user:
+    os.setuid(user)
+if plant != "nothing":
+    memory.guard_memory(swap=swap)
+held = bytearray(os.urandom(1 << 20)) * 8
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE), int(status["VmLck"].split()[0]))
+"""
+NOBODY = 65534
+
+
+def child(user: int = 0, swap: str = "swap", plant: str = "") -> tuple[str, str]:
+    """What a guarded process says of itself, and what it logs."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(user), swap, plant], capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stdout.strip(), done.stderr
+
+
+def may_lock() -> bool:
+    from mpcinfer.wire.memory import _may_lock_all
+
+    return _may_lock_all()
+
+
+def test_no_core_dump_and_nobody_looks_in() -> None:
+    said, _ = child()
+    assert said.startswith("0 (0, 0) ")
+    unguarded, _ = child(plant="nothing")  # this test can fail
+    assert not unguarded.startswith("0 (0, 0) ")
+
+
+@pytest.mark.skipif(not may_lock(), reason="needs CAP_IPC_LOCK")
+def test_memory_is_locked_where_that_is_allowed() -> None:
+    said, log = child()
+    assert int(said.split()[-1]) >= 8 << 10, "what was written since is not locked"
+    assert "swap" not in log
+    assert int(child(swap="none")[0].split()[-1]) == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes another user's limits")
+def test_what_is_not_protected_is_said_once() -> None:
+    import resource
+
+    said, log = child(NOBODY)
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY:
+        pytest.skip("everybody may lock memory here")
+    assert said.startswith("0 (0, 0) ") and said.endswith(" 0")
+    assert log.count("may be swapped to disk") == 1 and "LimitMEMLOCK" in log
