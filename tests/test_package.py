@@ -13,7 +13,7 @@ import pytest
 import mpcinfer
 from mpcinfer import errors
 
-NAMES = {"AsyncClient", "Client", "Deployed", "ModelOwner"}
+NAMES = {"AsyncClient", "Audit", "Client", "Deployed", "ModelOwner"}
 
 
 def test_what_it_offers() -> None:

@@ -10,9 +10,11 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
+from mpcinfer.client.audit import Audit
 from mpcinfer.client.cluster import CONNECT_TIMEOUT, PartyStatus
-from mpcinfer.client.data import GENERATE_TIMEOUT, Array, Client, Cost
+from mpcinfer.client.data import GENERATE_TIMEOUT, Client, Cost
 from mpcinfer.client.generation import Piece, Prompt, Settings
+from mpcinfer.client.inputs import Array
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model
 from mpcinfer.config import Cluster
@@ -51,9 +53,11 @@ class AsyncClient:
         """What the answer that came last cost; see `Client.last_cost`."""
         return self._client.last_cost
 
-    async def infer(self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0) -> Any:
+    async def infer(
+        self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0, audit: Audit | None = None
+    ) -> Any:
         """See `Client.infer`."""
-        return await self._run(self._client.infer, name, *inputs, version=version, timeout=timeout)
+        return await self._run(self._client.infer, name, *inputs, version=version, timeout=timeout, audit=audit)
 
     async def generate(
         self,
@@ -63,11 +67,12 @@ class AsyncClient:
         *,
         version: int = 0,
         timeout: float = GENERATE_TIMEOUT,
+        audit: Audit | None = None,
         **changes: Any,
     ) -> AsyncIterator[Piece]:
         """The pieces of an answer as they arrive; see `Client.generate`. Leaving early ends it."""
         answer = await self._run(
-            self._client.generate, name, prompt, settings, version=version, timeout=timeout, **changes
+            self._client.generate, name, prompt, settings, version=version, timeout=timeout, audit=audit, **changes
         )
         pieces = iter(answer)
         try:

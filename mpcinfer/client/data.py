@@ -8,11 +8,13 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 import torch
 
+from mpcinfer.client.audit import Audit, audited
 from mpcinfer.client.cluster import (
     CONNECT_TIMEOUT,
     LIST_TIMEOUT,
@@ -22,6 +24,7 @@ from mpcinfer.client.cluster import (
     wait_until_ready,
 )
 from mpcinfer.client.generation import Message, Prompt, Settings
+from mpcinfer.client.inputs import Array, encode_inputs, free_sizes
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model, TensorSpec
 from mpcinfer.client.text import Tokenizer
@@ -30,24 +33,23 @@ from mpcinfer.config import Cluster
 from mpcinfer.errors import (
     AbortedError,
     DeadlineError,
-    DtypeError,
     InputError,
     MpcInferError,
     NotFoundError,
     ProtocolError,
-    RangeError,
     StoreError,
 )
-from mpcinfer.graph.sizes import BATCH, agrees, filled, solve
+from mpcinfer.graph.sizes import BATCH, agrees, filled
 from mpcinfer.models.vocabulary import Vocabulary
 from mpcinfer.ring import prg
-from mpcinfer.ring.codec import FixedPoint, check_indices
+from mpcinfer.ring.codec import check_indices
 from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.sharing import combine, split
+from mpcinfer.trust import canaries
+from mpcinfer.trust.canaries import CanarySet
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
-Array = torch.Tensor | np.ndarray[Any, Any]
 Cost = dict[str, dict[str, float]]
 
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -83,7 +85,9 @@ class Client:
         """
         return cls(Connection.to(cluster, identity, timeout=timeout))
 
-    def infer(self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0) -> Any:
+    def infer(
+        self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0, audit: Audit | None = None
+    ) -> Any:
         """Evaluate the model `name` (version 0: the newest) on `inputs`, within `timeout` seconds.
 
         inputs: one tensor per input of the model, the batch first where the model has one; torch or numpy, of any
@@ -91,20 +95,22 @@ class Client:
         owner reveals is an index. A batch too large for one request is sent as several, one after the other.
         Nothing leaves this process before ShapeError, DtypeError and RangeError are ruled out. When a party fails in
         the middle, the request is shared afresh and sent once more as soon as the parties are ready.
+        audit: send canaries among the requests, each with `timeout` seconds of its own; TamperingError for one that is
+        answered wrong: what was to follow is not sent then.
         """
         deadline = time.monotonic() + timeout
         model = self._model(name, version, deadline)
         if model.context:
             raise InputError(f"{name!r} is a language model: it generates")
         try:
-            return self._infer(model, inputs, deadline)
+            return self._infer(model, inputs, deadline, timeout, audit)
         except NotFoundError:
             # The version has been removed, or deployed anew, since it was looked up.
             self._models.pop(model.key, None)
             found = self._model(name, version, deadline)
             if found == model:
                 raise
-            return self._infer(found, inputs, deadline)
+            return self._infer(found, inputs, deadline, timeout, audit)
 
     def generate(
         self,
@@ -115,6 +121,7 @@ class Client:
         version: int = 0,
         timeout: float = GENERATE_TIMEOUT,
         stream: bool = True,
+        audit: Audit | None = None,
         **changes: Any,
     ) -> Answer:
         """Have a language model continue a text, or answer in a conversation, within `timeout` seconds.
@@ -122,8 +129,9 @@ class Client:
         prompt: a text, messages such as {"role": "user", "content": "..."}, or token ids. settings, and `changes` to
         them by name (max_new_tokens, temperature, top_k, repetition_penalty, stop): see `Settings`. The answer is
         iterated over as it is written; with stream=False it is complete. What the parties still hold of a text that
-        begins in the same way is not sent again. Raises ContextLengthError for too long a text, InputError for models
-        that write no text, and while it is written what `infer` raises.
+        begins in the same way is not sent again. audit: canaries go before it, when its first piece is asked for; for
+        greedy answers only, and nothing is kept of the text. Raises ContextLengthError for too long a text, InputError
+        for models that write no text, and while it is written what `infer` raises.
         """
         deadline = time.monotonic() + timeout
         model = self._model(name, version, deadline)
@@ -142,12 +150,19 @@ class Client:
             ids = check_indices(torch.tensor(list(prompt)), model.inputs[0].limit, "the prompt")
             if not len(ids):
                 raise InputError("the prompt has no token")
-        left = deadline - time.monotonic()
-        answer = Answer(self._connection, self._memory, model, tokenizer, ids.tolist(), settings, stop, left)
+        if audit is not None:
+            answer = audited(audit, self._connection, model, tokenizer, ids.tolist(), settings, stop, timeout)
+        else:
+            left = deadline - time.monotonic()
+            answer = Answer(self._connection, self._memory, model, tokenizer, ids.tolist(), settings, stop, left)
         if not stream:
             for _ in answer:
                 pass
         return answer
+
+    def canaries(self, path: AnyPath) -> CanarySet:
+        """The canaries in a file, checked to be signed by an owner of this cluster: for `Audit`."""
+        return canaries.read(Path(path), self._connection.cluster)
 
     def embed(self, name: str, texts: Sequence[str], *, timeout: float = 60.0) -> list[torch.Tensor]:
         """What an encoder makes of each text: one vector, float32. Texts of equal length share a request.
@@ -244,9 +259,14 @@ class Client:
         except MpcInferError:
             pass
 
-    def _infer(self, model: Model, inputs: Sequence[Array], deadline: float) -> Any:
-        encoded = encode_inputs(model, inputs)
-        answers = [self._answer(model, part, deadline) for part in _requests(model, encoded)]
+    def _infer(
+        self, model: Model, inputs: Sequence[Array], deadline: float, timeout: float, audit: Audit | None
+    ) -> Any:
+        parts = _requests(model, encode_inputs(model, inputs))
+        if audit is None:
+            answers = [self._answer(model, part, deadline) for part in parts]
+        else:
+            answers = [self._audited(model, part, timeout, audit) for part in parts]
         self.last_cost = _total([cost for _, cost in answers])
         as_torch = any(isinstance(x, torch.Tensor) for x in inputs)
         outputs: list[Array] = []
@@ -258,6 +278,16 @@ class Client:
             value = (whole.double() / 2.0**spec.frac_bits).float() if spec.frac_bits else whole
             outputs.append(value if as_torch else value.numpy())
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _audited(
+        self, model: Model, inputs: list[torch.Tensor], timeout: float, audit: Audit
+    ) -> tuple[list[torch.Tensor], Cost]:
+        """One request after the canaries that go before it. Each has the same time from its own beginning: parties
+        see how long a caller is going to wait."""
+        for canary in audit.examples(model, inputs):
+            outputs, _ = self._answer(model, list(canary.inputs), time.monotonic() + timeout)
+            audit.check_example(canary, outputs)
+        return self._answer(model, inputs, time.monotonic() + timeout)
 
     def _answer(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> tuple[list[torch.Tensor], Cost]:
         """One request, sent once more if a party failed in the middle."""
@@ -293,56 +323,15 @@ class Client:
         answers = self._connection.call("Infer", requests, timeout=left)
         if any(answer.version != model.version for answer in answers):
             raise ProtocolError(f"a party answered with another version of model {model.name!r} than was asked for")
-        free = _free(model, inputs)
+        free = free_sizes(model, inputs)
         shapes = [filled(spec.shape, free) for spec in model.outputs]
         outputs = [_sum(answers, i, *expected) for i, expected in enumerate(zip(model.outputs, shapes, strict=True))]
         return outputs, _cost(answers)
 
 
-def encode_inputs(model: Model, inputs: Sequence[Array]) -> list[torch.Tensor]:
-    """The inputs as int64 tensors in fixed point, all checks done: InputError, ShapeError, DtypeError, RangeError."""
-    if len(inputs) != len(model.inputs):
-        names = ", ".join(spec.name for spec in model.inputs)
-        raise InputError(f"model {model.name!r} takes {len(model.inputs)} inputs ({names}), not {len(inputs)}")
-    tensors = [_tensor(x, spec) for x, spec in zip(inputs, model.inputs, strict=True)]
-    _free(model, tensors)
-    return [_encode(x, spec) for x, spec in zip(tensors, model.inputs, strict=True)]
-
-
-def _free(model: Model, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """The free sizes of a request; InputError, ShapeError if the inputs do not fit."""
-    return solve(model.sizes, [(v.name, v.shape) for v in model.inputs], [tuple(x.shape) for x in inputs])
-
-
-def _tensor(x: object, spec: TensorSpec) -> torch.Tensor:
-    """A dense torch tensor of a real dtype."""
-    if isinstance(x, np.ndarray):
-        if x.dtype.kind not in "biuf":
-            raise DtypeError(f"input {spec.name!r} has dtype {x.dtype}; pass real numbers (float, integer or bool)")
-        wide = np.int64 if not spec.frac_bits and x.dtype.kind in "iu" else np.float64
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=wide).reshape(x.shape))
-    if not isinstance(x, torch.Tensor):
-        raise DtypeError(f"input {spec.name!r} is a {type(x).__name__}; pass a torch tensor or a numpy array")
-    if x.layout != torch.strided or x.is_quantized or x.is_complex() or x.device.type == "meta":
-        raise DtypeError(f"input {spec.name!r} is a {x.layout} {x.dtype} tensor on {x.device}; pass dense real numbers")
-    return x
-
-
-def _encode(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    what = f"input {spec.name!r}"
-    if not spec.frac_bits:
-        return check_indices(x, spec.limit, what)
-    encoded = FixedPoint(spec.frac_bits).encode(x, what)
-    if spec.limit and int(encoded.abs().max()) >= spec.limit * 2.0**spec.frac_bits:
-        raise RangeError(
-            f"{what} contains numbers of absolute value {spec.limit:g} or more; the model takes smaller ones"
-        )
-    return encoded
-
-
 def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """The inputs cut along the batch into requests of at most MAX_REQUEST_BYTES, as are their answers."""
-    free = _free(model, inputs)
+    free = free_sizes(model, inputs)
     size = 8 * sum(x.numel() for x in inputs)
     answer = 8 * sum(math.prod(filled(spec.shape, free)) for spec in model.outputs)
     if max(size, answer) <= MAX_REQUEST_BYTES:

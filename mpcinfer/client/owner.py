@@ -17,12 +17,15 @@ from mpcinfer.client.examples import captured_model
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model
 from mpcinfer.config import Cluster
-from mpcinfer.errors import AgreementError
+from mpcinfer.errors import AgreementError, ForbiddenError, NotFoundError
 from mpcinfer.graph.capture import Captured, capture
+from mpcinfer.models.decoder import Decoder
 from mpcinfer.models.load import load
 from mpcinfer.models.vocabulary import Vocabulary
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import split
+from mpcinfer.trust.canaries import sign
+from mpcinfer.trust.signing import Signed, Signer
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2
 
@@ -147,6 +150,36 @@ class ModelOwner:
         return Deployed(
             first.name, first.version, first.deployment_id.hex(), captured.program.size, captured.program.reveal
         )
+
+    def canaries(
+        self,
+        name: str,
+        model: nn.Module | ExportedProgram,
+        inputs: Sequence[torch.Tensor | Sequence[torch.Tensor]],
+        *,
+        version: int = 0,
+        max_new_tokens: int = 32,
+        **judged: float,
+    ) -> Signed:
+        """Inputs with their right answers, signed, for clients that check on the parties; see `client.canaries`.
+
+        model: as it was deployed as `name` (version 0: the newest). inputs: of each canary one tensor, or one per
+        input; of a language model the ids of prompts, continued by up to `max_new_tokens` tokens. judged: margin,
+        tolerance. Nothing is sent. Write it with `trust.canaries.write` and give it to clients, not to the parties.
+        """
+        from mpcinfer.client.canaries import from_examples, from_prompts
+
+        found = [m for m in self._connection.models(name) if version in (0, m.version)]
+        if not found:
+            raise NotFoundError(f"no model {name!r} of this version is deployed here")
+        if found[-1].owner != self._connection.identity.role:
+            raise ForbiddenError(f"clients take canaries of {name!r} from {found[-1].owner} alone")
+        if isinstance(model, Decoder):
+            prompts = [torch.as_tensor(ids).flatten().tolist() for ids in inputs]
+            made = from_prompts(found[-1], model, prompts, max_new_tokens, **judged)
+        else:
+            made = from_examples(found[-1], model, inputs, **judged)
+        return sign(Signer(self._connection.identity), made)
 
     def remove(self, name: str, version: int = 0) -> int:
         """Remove a version of a model (0: all versions) from all parties: how many were removed.

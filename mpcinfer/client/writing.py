@@ -74,6 +74,18 @@ class Memory:
             self._known = [k for k in self._known if k.id != session]
 
 
+class Oblivion(Memory):
+    """Keeps no session: every text is sent whole, and the parties are told at its end to forget it."""
+
+    def longest(self, model: Model, tokens: Sequence[int]) -> tuple[bytes, int]:
+        """None."""
+        return b"", 0
+
+    def add(self, known: Known) -> list[bytes]:
+        """It is of no use any more."""
+        return [known.id]
+
+
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -91,8 +103,10 @@ class Answer:
         settings: Settings,
         stop: Sequence[int],
         timeout: float,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """tokens: the whole text so far. InputError, ContextLengthError for what the model cannot take."""
+        """tokens: the whole text so far. before: what to do first of all, once; the time counts from its end.
+        InputError, ContextLengthError for what the model cannot take."""
         longest = len(tokens) + max(0, settings.max_new_tokens - 1)
         if not 1 <= settings.max_new_tokens:
             raise InputError("max_new_tokens must be at least 1")
@@ -116,12 +130,13 @@ class Answer:
         self._settings = settings
         self._choice = Choice.of(settings.temperature, settings.top_k, settings.repetition_penalty)
         self._end = frozenset(stop)
-        self._deadline = time.monotonic() + timeout
+        self._deadline = 0.0
         self._detokenizer = Detokenizer(tokenizer, tokens) if tokenizer is not None else None
         self._stops = StopTexts(settings.stop)
         self._cancelled = threading.Event()
         self._stop_streams: Callable[[], None] = lambda: None
         self._begun = False
+        self._timeout, self._before = timeout, before
         self._begin(*memory.longest(model, self._prompt))
 
     def _begin(self, parent: bytes, keep: int) -> None:
@@ -161,6 +176,8 @@ class Answer:
             raise InputError("an answer can be iterated over once")
         self._begun = True
         try:
+            self._before()
+            self._deadline = time.monotonic() + self._timeout
             yield from self._pieces()
         except GeneratorExit:
             self.finish = self.finish or "cancelled"
