@@ -102,14 +102,16 @@ def explain(
     parties: int,
     round_bytes: Callable[[int], int] = int,
     dealt_bytes: Callable[[int], int] = int,
+    compared: int = 0,
 ) -> Explanation:
     """The price of a request with inputs of these shapes.
 
-    round_bytes, dealt_bytes: how many bytes the wire makes of one message of a round and of all corrections. Raises
-    what `plan_inference` does.
+    round_bytes, dealt_bytes: how many bytes the wire makes of one message of a round and of all corrections. compared:
+    the bytes of a last round, in which the parties compare what they have seen; 0 for none. Raises what
+    `plan_inference` does.
     """
     plan, cost, _ = plan_inference(program, shapes, parties=parties)
-    return _explained(program, shapes, plan, cost, parties, round_bytes, dealt_bytes)
+    return _explained(program, shapes, plan, cost, parties, round_bytes, dealt_bytes, compared)
 
 
 def explain_step(
@@ -120,10 +122,11 @@ def explain_step(
     parties: int,
     round_bytes: Callable[[int], int] = int,
     dealt_bytes: Callable[[int], int] = int,
+    compared: int = 0,
 ) -> Explanation:
     """The price of a step of a language model: so many tokens after `rows` others, and a choice of the next one."""
     plan, cost, _ = Planner(program, parties=parties).step(tokens, capacity(rows + tokens), Choice())
-    return _explained(program, [(1, tokens)], plan, cost, parties, round_bytes, dealt_bytes)
+    return _explained(program, [(1, tokens)], plan, cost, parties, round_bytes, dealt_bytes, compared)
 
 
 def _explained(
@@ -134,7 +137,9 @@ def _explained(
     parties: int,
     round_bytes: Callable[[int], int],
     dealt_bytes: Callable[[int], int],
+    compared: int,
 ) -> Explanation:
+    cost = _with_comparison(cost, compared, parties)
     nodes = {node.name: node for node in program.nodes}
     tallies: dict[str, _Tally] = {path(node): _Tally() for node in program.nodes}
 
@@ -165,7 +170,7 @@ def _explained(
         tuple(Layer(at, tuple(operators.get(at, ())), part.price(parties)) for at, part in tallies.items()),
         headers,
         total.price(parties),
-        _deployment(program, parties, round_bytes),
+        _deployment(program, parties, round_bytes, compared),
         steps(cost, nodes, parties, round_bytes),
     )
 
@@ -225,8 +230,16 @@ def _framed(cost: Cost, parties: int, round_bytes: Callable[[int], int]) -> int:
     return sum(round_bytes(message.total()) for message in cost.messages) * (parties - 1)
 
 
-def _deployment(program: Program, parties: int, round_bytes: Callable[[int], int]) -> Deployment:
+def _with_comparison(cost: Cost, compared: int, parties: int) -> Cost:
+    if not compared:
+        return cost
+    messages = [*cost.messages, Counter({"comparison": compared})]
+    return Cost(cost.rounds + 1, cost.bytes_sent + compared * (parties - 1), cost.openings, messages)
+
+
+def _deployment(program: Program, parties: int, round_bytes: Callable[[int], int], compared: int) -> Deployment:
     plan, cost = plan_masks(program, parties=parties, deployment="")
+    cost = _with_comparison(cost, compared, parties)
     lasting = sum(f.packed_bytes for _, item in plan.entries for f in item.free().values())
     return Deployment(
         program.size,

@@ -46,6 +46,8 @@ class Epoch:
     channels: list[grpc.Channel] = field(repr=False)
     dealer_lost: threading.Event
     plans_told: set[bytes] = field(default_factory=set)
+    # what transcripts are compared under; the dealer does not have it
+    secret: bytes = field(default=b"", repr=False)
     _dealing: Any = field(default=None, repr=False)
 
     @property

@@ -27,6 +27,7 @@ from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
+from mpcinfer.party.transcript import secret_of
 from mpcinfer.wire.mesh import CONTROL
 
 _log = logging.getLogger(__name__)
@@ -136,13 +137,17 @@ class Lane:
             self._ready.notify_all()
 
     def _agree_on_models(self, epoch: Epoch) -> None:
-        own = json.dumps(self._catalogue.inventory()).encode()
+        secret = secrets.token_bytes(32)
+        own = json.dumps({"models": self._catalogue.inventory(), "secret": secret.hex()}).encode()
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
             held = epoch.mesh.exchange(own, CONTROL)
         finally:
             watchdog.cancel()
-        self._catalogue.agree(self.index, {peer: json.loads(inventory) for peer, inventory in held.items()})
+        told = {peer: json.loads(message) for peer, message in held.items()}
+        drawn = {self.index: secret} | {peer: bytes.fromhex(each["secret"]) for peer, each in told.items()}
+        epoch.secret = secret_of(epoch.id, [drawn[i] for i in sorted(drawn)])
+        self._catalogue.agree(self.index, {peer: each["models"] for peer, each in told.items()})
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -273,8 +278,8 @@ class Lane:
         self, epoch: Epoch, action: str, described: dict[str, Any], jobs: list[Job | None], at: int
     ) -> bool:
         """One request of a step, from the vote on whether all have it; whether it has its answer now."""
-        part, job, refusal = Part(epoch), None, None
         id_ = bytes.fromhex(described["id"])
+        part, job, refusal = Part(epoch, id_), None, None
         try:
             job = self._inbox.match(id_, described["digest"], 0 if self.index == 0 else _MATCH_SECONDS)
         except MpcInferError as error:

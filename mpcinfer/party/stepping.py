@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from mpcinfer import errors
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError
+from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, TamperingError
 from mpcinfer.graph.plan import mask_weights
 from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.tape import Tape, fetch
+from mpcinfer.party.transcript import Evidence, Transcript
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.context import Context, Opening
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared, Weight
 from mpcinfer.wire import channel
+from mpcinfer.wire.frames import COMPARED
 from mpcinfer.wire.mesh import CONTROL
 
 
@@ -48,11 +51,17 @@ class Late(Exception):
 
 @dataclass
 class Part:
-    """One request's part of a step, which several may share: what it has cost this party so far."""
+    """One request's part of a step, which several may share: what it has cost this party so far.
+
+    `evidence` is of what has run last, and was found to be the same at all parties.
+    """
 
     epoch: Epoch
+    id: bytes = b""
     rounds: int = 0
     sent: int = 0
+    transcript: Transcript = field(default_factory=Transcript, repr=False)
+    evidence: Evidence | None = None
 
 
 class _Ballot:
@@ -67,11 +76,16 @@ class _Ballot:
 
 
 class _Round:
-    """What a part waits for: opened values."""
+    """What a part waits for: opened values, or (`seal`) what all have seen opened."""
 
-    def __init__(self, part: Part, openings: list[Opening]) -> None:
+    def __init__(self, part: Part, openings: Sequence[Opening] = (), seal: bytes = b"") -> None:
         self.part = part
         self.openings = openings
+        self.seal = seal
+        self.seals: dict[int, bytes] = {}  # those of the others, by index
+
+    def __await__(self) -> Generator[_Round, Any, None]:
+        yield self
 
 
 class _Metered:
@@ -177,11 +191,30 @@ class Stepping:
         weights: dict[str, Weight],
         protocol: Callable[[Context], Coroutine[Any, Any, Any]],
     ) -> tuple[Any, Phase]:
-        """Run a protocol with the other parties: its result here, and what it cost."""
+        """Run a protocol with the other parties: its result here, and what it cost.
+
+        TamperingError, which ends the epoch, unless all parties have seen the same opened.
+        """
         began, rounds, sent = time.perf_counter(), part.rounds, part.sent
         ctx = Context(self.index, part.epoch.mesh.parties, tape, weights)
+        part.transcript, part.evidence = Transcript(), None
         result = await _Metered(part, protocol(ctx))
+        await self._compare(part, tape)
         return result, Phase(time.perf_counter() - began, part.rounds - rounds, part.sent - sent)
+
+    async def _compare(self, part: Part, tape: Tape) -> None:
+        """One more round, so that nothing is released before all have seen the same."""
+        epoch = part.epoch
+        seal = part.transcript.seal(epoch.secret, epoch.id, part.id, tape.id)
+        last = _Round(part, seal=seal)
+        await last
+        others = [peer for peer, other in last.seals.items() if not hmac.compare_digest(other, seal)]
+        if others:
+            raise TamperingError(
+                f"party {' and '.join(map(str, others))} saw other values opened than party {self.index}: some party "
+                "has sent different values to different parties. Nothing was released; compare the parties' audit logs"
+            )
+        part.evidence = Evidence(epoch.id, tape.id, seal, part.transcript.openings)
 
     async def deal(
         self,
@@ -311,23 +344,26 @@ def _count(epoch: Epoch, ballots: list[_Ballot]) -> list[dict[int, Any]]:
 def _shared_round(epoch: Epoch, rounds: list[_Round]) -> list[torch.Tensor]:
     """One round of all parts; the frames' headers count with the first one's bytes."""
     before, peers = epoch.mesh.bytes_sent, epoch.mesh.parties - 1
-    values = _exchange(epoch, [opening for each in rounds for opening in each.openings])
-    headers = epoch.mesh.bytes_sent - before
+    seals = [each for each in rounds if each.seal]
+    values = _exchange(epoch, [opening for each in rounds for opening in each.openings], seals)
+    headers, at = epoch.mesh.bytes_sent - before, 0
     for each in rounds:
-        own = peers * sum(o.ring.packed_bytes(o.masked.numel()) for o in each.openings)
+        own = peers * (sum(o.ring.packed_bytes(o.masked.numel()) for o in each.openings) + len(each.seal))
         each.part.rounds += 1
         each.part.sent += own
         headers -= own
+        each.part.transcript.add(each.openings, values[at : at + len(each.openings)])
+        at += len(each.openings)
     rounds[0].part.sent += headers
     return values
 
 
-def _exchange(epoch: Epoch, batch: list[Opening]) -> list[torch.Tensor]:
-    """One round: all openings of a batch in one message to every peer."""
+def _exchange(epoch: Epoch, batch: list[Opening], sealed: list[_Round]) -> list[torch.Tensor]:
+    """One round: all openings of a batch, then the seals, in one message to every peer."""
     packed = [opening.ring.pack(opening.masked) for opening in batch]
-    received = epoch.mesh.exchange(b"".join(packed))
+    received = epoch.mesh.exchange(b"".join([*packed, *(each.seal for each in sealed)]))
     values = [opening.masked for opening in batch]
-    expected = sum(len(p) for p in packed)
+    expected = sum(len(p) for p in packed) + COMPARED * len(sealed)
     for peer, payload in received.items():
         if len(payload) != expected:
             raise ProtocolError(f"party {peer} sent {len(payload)} bytes in a round of {expected}")
@@ -337,4 +373,6 @@ def _exchange(epoch: Epoch, batch: list[Opening]) -> list[torch.Tensor]:
             part = opening.ring.unpack(view[at : at + len(packed[i])], tuple(opening.masked.shape))
             values[i] = opening.ring.add(values[i], part)
             at += len(packed[i])
+        for i, each in enumerate(sealed):
+            each.seals[peer] = payload[at + COMPARED * i : at + COMPARED * (i + 1)]
     return values

@@ -21,7 +21,8 @@ from mpcinfer.wire.v1 import dealer_pb2
 class Tape:
     """The `Source` of one run. Everything is expanded, and prepared for the weights at hand, before the run begins."""
 
-    def __init__(self, shares: dict[str, tuple[Kind, Tensors]], dealer_bytes: int) -> None:
+    def __init__(self, id_: bytes, shares: dict[str, tuple[Kind, Tensors]], dealer_bytes: int) -> None:
+        self.id = id_
         self._shares = shares
         self.dealer_bytes = dealer_bytes
 
@@ -65,7 +66,7 @@ def fetch(
         for name, member in zip(batch.names, expanded, strict=True):
             shares[name] = batch.item, batch.item.prepare(member, lambda weight: weights[weight].masked)
         rest = rest[size:]
-    return Tape(shares, dealer_bytes)
+    return Tape(tape, shares, dealer_bytes)
 
 
 def _corrections(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 CHUNK = 1 << 20  # payload of one frame at most
 GRPC_HEADER = 5  # length prefix of a gRPC message
+COMPARED = 32  # what the parties compare at the end of a run: an HMAC of all that was opened
 
 
 def round_bytes(size: int) -> int:

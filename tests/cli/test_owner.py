@@ -127,13 +127,14 @@ def test_explaining_rounds(shell: Shell) -> None:
     plain, done = shell("explain", "m.pt2", "--json"), shell("explain", "m.pt2", "--rounds", "--json")
     steps = done.json["steps"]
     assert "steps" not in plain.json and {**plain.json, "steps": steps} == done.json
-    assert [(s["first"], s["rounds"], s["layers"]) for s in steps] == [(1, 2, ["0"]), (3, 4, ["1"]), (7, 2, ["2"])]
+    rounds = [(s["first"], s["rounds"], s["layers"]) for s in steps]
+    assert rounds == [(1, 2, ["0"]), (3, 4, ["1"]), (7, 2, ["2"]), (9, 1, ["outputs"])]
     assert sum(s["online_bytes"] for s in steps) == plain.json["total"]["online_bytes"]
     lines = [line.split() for line in shell("explain", "m.pt2", "--rounds").out.splitlines()]
     start = lines.index(["ROUND", "ROUNDS", "ONLINE", "LAYERS", "OPERATORS"])
     shown = [(line[0], line[1], line[-2:]) for line in lines[start + 1 : start + 4]]
     expected = [("1-2", "2", ["0", "linear"]), ("3-6", "4", ["1", "relu"]), ("7-8", "2", ["2", "linear"])]
-    assert shown == expected and lines[start + 4][:2] == ["total", "8"]
+    assert shown == expected and lines[start + 4][-1] == "outputs" and lines[start + 5][:2] == ["total", "9"]
 
 
 def test_explaining_other_shapes(shell: Shell) -> None:

@@ -372,8 +372,8 @@ def test_no_opening_of_texts_ever_repeats(cluster: InProcess, monkeypatch: pytes
     rows: list[bytes] = []
     real = stepping._exchange
 
-    def exchange(current: Any, batch: Any) -> Any:
-        values: list[torch.Tensor] = real(current, batch)
+    def exchange(current: Any, batch: Any, sealed: Any) -> Any:
+        values: list[torch.Tensor] = real(current, batch, sealed)
         if current.mesh.index == 0:
             for opening, value in zip(batch, values, strict=True):
                 if opening.ring.bits == 64:

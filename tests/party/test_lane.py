@@ -92,7 +92,7 @@ def test_deploy_and_infer(cluster: InProcess) -> None:
         plan, _ = cluster.parties[0].catalogue.find("m", 0).plan([(batch, 4)], cluster.n)
         *others, last = [a.offline.bytes_from_dealer for a in answers]
         assert not any(others) and 0 < last - plan.correction_bytes() <= 16  # one frame's headers
-        assert {a.online.rounds for a in answers} == {8}
+        assert {a.online.rounds for a in answers} == {9}
         assert all(0 < a.online.bytes_sent for a in answers)
     other = random_weights(PROGRAM, 1)
     assert [a.version for a in caller.deploy(PROGRAM, other)] == [2] * cluster.n
@@ -115,8 +115,8 @@ def test_requests_that_wait_share_rounds(cluster: InProcess, caller: Caller) -> 
     before, sent = mesh.rounds, mesh.bytes_sent
     answers = [w.result(60) for w in waiting]
     assert all(right(a, x) for a, x in zip(answers, inputs, strict=True))
-    assert mesh.rounds - before == 8  # what one request takes
-    assert {a.online.rounds for each in answers for a in each} == {8}
+    assert mesh.rounds - before == 9  # what one request takes
+    assert {a.online.rounds for each in answers for a in each} == {9}
     # each is told what it has cost, and nothing is told twice
     assert sum(a[0].online.bytes_sent + a[0].offline.bytes_sent for a in answers) <= mesh.bytes_sent - sent
 
@@ -144,7 +144,7 @@ def test_as_many_as_there_is_memory_for(tmp_path: Path) -> None:
     with InProcess(tmp_path, 2, Limits(max_batch=2, pool_mb=0)) as cluster:
         caller = cluster.caller()
         caller.deploy(PROGRAM, WEIGHTS)
-        for limit, rounds in ((2, 16), (1, 32)):  # of four requests
+        for limit, rounds in ((2, 18), (1, 36)):  # of four requests
             for p in cluster.parties.values():
                 p.lane._limits = Limits(max_batch=limit, pool_mb=0)
             gate = Gate(cluster.parties[1].lane)
@@ -175,7 +175,7 @@ def test_the_next_request_finds_its_randomness_ready(
     assert right(answers, 2 * X)
     plan, _ = cluster.parties[0].catalogue.find("m", 0).plan([(3, 4)], cluster.n)
     *others, last = [a.offline.bytes_from_dealer for a in answers]
-    assert not any(others) and 0 < last - plan.correction_bytes() <= 16 and {a.online.rounds for a in answers} == {8}
+    assert not any(others) and 0 < last - plan.correction_bytes() <= 16 and {a.online.rounds for a in answers} == {9}
     wait_for(lambda: ready(cluster))  # it is filled again
     tapes = [[t for s in p.lane.pool.shelves().values() for t in s.tapes] for p in cluster.parties.values()]
     assert len({tuple(t.id for t in each) for each in tapes}) == 1
@@ -637,8 +637,8 @@ def test_no_mask_and_no_opening_ever_repeats(
                 drawn.setdefault(index, []).extend(words(shares[field]))
         return shares
 
-    def exchange(epoch: Any, batch: Any) -> Any:
-        values = real_exchange(epoch, batch)
+    def exchange(epoch: Any, batch: Any, sealed: Any) -> Any:
+        values = real_exchange(epoch, batch, sealed)
         if epoch.mesh.index == 0:
             for opening, value in zip(batch, values, strict=True):
                 if opening.ring.bits == 64:
