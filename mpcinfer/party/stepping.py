@@ -370,8 +370,7 @@ def _exchange(epoch: Epoch, batch: list[Opening], sealed: list[_Round]) -> list[
         at = 0
         view = memoryview(payload)
         for i, opening in enumerate(batch):
-            part = opening.ring.unpack(view[at : at + len(packed[i])], tuple(opening.masked.shape))
-            values[i] = opening.ring.add(values[i], part)
+            values[i] = opening.ring.add_packed(values[i], view[at : at + len(packed[i])])
             at += len(packed[i])
         for i, each in enumerate(sealed):
             each.seals[peer] = payload[at + COMPARED * i : at + COMPARED * (i + 1)]

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpcinfer.ring import bits as packed
@@ -59,8 +62,8 @@ class Ring:
     def pack(self, x: torch.Tensor) -> memoryview:
         """Elements in row-major order, `bits` bits each, least significant first, without gaps."""
         x = x.contiguous()
-        if self.bits == self.width:
-            return x.numpy().reshape(-1).view("uint8").data
+        if self._whole is not None:
+            return x.numpy().reshape(-1).astype(self._whole, copy=False).view("uint8").data
         return packed.pack(x.numpy().reshape(-1), self.bits).data
 
     def unpack(self, data: memoryview | bytes, shape: tuple[int, ...]) -> torch.Tensor:
@@ -70,13 +73,38 @@ class Ring:
             count *= size
         if len(data) != self.packed_bytes(count):
             raise ValueError(f"{len(data)} bytes where {self.packed_bytes(count)} were expected")
-        out = torch.empty(shape, dtype=self.dtype)
-        flat = out.numpy().reshape(-1)
+        found = self._read(data, count)
+        return torch.from_numpy(found.astype(self._numpy, copy=self._whole is not None)).reshape(shape)
+
+    def add_packed(self, own: torch.Tensor, data: memoryview | bytes) -> torch.Tensor:
+        """`add` of a tensor and what somebody has packed, who has as many elements, in one pass."""
+        mine = own.numpy()
+        theirs = self._read(data, mine.size).reshape(mine.shape)
+        if self.xor:
+            return torch.from_numpy(np.asarray(mine ^ theirs))
+        total = np.asarray(mine + theirs)  # of scalars numpy makes no array
+        if self.bits < self.width:
+            total &= (1 << self.bits) - 1
+        return torch.from_numpy(total)
+
+    @cached_property
+    def _numpy(self) -> np.dtype[Any]:
+        return np.dtype(str(self.dtype).removeprefix("torch."))
+
+    @cached_property
+    def _whole(self) -> np.dtype[Any] | None:
+        """What an element is on the wire, where it takes whole bytes."""
         if self.bits == self.width:
-            flat.view("uint8")[:] = memoryview(data).cast("B")
-        else:
-            packed.unpack(data, self.bits, flat)
-        return out
+            return self._numpy
+        return np.dtype(f"u{self.bits // 8}") if self.bits in (8, 16, 32) else None
+
+    def _read(self, data: memoryview | bytes, count: int) -> npt.NDArray[Any]:
+        """The elements, in a type as wide as theirs or a narrower one; perhaps the very bytes that were given."""
+        if self._whole is not None:
+            return np.frombuffer(data, self._whole)
+        flat = np.empty(count, self._numpy)
+        packed.unpack(data, self.bits, flat)
+        return flat
 
     def pack_rows(self, x: torch.Tensor) -> memoryview:
         """Each row of x [m, n] as `pack` packs it, one after the other."""

@@ -60,6 +60,24 @@ def test_pack_and_unpack(ring: Ring, numbers: list[int]) -> None:
     assert torch.equal(ring.unpack(data, (len(numbers),)), x)
 
 
+@given(rings, st.lists(st.integers(0, 2**64 - 1), max_size=12), st.integers(0, 2**64 - 1))
+def test_what_others_packed_is_added_as_it_comes(ring: Ring, numbers: list[int], first: int) -> None:
+    words = [signed(first * k % (1 << ring.bits), ring.width) for k in range(len(numbers))]
+    own = torch.tensor(words, dtype=ring.dtype)
+    theirs = torch.tensor([signed(v % (1 << ring.bits), ring.width) for v in numbers], dtype=ring.dtype)
+    odd = memoryview(b"\0" + bytes(ring.pack(theirs)))[1:]  # where no word begins
+    assert torch.equal(ring.add_packed(own, odd), ring.add(own, theirs))
+
+
+@pytest.mark.parametrize("ring", [Z64, BIT, Ring(8), Ring(16), Ring(32), Ring(48), Ring(16, xor=True)])
+def test_shapes_of_what_is_added(ring: Ring) -> None:
+    x = ring.reduce(torch.arange(24, dtype=torch.int64).to(ring.dtype)).reshape(2, 3, 4)
+    for own in (x.transpose(0, 2), x[:, ::2], x[0, 0, 1], x[:0]):
+        theirs = ring.add(own, own)
+        found = ring.add_packed(own, ring.pack(theirs))
+        assert found.shape == own.shape and torch.equal(found, ring.add(own, theirs))
+
+
 @pytest.mark.parametrize("ring", [Z64, BIT, Ring(48), Ring(7, xor=True), Ring(15, xor=True)])
 def test_shapes_order_and_length(ring: Ring) -> None:
     x = ring.reduce(torch.arange(24, dtype=torch.int64).to(ring.dtype)).reshape(2, 3, 4)
