@@ -27,7 +27,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 # A name is also a DNS label and part of a URI, hence lower case and short.
 _NAME = r"[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?"
 _NAME_PATTERN = re.compile(_NAME)
-_ROLE_PATTERN = re.compile(rf"dealer|party/(?:0|[1-9][0-9]{{0,2}})|(?:owner|client)/{_NAME}")
+_ROLE_PATTERN = re.compile(rf"dealer|(?:party|witness)/(?:0|[1-9][0-9]{{0,2}})|(?:owner|client)/{_NAME}")
 _PIN_PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
 _ADDRESS_PATTERN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
@@ -42,10 +42,10 @@ def check_name(name: str) -> str:
 
 
 def check_role(role: str) -> str:
-    """Return `role` if it is one of party/I, dealer, owner/NAME, client/NAME; otherwise ConfigError."""
+    """Return `role` if it is one of party/I, witness/I, dealer, owner/NAME, client/NAME; otherwise ConfigError."""
     if not _ROLE_PATTERN.fullmatch(role):
         raise ConfigError(
-            f"{role!r} is not a role: use party/0, party/1, ..., dealer, owner/NAME or client/NAME, "
+            f"{role!r} is not a role: use party/0, party/1, ..., witness/0, ..., dealer, owner/NAME or client/NAME, "
             "NAME being 1 to 50 lower-case letters, digits and inner hyphens"
         )
     return role
@@ -61,10 +61,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where one party or the dealer listens, and the key it must prove to hold.
+    """Where one party, a witness or the dealer listens, and the key it must prove to hold.
 
-    `role` is "party/I" or "dealer", `address` is "host:port", `key_pin` is "sha256:" and the 64 hex digits of the
-    SHA-256 of the public key (DER SubjectPublicKeyInfo).
+    `role` is "party/I", "witness/I" or "dealer", `address` is "host:port", `key_pin` is "sha256:" and the 64 hex digits
+    of the SHA-256 of the public key (DER SubjectPublicKeyInfo).
     """
 
     role: str
@@ -77,25 +77,37 @@ class Endpoint:
         if not _PIN_PATTERN.fullmatch(self.key_pin):
             raise ConfigError(f"{self.role}: the key must be written sha256:<64 lower-case hex digits>")
 
+    @property
+    def index(self) -> int:
+        """Of a party, or of the party that a witness is of."""
+        return int(self.role.partition("/")[2])
+
 
 @dataclass(frozen=True)
 class Cluster:
-    """Who takes part: a name, one CA certificate (PEM), two or more parties in order, one dealer."""
+    """Who takes part: a name, one CA certificate (PEM), two or more parties in order, one dealer, maybe witnesses.
+
+    The witness of party I holds the same share under another operator, and vouches for what the party computes.
+    """
 
     name: str
     ca_pem: bytes = field(repr=False)
     parties: tuple[Endpoint, ...]
     dealer: Endpoint
+    witnesses: tuple[Endpoint, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)
         self._ca()
         if self.n < 2:
             raise ConfigError(f"cluster {self.name!r} has {self.n} parties; secret sharing needs at least 2")
-        everyone = (*self.parties, self.dealer)
+        everyone = self.members
         expected = [*(f"party/{i}" for i in range(self.n)), "dealer"]
-        if [endpoint.role for endpoint in everyone] != expected:
+        if [endpoint.role for endpoint in (*self.parties, self.dealer)] != expected:
             raise ConfigError(f"cluster {self.name!r}: the roles must be {', '.join(expected)}, in this order")
+        watched = [endpoint.role for endpoint in self.witnesses]
+        if watched != [f"witness/{i}" for i in range(self.n) if f"witness/{i}" in watched]:
+            raise ConfigError(f"cluster {self.name!r}: witnesses are of one party each, in the order of the parties")
         # One key or one process in two roles would see two shares, or a share and the correlations that mask it.
         for what, values in (
             ("key", [endpoint.key_pin for endpoint in everyone]),
@@ -105,23 +117,38 @@ class Cluster:
                 raise ConfigError(f"cluster {self.name!r}: every party and the dealer needs its own {what}")
 
     @property
+    def members(self) -> tuple[Endpoint, ...]:
+        """All whose keys are pinned."""
+        return (*self.parties, self.dealer, *self.witnesses)
+
+    @property
+    def holders(self) -> tuple[Endpoint, ...]:
+        """All who hold shares: the parties in order, then the witnesses."""
+        return (*self.parties, *self.witnesses)
+
+    def witness(self, index: int) -> Endpoint | None:
+        """The witness of a party, if it has one."""
+        return next((endpoint for endpoint in self.witnesses if endpoint.index == index), None)
+
+    @property
     def n(self) -> int:
         """The number of parties."""
         return len(self.parties)
 
     def endpoint(self, role: str) -> Endpoint:
-        """The endpoint of "party/I" or "dealer"; ConfigError if the cluster has no such role."""
-        for endpoint in (*self.parties, self.dealer):
+        """The endpoint of "party/I", "witness/I" or "dealer"; ConfigError if the cluster has no such role."""
+        for endpoint in self.members:
             if endpoint.role == role:
                 return endpoint
-        raise ConfigError(f"cluster {self.name!r} has no {role!r}; it has party/0 to party/{self.n - 1} and dealer")
+        others = ", ".join(["dealer", *(endpoint.role for endpoint in self.witnesses)])
+        raise ConfigError(f"cluster {self.name!r} has no {role!r}; it has party/0 to party/{self.n - 1} and {others}")
 
     def digest(self) -> bytes:
         """32 bytes that are equal exactly when two cluster files say the same, whatever their layout."""
         content = {
             "name": self.name,
             "ca": self._ca().fingerprint(SHA256()).hex(),
-            "endpoints": [[e.role, e.address, e.key_pin] for e in (*self.parties, self.dealer)],
+            "endpoints": [[e.role, e.address, e.key_pin] for e in self.members],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
 
@@ -147,8 +174,12 @@ class Cluster:
             for i, entry in enumerate(table.take("party", list))
         )
         dealer = _endpoint(_Table(f"{file}, dealer", table.take("dealer", dict)), "dealer")
+        witnesses = []
+        for i, entry in enumerate(table.take("witness", list, [])):
+            witness = _Table(f"{file}, witness {i}", entry)
+            witnesses.append(_endpoint(witness, f"witness/{witness.take('of', int)}"))
         table.finish()
-        return Cluster(name, _read(ca), parties, dealer)
+        return Cluster(name, _read(ca), parties, dealer, tuple(witnesses))
 
 
 def _endpoint(table: _Table, role: str) -> Endpoint:
@@ -189,11 +220,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Node:
-    """What one party or dealer process is started with.
+    """What one party, witness or dealer process is started with.
 
     `store` and `store_key` (the directory of model shares at rest and the file of the key they are encrypted with)
-    are set for a party and None for the dealer. `listen` may have port 0 (any free port). Parties send each other
-    openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
+    are set for a party or witness and None for the dealer. `listen` may have port 0 (any free port). Parties send each
+    other openings over TLS connections of their own to `peer_port` (0: any free one) of the host in `listen`, or, where
     `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `peer_advertised_port` is the
     port they are told to connect to, on the host of the cluster file, where something in between maps ports (0: no).
     `metrics_listen` ("" for nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -112,10 +113,10 @@ def plain(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 class Keys:
     """Certificates, a cluster file, and what each process would be started with."""
 
-    def __init__(self, directory: Path, parties: int, limits: Limits = LIMITS) -> None:
+    def __init__(self, directory: Path, parties: int, limits: Limits = LIMITS, witnesses: Sequence[int] = ()) -> None:
         self.directory = directory
         certs.init_ca(directory, "local")
-        roles = [*(f"party/{i}" for i in range(parties)), "dealer"]
+        roles = [*(f"party/{i}" for i in range(parties)), "dealer", *(f"witness/{i}" for i in witnesses)]
         for role in (*roles, *PEOPLE):
             self.issue(role)
         entries = [
@@ -123,7 +124,12 @@ class Keys:
             for port, role in zip(free_ports(len(roles)), roles, strict=True)
         ]
         certs.write_cluster_file(
-            directory / "cluster.toml", "local", directory / "ca.pem", parties=entries[:-1], dealer=entries[-1]
+            directory / "cluster.toml",
+            "local",
+            directory / "ca.pem",
+            parties=entries[:parties],
+            dealer=entries[parties],
+            witnesses=dict(zip(witnesses, entries[parties + 1 :], strict=True)),
         )
         self.cluster = Cluster.load(directory / "cluster.toml")
         self.limits = limits
@@ -161,10 +167,12 @@ class Keys:
 class InProcess:
     """A running cluster whose parts can be looked at; a context manager."""
 
-    def __init__(self, directory: Path, parties: int, limits: Limits = LIMITS) -> None:
-        self.keys = Keys(directory, parties, limits)
+    def __init__(self, directory: Path, parties: int, limits: Limits = LIMITS, witnesses: Sequence[int] = ()) -> None:
+        """witnesses: of which parties."""
+        self.keys = Keys(directory, parties, limits, witnesses)
         self.n = parties
         self.parties: dict[int, Party] = {}
+        self.witnesses: dict[int, Party] = {}
         self.dealer: Dealer | None = None
         self._dealer_server: Server | None = None
         self._callers: list[Caller] = []
@@ -174,6 +182,8 @@ class InProcess:
             self.start_dealer()
             for i in range(self.n):
                 self.start_party(i)
+            for endpoint in self.keys.cluster.witnesses:
+                self.start_witness(endpoint.index)
             self.wait_ready()
         except BaseException:
             self.stop()
@@ -202,6 +212,17 @@ class InProcess:
         self.parties[index].start()
         return self.parties[index]
 
+    def start_witness(self, index: int) -> Party:
+        """A witness of that party at its address, on its store."""
+        self.witnesses[index] = Party(self.keys.node(f"witness/{index}"))
+        self.witnesses[index].start()
+        return self.witnesses[index]
+
+    @property
+    def holders(self) -> list[Party]:
+        """All parties and witnesses."""
+        return [*self.parties.values(), *self.witnesses.values()]
+
     def crash(self, index: int) -> None:
         """As if the party were killed: its connections break, only its store remains."""
         party = self.parties.pop(index)
@@ -220,18 +241,18 @@ class InProcess:
 
     def wait_ready(self, timeout: float = READY) -> None:
         """Wait until all parties are connected."""
-        wait_for(lambda: all(p.lane.state == "ready" for p in self.parties.values()), timeout)
+        wait_for(lambda: all(p.lane.state == "ready" for p in self.holders), timeout)
 
     def new_epoch(self) -> Callable[[], None]:
         """Call before something that ends the epoch; the result waits until all parties are ready in a new one."""
-        before = {i: p.former.current and p.former.current.id for i, p in self.parties.items()}
+        before = {p.role: p.former.current and p.former.current.id for p in self.holders}
 
         def wait() -> None:
-            def renewed(i: int, party: Party) -> bool:
+            def renewed(party: Party) -> bool:
                 epoch = party.former.current
-                return party.lane.state == "ready" and epoch is not None and epoch.id != before.get(i)
+                return party.lane.state == "ready" and epoch is not None and epoch.id != before.get(party.role)
 
-            wait_for(lambda: all(renewed(i, p) for i, p in self.parties.items()))
+            wait_for(lambda: all(renewed(p) for p in self.holders))
 
         return wait
 
@@ -254,18 +275,23 @@ class InProcess:
         """Stop everything."""
         for caller in self._callers:
             caller.close()
-        with ThreadPoolExecutor(self.n) as pool:
-            list(pool.map(lambda party: party.stop(), self.parties.values()))
+        with ThreadPoolExecutor(2 * self.n) as pool:
+            list(pool.map(lambda party: party.stop(), self.holders))
         self.parties.clear()
+        self.witnesses.clear()
         self.stop_dealer()
 
 
 class Caller:
-    """An owner or client at the level of messages, so that each party can be sent something else."""
+    """An owner or client at the level of messages, so that each party can be sent something else.
+
+    Messages and answers are those of all parties, and then of all witnesses.
+    """
 
     def __init__(self, cluster: Cluster, identity: Identity) -> None:
         self.n = cluster.n
-        self._channels = [channel.connect(e, cluster, identity, timeout=20) for e in cluster.parties]
+        self._watched = [endpoint.index for endpoint in cluster.witnesses]
+        self._channels = [channel.connect(e, cluster, identity, timeout=20) for e in cluster.holders]
         self.stubs: list[Any] = [party_pb2_grpc.PartyServiceStub(c) for c in self._channels]
 
     def close(self) -> None:
@@ -284,8 +310,8 @@ class Caller:
             except grpc.RpcError as error:
                 return channel.from_rpc_error(error, f"party/{index}")
 
-        with ThreadPoolExecutor(self.n) as pool:
-            return list(pool.map(one, range(self.n)))
+        with ThreadPoolExecutor(len(self.stubs)) as pool:
+            return list(pool.map(one, range(len(self.stubs))))
 
     def deploys(
         self, program: Program, weights: Mapping[str, torch.Tensor], name: str = "m"
@@ -303,6 +329,7 @@ class Caller:
                 program=program.to_bytes(),
                 size=len(data),
                 digest=hashlib.sha256(data).digest(),
+                salt=secrets.token_bytes(32),
                 weights=[
                     party_pb2.WeightShare(
                         name=p.name,
@@ -317,7 +344,7 @@ class Caller:
             uploads.append(
                 [party_pb2.DeployRequest(header=header), *(party_pb2.DeployRequest(chunk=c) for c in chunks)]
             )
-        return uploads
+        return uploads + [copy.deepcopy(uploads[i]) for i in self._watched]
 
     def deploy(
         self, program: Program, weights: Mapping[str, torch.Tensor], name: str = "m", timeout: float = 60
@@ -330,15 +357,17 @@ class Caller:
         seeds, last = split(FixedPoint(16).encode(x), Z64, self.n)
         request = secrets.token_bytes(16)
         contents = [*({"seed": s} for s in seeds), {"data": bytes(Z64.pack(last))}]
-        return [
+        requests = [
             party_pb2.InferRequest(
                 request_id=request,
                 model=name,
                 version=version,
                 inputs=[tensor_pb2.Tensor(shape=x.shape, frac_bits=16, ring_bits=64, **content)],
+                salt=secrets.token_bytes(32),
             )
             for content in contents
         ]
+        return requests + [copy.deepcopy(requests[i]) for i in self._watched]
 
     def infer(self, x: torch.Tensor, name: str = "m", version: int = 0, timeout: float = 60) -> list[Any]:
         """Ask all parties; their answers or errors."""
@@ -350,7 +379,7 @@ def reveal(answers: Sequence[Any]) -> torch.Tensor:
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
-    outputs = [a.outputs[0] for a in answers]
+    outputs = [a.outputs[0] for a in answers if a.outputs]
     return combine([Z64.unpack(o.data, tuple(o.shape)) for o in outputs], Z64).double() / 65536
 
 

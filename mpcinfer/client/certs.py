@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from mpcinfer.config import Cluster, Endpoint, check_role
 from mpcinfer.errors import ConfigError, ConflictError, IdentityError
@@ -64,10 +65,12 @@ def write_cluster_file(
     *,
     parties: Sequence[tuple[str, AnyPath]],
     dealer: tuple[str, AnyPath],
+    witnesses: Mapping[int, tuple[str, AnyPath]] = MappingProxyType({}),
 ) -> Path:
     """Write the cluster file that pins everybody's key.
 
-    `parties`, in order, and `dealer` are pairs (address "host:port", path of the certificate or request). The CA's
+    `parties`, in order, `dealer` and `witnesses`, by the party that they are of, are pairs (address "host:port", path
+    of the certificate or request). The CA's
     certificate is referred to by its path relative to the cluster file. IdentityError if a file is not of the role it
     is given for, ConfigError if the cluster would be invalid (fewer than 2 parties, a key or address used twice).
     """
@@ -79,12 +82,15 @@ def write_cluster_file(
         ca_pem=_read(Path(ca_path)),
         parties=tuple(_endpoint(name, f"party/{i}", *entry) for i, entry in enumerate(parties)),
         dealer=_endpoint(name, "dealer", *dealer),
+        witnesses=tuple(_endpoint(name, f"witness/{i}", *entry) for i, entry in sorted(witnesses.items())),
     )
     ca = Path(os.path.relpath(ca_path, target.parent)).as_posix()
     lines = [f"name = {_quote(name)}", f"ca = {_quote(ca)}"]
-    for endpoint in (*cluster.parties, cluster.dealer):
-        header = "[dealer]" if endpoint.role == "dealer" else "[[party]]"
-        lines += ["", header, f"address = {_quote(endpoint.address)}", f"key = {_quote(endpoint.key_pin)}"]
+    for endpoint in cluster.members:
+        kind = endpoint.role.partition("/")[0]
+        lines += ["", "[dealer]" if kind == "dealer" else f"[[{kind}]]"]
+        lines += [f"of = {endpoint.index}"] if kind == "witness" else []
+        lines += [f"address = {_quote(endpoint.address)}", f"key = {_quote(endpoint.key_pin)}"]
     _write_new(target, "\n".join([*lines, ""]).encode())
     return target
 

@@ -16,6 +16,7 @@ import grpc
 
 from mpcinfer.client.locate import AnyPath, locate
 from mpcinfer.client.model import Model, agreed
+from mpcinfer.client.vouched import vouched, with_witnesses
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Endpoint
 from mpcinfer.errors import (
     AbortedError,
@@ -69,7 +70,7 @@ class _Link:
 
 
 class Connection:
-    """Channels to all parties of a cluster; calls may be made from several threads.
+    """Channels to all parties of a cluster, and their witnesses; calls may be made from several threads.
 
     A channel that breaks is opened anew before the next call, with the same checks as the first time.
     """
@@ -83,7 +84,7 @@ class Connection:
         self.cluster = cluster
         self.identity = identity
         self._lock = threading.Lock()
-        self._links: list[_Link | None] = [None] * cluster.n
+        self._links: list[_Link | None] = [None] * len(cluster.holders)
         self._closed = False
         try:
             self._open(timeout)
@@ -106,11 +107,12 @@ class Connection:
     def call(self, method: str, requests: Sequence[Any], *, timeout: float) -> list[Any]:
         """Make one call of PartyService at all parties at once and wait for all answers.
 
-        requests: one per party (for a streaming call: an iterator of messages). Returns the answers by party. The
-        first error ends the call everywhere; of errors that come together the one nearest to the cause is raised.
+        requests: one per party (for a streaming call: an iterator of messages, and one more per witness). A witness is
+        sent what its party is. Returns the answers by party, once the witnesses have vouched for them. The first error
+        ends the call everywhere; of errors that come together the one nearest to the cause is raised.
         """
         deadline, late = time.monotonic() + timeout, f"{method} took longer than {timeout:g} s; allow it more time"
-        links = self._open(min(timeout, CONNECT_TIMEOUT))
+        links, requests = self._open(min(timeout, CONNECT_TIMEOUT)), with_witnesses(self.cluster, requests)
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         calls: list[Any] = []
         failures: list[MpcInferError] = []
@@ -136,7 +138,7 @@ class Connection:
                 started.cancel()
         if failures:
             raise min(failures, key=_distance)
-        return [finished_call.result() for finished_call in calls]
+        return vouched(self.cluster, requests, [finished_call.result() for finished_call in calls])
 
     @contextmanager
     def stream(
@@ -147,7 +149,7 @@ class Connection:
         The first error ends it everywhere, as in `call`. Leaving stops it.
         """
         deadline, late = time.monotonic() + timeout, f"{method} took longer than {timeout:g} s; allow it more time"
-        links = self._open(max(0.001, min(timeout, CONNECT_TIMEOUT)))
+        links, requests = self._open(max(0.001, min(timeout, CONNECT_TIMEOUT))), with_witnesses(self.cluster, requests)
         calls: list[Any] = []
         arrived: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in links]
 
@@ -175,6 +177,7 @@ class Connection:
             return min(failures, key=_distance)
 
         def answers() -> Iterator[list[Any]]:
+            number = 0
             while True:
                 step = [inbox.get() for inbox in arrived]
                 lost = [item for item in step if isinstance(item, int)]
@@ -182,7 +185,8 @@ class Connection:
                     raise failed(lost[0])
                 if None in step:
                     return
-                yield step
+                number += any(step[0].outputs) if hasattr(step[0], "outputs") else 0
+                yield vouched(self.cluster, requests, step, number)
 
         try:
             for link, request in zip(links, requests, strict=True):
@@ -222,7 +226,7 @@ class Connection:
         """Close all channels; calls in flight fail."""
         with self._lock:
             self._closed = True
-            links, self._links = self._links, [None] * self.cluster.n
+            links, self._links = self._links, [None] * len(self._links)
         for link in links:
             if link is not None:
                 link.channel.close()
@@ -255,7 +259,7 @@ class Connection:
     def _failure(self, index: int, link: _Link, call: Any, late: str) -> MpcInferError:
         if call.details() == "Deadline Exceeded":  # gRPC's words: nobody at the party had an error
             return DeadlineError(late)
-        endpoint = self.cluster.parties[index]
+        endpoint = self.cluster.holders[index]
         error = channel.from_rpc_error(call, f"{endpoint.role} at {endpoint.address}")
         if call.code() is grpc.StatusCode.CANCELLED and not call.trailing_metadata():
             # not by us, who cancel only what we do not look at any more: its server ended in the middle of the call
@@ -280,7 +284,7 @@ def _distance(error: MpcInferError) -> int:
 
 
 def _open_link(cluster: Cluster, identity: Identity, timeout: float, index: int) -> _Link:
-    link, _ = _open_and_ask(cluster, identity, timeout, cluster.parties[index])
+    link, _ = _open_and_ask(cluster, identity, timeout, cluster.holders[index])
     return link
 
 
@@ -316,7 +320,7 @@ def _check_agreement(status: party_pb2.StatusResponse, endpoint: Endpoint, clust
             f"{who} works with another cluster file than this program; compare name, CA, addresses and keys, "
             "and give everyone the same file"
         )
-    if (status.index, status.parties) != (int(endpoint.role.removeprefix("party/")), cluster.n):
+    if (status.index, status.parties) != (endpoint.index, cluster.n):
         raise AgreementError(
             f"{who} says it is party/{status.index} of {status.parties}, the cluster file has {cluster.n} parties"
         )
@@ -346,8 +350,8 @@ def party_status(cluster: Cluster, identity: Identity, endpoint: Endpoint, *, ti
 
 
 def cluster_status(cluster: Cluster, identity: Identity, *, timeout: float = CONNECT_TIMEOUT) -> list[PartyStatus]:
-    """How every party is doing, by index."""
-    results = at_once(lambda endpoint: party_status(cluster, identity, endpoint, timeout=timeout), cluster.parties)
+    """How every party is doing, by index, and then every witness."""
+    results = at_once(lambda endpoint: party_status(cluster, identity, endpoint, timeout=timeout), cluster.holders)
     return [result for result in results if isinstance(result, PartyStatus)]
 
 

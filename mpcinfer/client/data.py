@@ -47,6 +47,7 @@ from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.sharing import combine, split
 from mpcinfer.trust import canaries
 from mpcinfer.trust.canaries import CanarySet
+from mpcinfer.trust.commitment import SALT_BYTES
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
@@ -309,7 +310,9 @@ class Client:
         parties = self._connection.cluster.n
         request_id = secrets.token_bytes(16)
         requests = [
-            party_pb2.InferRequest(request_id=request_id, model=model.name, version=model.version)
+            party_pb2.InferRequest(
+                request_id=request_id, model=model.name, version=model.version, salt=secrets.token_bytes(SALT_BYTES)
+            )
             for _ in range(parties)
         ]
         for spec, x in zip(model.inputs, inputs, strict=True):

@@ -25,6 +25,7 @@ from mpcinfer.models.vocabulary import Vocabulary
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import split
 from mpcinfer.trust.canaries import sign
+from mpcinfer.trust.commitment import SALT_BYTES
 from mpcinfer.trust.signing import Signed, Signer
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2
@@ -137,7 +138,7 @@ class ModelOwner:
 
         vocabulary: what clients need to turn text into the model's tokens; public.
         """
-        upload = _Upload(captured, name, vocabulary, self._connection.cluster.n, progress)
+        upload = _Upload(captured, name, vocabulary, self._connection.cluster, progress)
         try:
             answers = self._connection.call("Deploy", upload.streams(), timeout=timeout)
         except Exception:
@@ -209,8 +210,10 @@ class _Upload:
     """The shares of one model: a seed per weight for all parties but the last, which gets the bytes."""
 
     def __init__(
-        self, captured: Captured, name: str, vocabulary: Vocabulary | None, parties: int, progress: Progress | None
+        self, captured: Captured, name: str, vocabulary: Vocabulary | None, cluster: Cluster, progress: Progress | None
     ) -> None:
+        parties = cluster.n
+        self._holders = [endpoint.index for endpoint in cluster.holders]
         self.interrupted: BaseException | None = None
         self._progress = progress
         self._shares: list[memoryview] = []
@@ -220,6 +223,7 @@ class _Upload:
                 program=captured.program.to_bytes(),
                 digest=hashlib.sha256().digest(),
                 vocabulary=vocabulary.to_bytes() if vocabulary is not None else b"",
+                salt=secrets.token_bytes(SALT_BYTES),
             )
             for _ in range(parties)
         ]
@@ -237,27 +241,31 @@ class _Upload:
         self._headers[-1].size, self._headers[-1].digest = self.size, digest.digest()
 
     def streams(self) -> list[Iterator[party_pb2.DeployRequest]]:
-        """What to send to each party."""
-        parts = [iter([party_pb2.DeployRequest(header=header)]) for header in self._headers]
-        return [*parts[:-1], self._chunks(parts[-1])]
+        """What to send to each party, and to each witness what its party is sent."""
+        heads = [[party_pb2.DeployRequest(header=header)] for header in self._headers]
+        last = len(heads) - 1
+        return [
+            self._chunks(reported=place == last) if index == last else iter(heads[index])
+            for place, index in enumerate(self._holders)
+        ]
 
-    def _chunks(self, header: Iterator[party_pb2.DeployRequest]) -> Iterator[party_pb2.DeployRequest]:
+    def _chunks(self, *, reported: bool) -> Iterator[party_pb2.DeployRequest]:
         sent = 0
         try:
-            yield from header
-            self._report(0)
+            yield party_pb2.DeployRequest(header=self._headers[-1])
+            self._report(0, reported=reported)
             for share in self._shares:
                 for start in range(0, len(share), _CHUNK):
                     chunk = share[start : start + _CHUNK]
                     yield party_pb2.DeployRequest(chunk=bytes(chunk))
                     sent += len(chunk)
-                    self._report(sent)
+                    self._report(sent, reported=reported)
         except GeneratorExit:
             raise
         except BaseException as error:  # of `progress`; gRPC would only say that the stream broke
             self.interrupted = error
             raise
 
-    def _report(self, sent: int) -> None:
-        if self._progress is not None:
+    def _report(self, sent: int, *, reported: bool) -> None:
+        if self._progress is not None and reported:
             self._progress(sent, self.size)

@@ -26,6 +26,7 @@ from mpcinfer.errors import (
 from mpcinfer.nn.sampling import Choice
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine, split
+from mpcinfer.trust.commitment import SALT_BYTES
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
 _REMEMBERED = 16  # sessions whose beginnings a next text may have
@@ -161,6 +162,7 @@ class Answer:
                 temperature=self._choice.temperature,
                 top_k=self._choice.top_k,
                 repetition_penalty=self._choice.penalty,
+                salt=secrets.token_bytes(SALT_BYTES),
             )
             for share in shares
         ]

@@ -6,6 +6,7 @@ long as their session: dealer and any one party together could undo every mask, 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import threading
@@ -55,15 +56,19 @@ class _Session:
     fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
     # masks of caches by slot and cache
     slots: dict[bytes, dict[str, RowStore]] = field(default_factory=dict, repr=False)
+    witnesses: set[int] = field(default_factory=set)  # the parties whose witnesses have joined
+    corrected: dict[bytes, bytes] = field(default_factory=dict)  # by tape: what the last party's witness will ask for
     ended: bool = False
 
 
 class Dealer:
     """One cluster's dealer. Thread-safe; calls of different parties wait for each other."""
 
-    def __init__(self, parties: int, cluster_digest: bytes) -> None:
+    def __init__(self, parties: int, cluster_digest: bytes, *, witnessed: bool = False) -> None:
+        """witnessed: whether the last party has a witness, which will ask for the digests of corrections."""
         self.parties = parties
         self.cluster_digest = cluster_digest
+        self._witnessed = witnessed
         self.tapes_dealt = 0
         self.bytes_sent = 0
         self.seconds_dealing = 0.0
@@ -148,6 +153,39 @@ class Dealer:
             for i in range(self.parties)
         ]
 
+    def witness(self, session_id: bytes, index: int, timeout: float) -> tuple[bytes, bytes, list[bytes]]:
+        """The witness of a party joins a session: the key that the party begins with, the dealer's and all nonces.
+
+        Once, and before the first tape: the key chain moves on with each, for both of them.
+        """
+        with self._changed:
+            self._wait(
+                lambda: session_id == self._id or session_id in self._past, timeout, "the parties did not join in time"
+            )
+            session = self._session
+            if session is None or session_id != self._id:
+                raise AbortedError("this session has ended; the parties are forming a new one")
+            self._wait(lambda: bool(session.keys) or session.ended, timeout, "the parties did not join in time")
+            if session.ended or session.tapes or session.spent:
+                raise AbortedError("the witness came too late for this session; the parties must form a new one")
+            if index in session.witnesses:
+                raise ConflictError(f"the witness of party {index} joined this session already")
+            session.witnesses.add(index)
+            return session.keys[index].export(), session.nonce, [session.nonces[i] for i in range(self.parties)]
+
+    def corrected(self, session_id: bytes, tape: bytes, timeout: float) -> bytes:
+        """SHA-256 of the corrections of a tape, once they are dealt; once."""
+        with self._changed:
+            session = self._session
+            if session is None or session_id != self._id:
+                raise AbortedError("this session has ended; the parties are forming a new one")
+            self._wait(
+                lambda: tape in session.corrected or session.ended, timeout, "the parties did not ask for this tape"
+            )
+            if session.ended:
+                raise AbortedError("this session has ended; the parties are forming a new one")
+            return session.corrected.pop(tape)
+
     def deal(
         self,
         session_id: bytes,
@@ -213,9 +251,16 @@ class Dealer:
                 self._burn(session, tape)
                 raise AbortedError("this tape is burnt; send the request again")
         if index == self.parties - 1:
-            began = time.perf_counter()
-            yield from self._corrections(session, state.keys, agreed, use)
+            began, digest_of_all = time.perf_counter(), hashlib.sha256()
+            for part in self._corrections(session, state.keys, agreed, use):
+                if self._witnessed:
+                    digest_of_all.update(part)
+                yield part
             self.lag(time.perf_counter() - began)
+            if self._witnessed and agreed.correction_bytes():
+                with self._changed:
+                    session.corrected[tape] = digest_of_all.digest()
+                    self._changed.notify_all()
 
     def wake(self) -> None:
         """Look again whether those who wait are still there."""

@@ -24,13 +24,14 @@ def build(node: Node) -> tuple[Dealer, Server]:
     if node.role != "dealer":
         raise ConfigError(f"this configuration is for {node.role}; start it with `mpcinfer party`")
     identity = Identity.load(node.key_path, node.certificate_path)
-    dealer = Dealer(node.cluster.n, node.cluster.digest())
+    last = node.cluster.witness(node.cluster.n - 1)
+    dealer = Dealer(node.cluster.n, node.cluster.digest(), witnessed=last is not None)
     service = DealerService(node.cluster, dealer, node.limits)
     # every party may be joining and dealing at once, plus status and health checks
     server = Server(
         node,
         identity,
-        4 * node.cluster.n + 8,
+        4 * len(node.cluster.holders) + 8,
         lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s),
         service.metrics.figures,
     )

@@ -33,16 +33,8 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
     def Join(self, request: dealer_pb2.JoinRequest, context: grpc.ServicerContext) -> dealer_pb2.JoinResponse:
         """See dealer.proto."""
         with self._answering("join", context):
-            self._party(context, request.index)
-            if request.protocol_version != PROTOCOL_VERSION:
-                raise AgreementError(
-                    f"the dealer speaks protocol version {PROTOCOL_VERSION}, party {request.index} speaks "
-                    f"{request.protocol_version}; run the same version everywhere"
-                )
-            if request.cluster_digest != self._cluster.digest():
-                raise AgreementError(
-                    f"the dealer and party {request.index} have different cluster files; start both with the same one"
-                )
+            self._member(context, f"party/{request.index}")
+            self._check(request)
             nonce, public_key, nonces = self._dealer.join(
                 request.session, request.index, request.nonce, request.public_key, self._limits.connect_timeout_s
             )
@@ -51,7 +43,7 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
     def Deal(self, request: dealer_pb2.DealRequest, context: grpc.ServicerContext) -> Iterator[dealer_pb2.DealResponse]:
         """See dealer.proto."""
         with self._answering("deal", context):
-            self._party(context, request.index)
+            self._member(context, f"party/{request.index}")
             context.add_callback(self._dealer.wake)
             parts = self._dealer.deal(
                 request.session,
@@ -80,6 +72,23 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
             require(peer_of(context, self._cluster), "party/")
             self._dealer.forget(request.session, request.slots)
             return dealer_pb2.ForgetResponse()
+
+    def Witness(self, request: dealer_pb2.WitnessRequest, context: grpc.ServicerContext) -> dealer_pb2.WitnessResponse:
+        """See dealer.proto."""
+        with self._answering("witness", context):
+            self._member(context, f"witness/{request.index}")
+            self._check(request)
+            key, nonce, nonces = self._dealer.witness(request.session, request.index, self._limits.connect_timeout_s)
+            return dealer_pb2.WitnessResponse(key=key, nonce=nonce, party_nonces=nonces)
+
+    def Corrected(
+        self, request: dealer_pb2.CorrectedRequest, context: grpc.ServicerContext
+    ) -> dealer_pb2.CorrectedResponse:
+        """See dealer.proto."""
+        with self._answering("corrected", context):
+            self._member(context, f"witness/{self._cluster.n - 1}")
+            digest = self._dealer.corrected(request.session, request.tape, self._limits.step_timeout_s)
+            return dealer_pb2.CorrectedResponse(digest=digest)
 
     def DealerStatus(
         self, request: dealer_pb2.DealerStatusRequest, context: grpc.ServicerContext
@@ -112,11 +121,22 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         self.metrics.sent(message.ByteSize() + GRPC_HEADER)
         return message
 
-    def _party(self, context: grpc.ServicerContext, index: int) -> None:
+    def _check(self, request: dealer_pb2.JoinRequest | dealer_pb2.WitnessRequest) -> None:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise AgreementError(
+                f"the dealer speaks protocol version {PROTOCOL_VERSION}, party {request.index} speaks "
+                f"{request.protocol_version}; run the same version everywhere"
+            )
+        if request.cluster_digest != self._cluster.digest():
+            raise AgreementError(
+                f"the dealer and party {request.index} have different cluster files; start both with the same one"
+            )
+
+    def _member(self, context: grpc.ServicerContext, role: str) -> None:
         peer = peer_of(context, self._cluster)
-        require(peer, "party/")
-        if peer.role != f"party/{index}":
-            raise ForbiddenError(f"{peer.role} cannot speak for party {index}")
+        require(peer, role.partition("/")[0] + "/")
+        if peer.role != role:
+            raise ForbiddenError(f"{peer.role} cannot speak for {role.replace('/', ' ')}")
 
 
 def _use(message: dealer_pb2.CacheUse) -> CacheUse:

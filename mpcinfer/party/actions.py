@@ -13,9 +13,11 @@ from mpcinfer.errors import AbortedError, NotFoundError
 from mpcinfer.graph.interpret import interpret
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
+from mpcinfer.party.messages import reveal
 from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
+from mpcinfer.wire.v1 import tensor_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +32,13 @@ class Inference:
 
 @dataclass(frozen=True)
 class Inferred:
-    """This party's output shares and what they cost."""
+    """This party's output shares, what they cost, and the commitment to them where there are witnesses."""
 
     model: Model
-    outputs: list[Shared]
+    outputs: list[tensor_pb2.Tensor]
     online: Phase
     offline: Phase
+    commitment: bytes
 
 
 def found(catalogue: Catalogue, admitted: Model, step: dict[str, Any]) -> Model:
@@ -69,7 +72,8 @@ async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: 
     outputs, online = await by.execute(
         part, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
     )
-    return Inferred(model, outputs, online, offline)
+    answer = [reveal(x) for x in outputs]
+    return Inferred(model, answer, online, offline, await by.release(part, job, step, answer))
 
 
 async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:
@@ -102,6 +106,7 @@ async def deploy(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step:
     try:
         model: Model = await by.agreed(part, lambda: catalogue.commit(job.id, deployment, version))
         await by.masked(part, model, tapes(step, 1)[0])
+        await by.release(part, job, {**step, "deployment": deployment.hex()})
     except BaseException:
         catalogue.remove(deployment)
         raise

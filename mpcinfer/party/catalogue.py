@@ -91,8 +91,8 @@ class _Unserved:
 
     name: str
     version: int
-    damaged: tuple[int, ...]
-    missing: tuple[int, ...]
+    damaged: tuple[int | str, ...]
+    missing: tuple[int | str, ...]
 
     def error(self) -> MpcInferError:
         what = f"model {self.name!r} version {self.version}"
@@ -142,8 +142,8 @@ class Catalogue:
                 "damaged": [*self._store.damaged, *(i.hex() for i in self._unreadable)],
             }
 
-    def agree(self, index: int, others: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take in the inventories of all other parties: only what all hold is served.
+    def agree(self, index: int | str, others: Mapping[int | str, Mapping[str, Any]]) -> None:
+        """Take in the inventories of all other parties and of the witnesses: only what all hold is served.
 
         A deploy that broke off while its parties were committing is settled: kept if all have committed it, removed
         if one has not, since then none can have told its owner that it is there.

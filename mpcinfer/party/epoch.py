@@ -6,7 +6,6 @@ forms the next one. There is no repairing in place, so no mask can ever be met a
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import threading
@@ -15,20 +14,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from mpcinfer.config import PROTOCOL_VERSION, Node
+from mpcinfer.config import PROTOCOL_VERSION, Endpoint, Node
 from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
-from mpcinfer.protocol.session import KeyChain, session_keys
+from mpcinfer.party.passing import Passing, Unwatched
+from mpcinfer.protocol.session import KeyChain, epoch_binding, session_keys
 from mpcinfer.wire import channel, mesh
 from mpcinfer.wire.direct import Direct, Listener, dial
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.mesh import Link, Mesh
-from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2
+from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from mpcinfer.wire.witnessed import WitnessedMesh
 
 _log = logging.getLogger(__name__)
 _FORGET_SECONDS = 10.0
@@ -45,9 +47,15 @@ class Epoch:
     dealer: Any
     channels: list[grpc.Channel] = field(repr=False)
     dealer_lost: threading.Event
+    # of all nonces: what makes a statement one of this epoch
+    binding: bytes = b""
+    vouched: int = 0  # how often witnesses have compared
     plans_told: set[bytes] = field(default_factory=set)
     # what transcripts are compared under; the dealer does not have it
     secret: bytes = field(default=b"", repr=False)
+    # corrections: what the last party passes on to its witness, and where a witness has them from
+    passing: Callable[[bytes], Unwatched] = Unwatched
+    passed: Callable[[bytes, int, float], bytearray] | None = None
     _dealing: Any = field(default=None, repr=False)
 
     @property
@@ -100,11 +108,13 @@ class _Arrival:
 class Former:
     """Forms epochs for one party."""
 
+    inviter = 0  # the party that begins them
+
     def __init__(self, node: Node, identity: Identity, wake: Callable[[], None]) -> None:
         self._node = node
-        self._index = int(node.role.partition("/")[2])
+        self._index = node.cluster.endpoint(node.role).index
         self._listener: Listener | None = None
-        if node.peer_transport == "tls" and self._index > 0:  # nobody dials party 0
+        if node.peer_transport == "tls" and node.role != "party/0":  # nobody dials party 0
             host = node.listen.rpartition(":")[0]
             self._listener = Listener(f"{host}:{node.peer_port}", node.cluster, identity)
         self._identity = identity
@@ -128,15 +138,16 @@ class Former:
             self._changed.notify_all()
         if before is not None:
             before.link.close()
-        if peer == 0 and self.current is not None:
-            self.current.close()  # party 0 begins anew: whatever the old links still look like, they are over
+        if peer == self.inviter and self.current is not None:
+            self.current.close()  # it begins anew: whatever the old links still look like, they are over
         self._wake()
         return outgoing
 
     def invited(self) -> bool:
-        """Whether party 0 is waiting with a new session."""
+        """Whether party 0 (or whose witness this is) is waiting with a new session."""
         with self._changed:
-            return 0 in self._arrivals and not self._arrivals[0].link.broken.is_set()
+            arrival = self._arrivals.get(self.inviter)
+            return arrival is not None and not arrival.link.broken.is_set()
 
     def close(self) -> None:
         """Accept no more connections of parties."""
@@ -178,20 +189,25 @@ class Former:
             nonce=nonce,
         )
         higher = range(self._index + 1, cluster.n)
-        with ThreadPoolExecutor(max(1, len(higher) + 1)) as pool:
-            dealing = pool.submit(self._connect, "dealer", limits.connect_timeout_s)
-            dialling = {peer: pool.submit(self._connect, f"party/{peer}", limits.connect_timeout_s) for peer in higher}
+        watching = cluster.witness(self._index)
+        roles = ["dealer", *(f"party/{peer}" for peer in higher), *([watching.role] if watching else [])]
+        with ThreadPoolExecutor(len(roles)) as pool:
             failures: list[Exception] = []
-            for future in (dealing, *dialling.values()):
+            for future in [pool.submit(self._connect, role, limits.connect_timeout_s) for role in roles]:
                 try:
                     channels.append(future.result())
                 except Exception as error:
                     failures.append(error)
             if failures:
                 raise failures[0]
-        for peer, ch in zip(higher, channels[1:], strict=True):
+        for peer, ch in zip(higher, channels[1:], strict=False):
             links[peer] = mesh.dial(peer, ch, self._notify)
             links[peer].send(mesh.HELLO, hello.SerializeToString())
+        witness = None
+        if watching is not None:
+            witness = mesh.dial(self._index, channels[-1], self._notify)
+            witness.who = watching.role
+            witness.send(mesh.HELLO, hello.SerializeToString())
         nonces, offered = {self._index: nonce}, dict[int, bytes]()
         for peer in range(self._index):
             arrival = lower.get(peer) or self._take(peer, session, deadline)
@@ -204,36 +220,43 @@ class Former:
                 offer.direct_token = self._listener.offer(f"party/{peer}")
                 offered[peer] = offer.direct_token
             arrival.link.send(mesh.HELLO, offer.SerializeToString())
-        epoch_mesh = Mesh(self._index, links)
+        epoch_mesh = WitnessedMesh(self._index, links, witness) if cluster.witnesses else Mesh(self._index, links)
         watchdog = epoch_mesh.limited(max(0.1, deadline - time.monotonic()))
         try:
             for peer in higher:
-                answer = mesh_pb2.Hello.FromString(links[peer].receive(mesh.HELLO))
-                self._check(answer, peer)
-                if answer.session != session:
-                    raise AbortedError(f"party {peer} is forming another session")
-                nonces[peer] = answer.nonce
-                if answer.direct_port:
-                    self._go_direct(links[peer], answer)
+                nonces[peer] = self._greeted(links[peer], cluster.parties[peer], session)
+            if witness is not None and watching is not None:
+                self._greeted(witness, watching, session)
             for peer, token in offered.items():
                 self._accept_direct(links[peer], token)
         finally:
             watchdog.cancel()
         stub = dealer_pb2_grpc.DealerServiceStub(channels[0])
         ordered = [nonces[i] for i in range(cluster.n)]
-        key = self._join(stub, session, ordered, deadline)
-        digest = hashlib.sha256(b"".join([session, *ordered])).hexdigest()[:8]
-        _log.info("epoch %s: all %d parties and the dealer are connected", digest, cluster.n)
-        epoch = Epoch(session, epoch_mesh, key, stub, channels, threading.Event())
+        key, dealer_nonce = self._join(stub, session, ordered, deadline)
+        binding = epoch_binding(session, dealer_nonce, ordered)
+        _log.info("epoch %s: all %d parties and the dealer are connected", binding.hex()[:8], cluster.n)
+        epoch = Epoch(session, epoch_mesh, key, stub, channels, threading.Event(), binding)
+        if watching is not None and self._index == cluster.n - 1:
+            epoch.passing = partial(Passing, mesh_pb2_grpc.MeshServiceStub(channels[-1]), session)
         if self._index == 0:
             threading.Thread(target=self._watch_dealer, args=[epoch], name="dealer-watch", daemon=True).start()
         return epoch
 
-    def _go_direct(self, link: Link, offer: mesh_pb2.Hello) -> None:
+    def _greeted(self, link: Link, endpoint: Endpoint, session: bytes) -> bytes:
+        """Whom this party has dialled answers: its nonce."""
+        answer = mesh_pb2.Hello.FromString(link.receive(mesh.HELLO))
+        self._check(answer, endpoint.index)
+        if answer.session != session:
+            raise AbortedError(f"{link.who} is forming another session")
+        if answer.direct_port:
+            self._go_direct(link, answer, endpoint)
+        return answer.nonce
+
+    def _go_direct(self, link: Link, offer: mesh_pb2.Hello, endpoint: Endpoint) -> None:
         """Connect as a party with a higher index offers, and tell it whether that worked."""
         found: Direct | None = None
         if self._node.peer_transport == "tls":
-            endpoint = self._node.cluster.parties[link.peer]
             try:
                 found = dial(
                     endpoint, offer.direct_port, offer.direct_token, self._node.cluster, self._identity, link.parse
@@ -266,7 +289,7 @@ class Former:
         epoch.check()
         self._wake()
 
-    def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> KeyChain:
+    def _join(self, stub: Any, session: bytes, nonces: list[bytes], deadline: float) -> tuple[KeyChain, bytes]:
         private = X25519PrivateKey.generate()
         cluster = self._node.cluster
         request = dealer_pb2.JoinRequest(
@@ -285,7 +308,7 @@ class Former:
             raise ProtocolError("the dealer and the parties saw different nonces for this session")
         if len(answer.nonce) != 32:
             raise ProtocolError("the dealer contributed no nonce")
-        return session_keys(
+        key = session_keys(
             private.exchange(X25519PublicKey.from_public_bytes(answer.public_key)),
             index=self._index,
             session=session,
@@ -294,6 +317,7 @@ class Former:
             party_nonces=nonces,
             dealer_nonce=answer.nonce,
         )
+        return key, answer.nonce
 
     def _connect(self, role: str, timeout: float) -> grpc.Channel:
         limits = self._node.limits

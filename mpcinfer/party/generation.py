@@ -15,21 +15,27 @@ from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.party.actions import found
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
+from mpcinfer.party.messages import reveal
 from mpcinfer.party.session import Session, Sessions
 from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
 from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
+from mpcinfer.wire.v1 import tensor_pb2
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one step has yielded: how much of the request is taken in, output shares if a token was chosen, costs."""
+    """What one step has yielded: how much of the request is taken in, output shares if a token was chosen, costs.
+
+    And the commitment to the outputs, where there are witnesses.
+    """
 
     taken: int
-    outputs: tuple[Shared, ...]
+    outputs: list[tensor_pb2.Tensor]
     online: Phase
     offline: Phase
+    commitment: bytes
 
 
 @dataclass
@@ -132,7 +138,10 @@ async def generate(
     if done.counts is not None:
         session.counts, session.counted = done.counts, session.length
     writing.taken, writing.chosen = taken, chosen
-    writing.done.put(Written(writing.taken, done.outputs, online, offline))
+    answer = [reveal(x) for x in done.outputs]
+    # a text that is only taken in releases nothing
+    commitment = await by.release(part, job, announced, answer, writing.chosen) if answer else b""
+    writing.done.put(Written(writing.taken, answer, online, offline, commitment))
     return writing.over(taken, chosen)
 
 

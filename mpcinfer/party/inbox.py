@@ -20,7 +20,10 @@ _LATE_SECONDS = 3.0  # how much later than at party 0 a request may arrive at an
 
 @dataclass
 class Job:
-    """One request. `facts` are public and must be equal at every party; `content` is this party's own."""
+    """One request. `facts` are public and must be equal at every party; `content` is this party's own.
+
+    `upload` commits to that content, and must be equal at a party and its witness; empty where there are none.
+    """
 
     id: bytes
     action: str  # "infer", "generate", "deploy" or "remove"
@@ -31,6 +34,8 @@ class Job:
     taken: bool = False  # all parties have agreed to do it: never again
     first_announced: float = 0.0  # at party 0, on time.monotonic
     result: Future[Any] = field(default_factory=Future, repr=False)
+    salt: bytes = field(default=b"", repr=False)
+    upload: str = ""
 
     def digest(self) -> str:
         """Of everything public about the request."""

@@ -28,7 +28,7 @@ from mpcinfer.party.pool import Pool
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
 from mpcinfer.party.transcript import secret_of
-from mpcinfer.wire.mesh import CONTROL
+from mpcinfer.party.vouching import Vouching, merged_inventories
 
 _log = logging.getLogger(__name__)
 
@@ -52,17 +52,23 @@ class Lane:
         sessions: Sessions,
         limits: Limits,
         metrics: PartyMetrics,
+        vouching: Vouching | None = None,
+        *,
+        shadow: bool = False,
     ) -> None:
+        """vouching: where the cluster has witnesses. shadow: whether this is one, of party `index`."""
         self.index = index
+        self._leads = index == 0 and not shadow
+        self._name = f"{index}'s witness" if shadow else index
         self.state = "connecting"
-        self.detail = "starting" if index == 0 else "party 0 connects once it reaches all parties and the dealer"
+        self.detail = "starting" if self._leads else "party 0 connects once it reaches all parties and the dealer"
         self.done = 0
         self.failed = 0
         self._former = former
         self._inbox = inbox
         self._catalogue = catalogue
         self._sessions = sessions
-        self._by = Stepping(index, catalogue, limits)
+        self._by = Stepping(index, catalogue, limits, vouching)
         self._limits = limits
         self._metrics = metrics
         self._epoch: Epoch | None = None
@@ -100,7 +106,7 @@ class Lane:
         failures = 0
         while not self._stopping.is_set():
             try:
-                if self.index != 0 and not self._former.invited():
+                if not self._leads and not self._former.invited():
                     self._stopping.wait(0.02)
                     continue
                 self._epoch = self._former.current = self._former.form()
@@ -109,7 +115,7 @@ class Lane:
                 failures = 0
                 self._set("ready", "")
                 while not self._stopping.is_set():
-                    self._lead(self._epoch) if self.index == 0 else self._follow(self._epoch)
+                    self._lead(self._epoch) if self._leads else self._follow(self._epoch)
             except MpcInferError as error:
                 if not self._stopping.is_set():
                     self._set("connecting", str(error))
@@ -141,13 +147,20 @@ class Lane:
         own = json.dumps({"models": self._catalogue.inventory(), "secret": secret.hex()}).encode()
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
-            held = epoch.mesh.exchange(own, CONTROL)
+            told = epoch.mesh.consult(own, merged_inventories)
         finally:
             watchdog.cancel()
-        told = {peer: json.loads(message) for peer, message in held.items()}
-        drawn = {self.index: secret} | {peer: bytes.fromhex(each["secret"]) for peer, each in told.items()}
-        epoch.secret = secret_of(epoch.id, [drawn[i] for i in sorted(drawn)])
-        self._catalogue.agree(self.index, {peer: each["models"] for peer, each in told.items()})
+        held: dict[int | str, Any] = {}
+        drawn = []
+        for peer, message in sorted(told.items()):
+            said = json.loads(message)
+            held[peer] = said["models"]
+            drawn.append(bytes.fromhex(said["secret"]))
+            if "witness" in said:
+                held[f"{peer}'s witness"] = said["witness"]["models"]
+        epoch.secret = secret_of(epoch.id, drawn)
+        held.pop(self._name, None)
+        self._catalogue.agree(self._name, held)
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +219,7 @@ class Lane:
         return jobs
 
     def _follow(self, epoch: Epoch) -> None:
-        step = json.loads(epoch.mesh.links[0].receive(CONTROL))
+        step = json.loads(epoch.mesh.announced())
         if step["action"] == "forget":
             self._sessions.forget([bytes.fromhex(i) for i in step["sessions"]])
         elif step["action"] == "fill":
@@ -257,7 +270,7 @@ class Lane:
             parts = [self._part(epoch, step["action"], each, jobs, i) for i, each in enumerate(step["parts"])]
             for job, outcome in zip(jobs, self._by.run(epoch, parts), strict=True):
                 if isinstance(outcome, Late):
-                    if job is not None and self.index == 0:
+                    if job is not None and self._leads:
                         self._inbox.postpone(job)
                 elif isinstance(outcome, Refused):
                     self._answer(job, outcome.__cause__)
@@ -281,7 +294,7 @@ class Lane:
         id_ = bytes.fromhex(described["id"])
         part, job, refusal = Part(epoch, id_), None, None
         try:
-            job = self._inbox.match(id_, described["digest"], 0 if self.index == 0 else _MATCH_SECONDS)
+            job = self._inbox.match(id_, described["digest"], 0 if self._leads else _MATCH_SECONDS)
         except MpcInferError as error:
             refusal = error
         # an upload that has begun to arrive may take as long as its caller waits
@@ -290,7 +303,7 @@ class Lane:
         if job is None and described["begun"]:
             refusal = gone()
         jobs[at] = job
-        await self._by.vote(part, refusal, late=job is None)
+        await self._by.vote(part, refusal, late=job is None, upload=job.upload if job else "")
         assert job is not None
         job.taken = True
         if action != "generate":

@@ -19,9 +19,12 @@ from mpcinfer.party.mesh_service import MeshService
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.service import PartyService
 from mpcinfer.party.session import Sessions
+from mpcinfer.party.shadow import ShadowFormer
 from mpcinfer.party.store import Store
 from mpcinfer.party.uploads import Uploads
+from mpcinfer.party.vouching import Vouching
 from mpcinfer.protocol.warm import warm_up
+from mpcinfer.trust.signing import Signer
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.memory import guard_memory
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
@@ -35,36 +38,58 @@ class Party:
 
     def __init__(self, node: Node) -> None:
         """Open the store and take the port; ConfigError, IdentityError, StoreError or ConflictError if that fails."""
-        if not node.role.startswith("party/") or node.store is None or node.store_key is None:
+        kind, cluster = node.role.partition("/")[0], node.cluster
+        if kind not in ("party", "witness") or node.store is None or node.store_key is None:
             raise ConfigError(
-                f"a party needs the role party/I, a store and a store_key; this configuration is for {node.role}"
+                f"a party or witness needs the role party/I or witness/I, a store and a store_key; this configuration "
+                f"is for {node.role}"
             )
-        self.index, self._limits = int(node.role.partition("/")[2]), node.limits
+        self.role, self.index, self._limits = node.role, cluster.endpoint(node.role).index, node.limits
+        shadow = kind == "witness"
         identity = Identity.load(node.key_path, node.certificate_path)
         self.store = Store.open(node.store, node.store_key)
         with ExitStack() as undo:
             undo.callback(self.store.close)
             self.catalogue = Catalogue(self.store)
             self.inbox = Inbox(node.limits.max_waiting_requests)
-            self.former = Former(node, identity, self.inbox.wake)
+            self.former = (ShadowFormer if shadow else Former)(node, identity, self.inbox.wake)
             undo.callback(self.former.close)
             limits = node.limits
             self.sessions = Sessions(limits.max_sessions, limits.session_mb, limits.session_idle_s)
             self.metrics = PartyMetrics()
-            self.lane = Lane(self.index, self.former, self.inbox, self.catalogue, self.sessions, limits, self.metrics)
-            self._show_state()
-            uploads = Uploads(self.store, self.inbox, limits)
-            service = PartyService(
-                node.cluster, self.lane, self.inbox, self.catalogue, self.sessions, uploads, limits, self.metrics
+            vouching = Vouching(cluster, Signer(identity)) if cluster.witnesses else None
+            self.lane = Lane(
+                self.index,
+                self.former,
+                self.inbox,
+                self.catalogue,
+                self.sessions,
+                limits,
+                self.metrics,
+                vouching,
+                shadow=shadow,
             )
-            mesh = MeshService(node.cluster, self.index, self.former)
+            self._show_state()
+            uploads = Uploads(self.store, self.inbox, limits, watched=bool(cluster.witnesses))
+            service = PartyService(
+                cluster,
+                self.lane,
+                self.inbox,
+                self.catalogue,
+                self.sessions,
+                uploads,
+                limits,
+                self.metrics,
+                shadow=shadow,
+            )
+            mesh = MeshService(cluster, self.index, self.former)
 
             def add(server: grpc.Server) -> None:
                 party_pb2_grpc.add_PartyServiceServicer_to_server(service, server)
                 mesh_pb2_grpc.add_MeshServiceServicer_to_server(mesh, server)
 
             # Waiting requests and peer streams each hold a worker; health and status checks must never wait for one.
-            workers = node.limits.max_waiting_requests + 4 * node.cluster.n + 16
+            workers = node.limits.max_waiting_requests + 4 * cluster.n + 16
             self.server = Server(node, identity, workers, add, self.metrics.figures)
             undo.pop_all()
 
@@ -88,7 +113,7 @@ class Party:
         """Finish what is being computed and answered, as far as the grace period allows; refuse what waits."""
         self.server.set_serving(False)
         self.lane.stop(self._limits.stop_grace_s)
-        self.inbox.close(UnavailableError(f"party {self.index} is stopping"))
+        self.inbox.close(UnavailableError(f"{self.role} is stopping"))
         self.server.stop()
         self.former.close()
         self.store.close()
@@ -105,8 +130,8 @@ def serve(node: Node) -> None:
         warm_up()
         party.start()
         _log.info(
-            "party %d of cluster %s listens on %s (%d operators)",
-            party.index,
+            "%s of cluster %s listens on %s (%d operators)",
+            party.role,
             node.cluster.name,
             node.listen,
             len(nn.supported()),

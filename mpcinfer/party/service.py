@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -22,14 +22,15 @@ from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.generation import Writing, Written
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Lane
-from mpcinfer.party.messages import cost, info, reveal, share
+from mpcinfer.party.messages import cost, info, share
 from mpcinfer.party.metrics import Call, PartyMetrics
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.uploads import Uploads
+from mpcinfer.trust.commitment import check_salt, upload_commitment
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import Peer, peer_of, require
-from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc
+from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 
 _DEFAULT_SECONDS = 300.0
 
@@ -47,7 +48,11 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         uploads: Uploads,
         limits: Limits,
         metrics: PartyMetrics,
+        *,
+        shadow: bool = False,
     ) -> None:
+        """shadow: whether this is a witness, which answers with commitments to what its party must answer."""
+        self._shadow = shadow
         self._cluster = cluster
         self._metrics = metrics
         self._lane = lane
@@ -99,13 +104,16 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             inputs = [share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
             facts = {"model": request.model, "version": request.version, "shapes": [list(x.shape) for x in inputs]}
             content = Inference(model, inputs)
-            done: Inferred = self._run(context, Job(request.request_id, "infer", peer.role, facts, content))
+            job = Job(request.request_id, "infer", peer.role, facts, content, salt=request.salt)
+            job.upload = self._upload(request.salt, request.inputs)
+            done: Inferred = self._run(context, job)
             self._metrics.step(call, done.online, done.offline)
             return party_pb2.InferResponse(
-                outputs=[reveal(x) for x in done.outputs],
+                outputs=() if self._shadow else done.outputs,
                 version=done.model.version,
                 online=cost(done.online),
                 offline=cost(done.offline),
+                commitment=done.commitment if self._shadow else b"",
             )
 
     def Generate(
@@ -124,7 +132,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 "most": writing.most,
                 "choice": asdict(writing.choice),
             }
-            job = Job(request.request_id, "generate", peer.role, facts, writing)
+            job = Job(request.request_id, "generate", peer.role, facts, writing, salt=request.salt)
+            job.upload = self._upload(request.salt, [request.tokens])
             job.result.add_done_callback(lambda _: writing.done.put(None))
             with self._queued(context, job) as seconds:
                 while (written := self._next(job, seconds)) is not None:
@@ -132,10 +141,11 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                     self._metrics.wrote(call, written.taken, token, written.online, written.offline)
                     yield party_pb2.GenerateResponse(
                         taken=written.taken,
-                        outputs=[reveal(x) for x in written.outputs],
+                        outputs=() if self._shadow else written.outputs,
                         online=cost(written.online),
                         offline=cost(written.offline),
                         version=model.version,
+                        commitment=written.commitment if self._shadow else b"",
                     )
 
     def EndSession(
@@ -162,9 +172,9 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         """See party.proto."""
         with (
             self._admitted("deploy", context, "owner/") as (peer, _),
-            self._uploads.staged(request_iterator, peer.role, self._patience(context)) as (id_, facts),
+            self._uploads.staged(request_iterator, peer.role, self._patience(context)) as job,
         ):
-            model: Model = self._run(context, Job(id_, "deploy", peer.role, facts, None))
+            model: Model = self._run(context, job)
             return party_pb2.DeployResponse(name=model.name, version=model.version, deployment_id=model.id)
 
     def RemoveModel(
@@ -175,6 +185,13 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             facts = {"name": request.name, "version": request.version}
             removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
             return party_pb2.RemoveModelResponse(removed=removed)
+
+    def _upload(self, salt: bytes, inputs: Iterable[tensor_pb2.Tensor]) -> str:
+        """The commitment to what was sent, where witnesses compare it with what they were sent."""
+        if not self._cluster.witnesses:
+            return ""
+        check_salt(salt)
+        return upload_commitment(salt, inputs).hex()
 
     def _writing(self, model: Model, request: party_pb2.GenerateRequest) -> Writing:
         """A request to generate, checked."""

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +19,20 @@ from mpcinfer.graph.plan import mask_weights
 from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.inbox import Job
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
+from mpcinfer.party.vouching import Vouching, merged_ballots
+from mpcinfer.party.waiting import Ballot, Metered, Release, Round
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.context import Context, Opening
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared, Weight
+from mpcinfer.trust.commitment import output_commitment
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import COMPARED
-from mpcinfer.wire.mesh import CONTROL
+from mpcinfer.wire.v1 import tensor_pb2
 
 
 @dataclass(frozen=True)
@@ -64,54 +68,15 @@ class Part:
     evidence: Evidence | None = None
 
 
-class _Ballot:
-    """What a part waits for: the others' votes."""
-
-    def __init__(self, part: Part, own: dict[str, Any]) -> None:
-        self.part = part
-        self.own = own
-
-    def __await__(self) -> Generator[_Ballot, dict[int, Any], dict[int, Any]]:
-        return (yield self)
-
-
-class _Round:
-    """What a part waits for: opened values, or (`seal`) what all have seen opened."""
-
-    def __init__(self, part: Part, openings: Sequence[Opening] = (), seal: bytes = b"") -> None:
-        self.part = part
-        self.openings = openings
-        self.seal = seal
-        self.seals: dict[int, bytes] = {}  # those of the others, by index
-
-    def __await__(self) -> Generator[_Round, Any, None]:
-        yield self
-
-
-class _Metered:
-    """A protocol as a part of a step: its openings say whose they are."""
-
-    def __init__(self, part: Part, protocol: Coroutine[Any, Any, Any]) -> None:
-        self._part, self._protocol = part, protocol
-
-    def __await__(self) -> Generator[_Round, list[torch.Tensor], Any]:
-        values: list[torch.Tensor] | None = None
-        try:
-            while True:
-                values = yield _Round(self._part, self._protocol.send(values))
-        except StopIteration as done:
-            return done.value
-        finally:
-            self._protocol.close()
-
-
 class Stepping:
     """How this party takes part in steps."""
 
-    def __init__(self, index: int, catalogue: Catalogue, limits: Limits) -> None:
+    def __init__(self, index: int, catalogue: Catalogue, limits: Limits, vouching: Vouching | None = None) -> None:
+        """vouching: where the cluster has witnesses."""
         self.index = index
         self._catalogue = catalogue
         self._limits = limits
+        self._vouching = vouching
         self.pool = Pool(limits.pool_mb)
         self._ahead: Ahead | None = None
 
@@ -121,7 +86,7 @@ class Stepping:
         Whatever waits for votes goes first, in one message; once all wait for openings, these share a round.
         """
         outcomes: list[Any] = [None] * len(steps)
-        waiting: dict[int, _Ballot | _Round] = {}
+        waiting: dict[int, Ballot | Round | Release] = {}
 
         def resume(i: int, value: Any) -> None:
             try:
@@ -137,13 +102,20 @@ class Stepping:
             for i in range(len(steps)):
                 resume(i, None)
             while waiting:
-                ballots = {i: w for i, w in waiting.items() if isinstance(w, _Ballot)}
+                ballots = {i: w for i, w in waiting.items() if isinstance(w, Ballot)}
                 if ballots:
                     found = _count(epoch, list(ballots.values()))
                     for (i, _), answers in zip(ballots.items(), found, strict=True):
                         resume(i, answers)
                     continue
-                rounds = {i: w for i, w in waiting.items() if isinstance(w, _Round)}
+                releases = {i: w for i, w in waiting.items() if isinstance(w, Release)}
+                if releases:
+                    assert self._vouching is not None
+                    self._vouching.exchange(epoch, [each.subject for each in releases.values()])
+                    for i in releases:
+                        resume(i, None)
+                    continue
+                rounds = {i: w for i, w in waiting.items() if isinstance(w, Round)}
                 values, at = _shared_round(epoch, list(rounds.values())), 0
                 for i, each in rounds.items():
                     resume(i, values[at : at + len(each.openings)])
@@ -154,9 +126,11 @@ class Stepping:
                 step.close()
 
     async def vote(
-        self, part: Part, refusal: MpcInferError | None, note: str = "", *, late: bool = False
+        self, part: Part, refusal: MpcInferError | None, note: str = "", *, late: bool = False, upload: str = ""
     ) -> dict[int, str]:
         """All parties say yes (with a note each), no, or "not here yet".
+
+        upload: the commitment to what this party was sent, which must be what its witness was sent.
 
         Refused, caused by the error, if anybody says no; else Late if anybody has to wait.
         """
@@ -164,8 +138,12 @@ class Stepping:
             "error": type(refusal).__name__ if refusal else "",
             "text": str(refusal) if refusal else note,
             "late": late,
+            "upload": upload,
         }
-        answers = {self.index: own} | await _Ballot(part, own)
+        answers = await Ballot(part, own)
+        joint = answers[self.index]
+        if not (joint["error"] or joint["late"]) and (refusal or late or joint["upload"] != upload):
+            raise TamperingError(f"party {self.index} has voted without asking its witness; suspect: this party")
         if refusal is not None:
             raise Refused from refusal
         for peer, answer in sorted(answers.items()):
@@ -198,7 +176,7 @@ class Stepping:
         began, rounds, sent = time.perf_counter(), part.rounds, part.sent
         ctx = Context(self.index, part.epoch.mesh.parties, tape, weights)
         part.transcript, part.evidence = Transcript(), None
-        result = await _Metered(part, protocol(ctx))
+        result = await Metered(part, protocol(ctx))
         await self._compare(part, tape)
         return result, Phase(time.perf_counter() - began, part.rounds - rounds, part.sent - sent)
 
@@ -206,15 +184,36 @@ class Stepping:
         """One more round, so that nothing is released before all have seen the same."""
         epoch = part.epoch
         seal = part.transcript.seal(epoch.secret, epoch.id, part.id, tape.id)
-        last = _Round(part, seal=seal)
+        last = Round(part, seal=seal)
         await last
         others = [peer for peer, other in last.seals.items() if not hmac.compare_digest(other, seal)]
-        if others:
+        # a witness has seen what its party had to see: it says so when all state what they have computed, with suspects
+        if others and not epoch.mesh.shadow:
             raise TamperingError(
                 f"party {' and '.join(map(str, others))} saw other values opened than party {self.index}: some party "
                 "has sent different values to different parties. Nothing was released; compare the parties' audit logs"
             )
         part.evidence = Evidence(epoch.id, tape.id, seal, part.transcript.openings)
+
+    async def release(
+        self,
+        part: Part,
+        job: Job,
+        step: dict[str, Any],
+        outputs: Sequence[tensor_pb2.Tensor] = (),
+        number: int = 0,
+    ) -> bytes:
+        """Go on, to let outputs leave or to commit a model, only once all parties and witnesses vouch for all before.
+
+        number: of the answer, where a request has several. The commitment to the outputs; nothing where there are no
+        witnesses. TamperingError, which ends the epoch, if anything differs.
+        """
+        if self._vouching is None:
+            return b""
+        output = output_commitment(job.salt, outputs, number)
+        public = {"request": job.id.hex(), "tape": step["tape"], "deployment": step["deployment"], "number": number}
+        await Release(part, {**public, "upload": job.upload, "output": output.hex()})
+        return output
 
     async def deal(
         self,
@@ -326,10 +325,10 @@ def tapes(step: dict[str, Any], count: int) -> list[bytes]:
     return [hashlib.sha256(base + bytes([i])).digest()[:16] for i in range(count)]
 
 
-def _count(epoch: Epoch, ballots: list[_Ballot]) -> list[dict[int, Any]]:
-    """One control message to every peer for all who vote: the others' answers to each."""
+def _count(epoch: Epoch, ballots: list[Ballot]) -> list[dict[int, Any]]:
+    """One control message to every peer for all who vote: everybody's answers to each, this party's included."""
     before = epoch.mesh.bytes_sent
-    raw = epoch.mesh.exchange(json.dumps([ballot.own for ballot in ballots]).encode(), CONTROL)
+    raw = epoch.mesh.consult(json.dumps([ballot.own for ballot in ballots]).encode(), merged_ballots)
     found = {peer: json.loads(answers) for peer, answers in raw.items()}
     for peer, answers in found.items():
         if not isinstance(answers, list) or len(answers) != len(ballots):
@@ -341,7 +340,7 @@ def _count(epoch: Epoch, ballots: list[_Ballot]) -> list[dict[int, Any]]:
     return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))]
 
 
-def _shared_round(epoch: Epoch, rounds: list[_Round]) -> list[torch.Tensor]:
+def _shared_round(epoch: Epoch, rounds: list[Round]) -> list[torch.Tensor]:
     """One round of all parts; the frames' headers count with the first one's bytes."""
     before, peers = epoch.mesh.bytes_sent, epoch.mesh.parties - 1
     seals = [each for each in rounds if each.seal]
@@ -358,7 +357,7 @@ def _shared_round(epoch: Epoch, rounds: list[_Round]) -> list[torch.Tensor]:
     return values
 
 
-def _exchange(epoch: Epoch, batch: list[Opening], sealed: list[_Round]) -> list[torch.Tensor]:
+def _exchange(epoch: Epoch, batch: list[Opening], sealed: list[Round]) -> list[torch.Tensor]:
     """One round: all openings of a batch, then the seals, in one message to every peer."""
     packed = [opening.ring.pack(opening.masked) for opening in batch]
     received = epoch.mesh.exchange(b"".join([*packed, *(each.seal for each in sealed)]))

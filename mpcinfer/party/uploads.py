@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import grpc
 
@@ -18,10 +17,11 @@ from mpcinfer.config import Limits
 from mpcinfer.errors import BusyError, InputError, UploadError
 from mpcinfer.graph.program import Program
 from mpcinfer.party.catalogue import check_manifest
-from mpcinfer.party.inbox import Inbox
+from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.ring import prg
+from mpcinfer.trust.commitment import check_salt, commitment
 from mpcinfer.wire.v1 import party_pb2
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -32,17 +32,17 @@ _MOST_AT_A_TIME = 4
 class Uploads:
     """Takes in uploads, a few at a time."""
 
-    def __init__(self, store: Store, inbox: Inbox, limits: Limits) -> None:
+    def __init__(self, store: Store, inbox: Inbox, limits: Limits, *, watched: bool = False) -> None:
+        """watched: whether there are witnesses, so that uploads must be committed to."""
+        self._watched = watched
         self._store = store
         self._inbox = inbox
         self._limits = limits
         self._room = threading.BoundedSemaphore(_MOST_AT_A_TIME)
 
     @contextmanager
-    def staged(
-        self, parts: Iterator[party_pb2.DeployRequest], owner: str, patience: float
-    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Stage an upload: its request id and public facts. What is not committed at the end is discarded.
+    def staged(self, parts: Iterator[party_pb2.DeployRequest], owner: str, patience: float) -> Iterator[Job]:
+        """Stage an upload, and have it deployed: the request. What is not committed at the end is discarded.
 
         patience: how many seconds to wait for room.
         """
@@ -69,7 +69,11 @@ class Uploads:
             finally:
                 self._room.release()
             vocabulary = hashlib.sha256(header.vocabulary).hexdigest()
-            yield header.request_id, {"name": header.name, "program": program.digest().hex(), "vocabulary": vocabulary}
+            facts = {"name": header.name, "program": program.digest().hex(), "vocabulary": vocabulary}
+            job = Job(header.request_id, "deploy", owner, facts, None, salt=header.salt)
+            if self._watched:
+                job.upload = commitment(header.salt, b"model", *(w.seed for w in header.weights), header.digest).hex()
+            yield job
 
     def _header(
         self, first: party_pb2.DeployRequest | None
@@ -78,6 +82,8 @@ class Uploads:
         if first is None or first.WhichOneof("part") != "header":
             raise UploadError("an upload begins with its header")
         header = first.header
+        if self._watched:
+            check_salt(header.salt)
         if not _NAME.fullmatch(header.name):
             raise InputError(
                 "a model's name is 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"

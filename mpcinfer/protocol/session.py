@@ -31,6 +31,10 @@ class KeyChain:
         self._key = prg.derive(self._key, "next")
         return key
 
+    def export(self) -> bytes:
+        """What it goes on from: for the witness of its party alone."""
+        return self._key
+
 
 def session_keys(
     secret: bytes,
@@ -50,3 +54,9 @@ def session_keys(
     for part in (session, cluster, *public_keys, dealer_nonce, *party_nonces):
         salt.update(len(part).to_bytes(4, "little") + part)
     return KeyChain(prg.extract(secret, salt.digest(), b"session/" + str(index).encode()))
+
+
+def epoch_binding(session: bytes, dealer_nonce: bytes, party_nonces: Sequence[bytes]) -> bytes:
+    """What statements name an epoch by: of all nonces, so that none of them is true in another one."""
+    parts = (session, dealer_nonce, *party_nonces)
+    return hashlib.sha256(b"epoch" + b"".join(len(p).to_bytes(4, "little") + p for p in parts)).digest()

@@ -160,7 +160,7 @@ class Identity:
     def check(self, cluster: Cluster) -> None:
         """IdentityError if the members of `cluster` would refuse this identity, with the reason.
 
-        It must be of this cluster, issued by its CA, valid now and, for a party or the dealer, hold the pinned key.
+        It must be of this cluster, issued by its CA, valid now and, unless of an owner or client, hold the pinned key.
         """
         self.check_validity()
         certificate = _load_certificate(self.cert_pem)
@@ -241,7 +241,7 @@ def _check_member(cluster_name: str, role: str, pin: str, cluster: Cluster) -> N
             f"the certificate of {role} is of cluster {cluster_name!r}, this is cluster {cluster.name!r}; "
             "use the identity made for this cluster"
         )
-    if role == "dealer" or role.startswith("party/"):
+    if role == "dealer" or role.startswith(("party/", "witness/")):
         try:
             endpoint = cluster.endpoint(role)
         except ConfigError as error:

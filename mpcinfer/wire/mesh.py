@@ -26,6 +26,8 @@ HELLO = mesh_pb2.FRAME_KIND_HELLO
 CONTROL = mesh_pb2.FRAME_KIND_CONTROL
 OPENING = mesh_pb2.FRAME_KIND_OPENING
 
+Merge = Callable[[bytes, bytes], bytes]
+
 _DRAIN_SECONDS = 2.0  # what has arrived over direct connections may be read for so long after the gRPC stream has ended
 
 
@@ -39,7 +41,7 @@ class _Stream:
 
 
 class Link:
-    """One peer's stream, used by one thread at a time in each direction."""
+    """One peer's stream, used by one thread at a time in each direction. `who` is at its other end, for errors."""
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Link:
         cancel: Callable[[], Any],
     ) -> None:
         self.peer = peer
+        self.who = f"party {peer}"
         self.bytes_sent = self.openings_sent = 0  # bytes, the latter only of openings
         self._outgoing = outgoing
         self._wrap, self.parse = types[0], types[1].FromString
@@ -101,7 +104,7 @@ class Link:
                 raise self._lost(error) from error
             if frame.sequence != stream.received or frame.kind != kind:
                 self.close()
-                raise ProtocolError(f"party {self.peer} sent a frame out of order")
+                raise ProtocolError(f"{self.who} sent a frame out of order")
             stream.received += 1
             if not frame.more and not parts:
                 payload: bytes = frame.payload
@@ -136,11 +139,11 @@ class Link:
     def _lost(self, error: Exception | None = None) -> MpcInferError:
         self.close()
         if isinstance(error, grpc.RpcError):
-            said = channel.from_rpc_error(error, f"party {self.peer}")
+            said = channel.from_rpc_error(error, self.who)
             if isinstance(said, ConfigError | IdentityError):  # it refused the stream, and trying again changes nothing
                 return said
         return AbortedError(
-            f"the connection to party {self.peer} broke; what was being computed is void and its randomness is burnt. "
+            f"the connection to {self.who} broke; what was being computed is void and its randomness is burnt. "
             "Send the request again; if it keeps happening, look at that party's log"
         )
 
@@ -193,6 +196,8 @@ class Account:
 class Mesh:
     """All links of one party in one session, and the rounds over them."""
 
+    shadow = False  # whether this is a witness's
+
     def __init__(self, index: int, links: Mapping[int, Link]) -> None:
         self.index = index
         self.links = dict(sorted(links.items()))
@@ -230,22 +235,33 @@ class Mesh:
             else:
                 self.account.votes_seconds += waited
 
+    def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
+        """Tell all peers something and hear the same from them: what each party says, this one included, by index.
+
+        merge: makes one message of a party's and its witness's, where there are witnesses.
+        """
+        return {self.index: payload, **self.exchange(payload, CONTROL)}
+
     def announce(self, payload: bytes) -> None:
-        """Send a control message to all peers."""
+        """Party 0: send a control message to all peers."""
         for link in self.links.values():
             link.send(CONTROL, payload)
 
+    def announced(self) -> bytes:
+        """What party 0 announces next."""
+        return self.links[0].receive(CONTROL)
+
     def close(self) -> None:
         """End all links."""
-        for link in self.links.values():
+        for link in self._all():
             link.close()
 
     def finish(self, seconds: float) -> None:
         """End all links, but let what was sent arrive first, for at most `seconds`."""
         end = time.monotonic() + seconds
-        for link in self.links.values():
+        for link in self._all():
             link.finish(max(0.0, end - time.monotonic()))
-        for link in self.links.values():
+        for link in self._all():
             link.broken.wait(max(0.0, end - time.monotonic()))
         self.close()
 
@@ -255,3 +271,6 @@ class Mesh:
         timer.daemon = True
         timer.start()
         return timer
+
+    def _all(self) -> list[Link]:
+        return list(self.links.values())

@@ -187,6 +187,8 @@ def test_no_call_takes_a_tensor() -> None:
         "CacheUse": {"slot", "runs", "count"},
         "ForgetRequest": {"session", "slots"},
         "DealerStatusRequest": set(),
+        "WitnessRequest": {"session", "index", "cluster_digest", "protocol_version"},
+        "CorrectedRequest": {"session", "index", "tape"},
     }
     taken = [method.input_type for method in dealer_pb2.DESCRIPTOR.services_by_name["DealerService"].methods]
     taken += [f.message_type for message in taken for f in message.fields if f.message_type is not None]

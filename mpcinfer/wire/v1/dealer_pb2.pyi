@@ -6,6 +6,44 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WitnessRequest(_message.Message):
+    __slots__ = ("session", "index", "cluster_digest", "protocol_version")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    index: int
+    cluster_digest: bytes
+    protocol_version: int
+    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., cluster_digest: _Optional[bytes] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+
+class WitnessResponse(_message.Message):
+    __slots__ = ("key", "nonce", "party_nonces")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PARTY_NONCES_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    nonce: bytes
+    party_nonces: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, key: _Optional[bytes] = ..., nonce: _Optional[bytes] = ..., party_nonces: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class CorrectedRequest(_message.Message):
+    __slots__ = ("session", "index", "tape")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TAPE_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    index: int
+    tape: bytes
+    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ...) -> None: ...
+
+class CorrectedResponse(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
 class JoinRequest(_message.Message):
     __slots__ = ("session", "index", "nonce", "public_key", "cluster_digest", "protocol_version")
     SESSION_FIELD_NUMBER: _ClassVar[int]

@@ -55,6 +55,16 @@ class DealerServiceStub(object):
                 request_serializer=mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusRequest.SerializeToString,
                 response_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusResponse.FromString,
                 _registered_method=True)
+        self.Witness = channel.unary_unary(
+                '/mpcinfer.v1.DealerService/Witness',
+                request_serializer=mpcinfer_dot_v1_dot_dealer__pb2.WitnessRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.WitnessResponse.FromString,
+                _registered_method=True)
+        self.Corrected = channel.unary_unary(
+                '/mpcinfer.v1.DealerService/Corrected',
+                request_serializer=mpcinfer_dot_v1_dot_dealer__pb2.CorrectedRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.CorrectedResponse.FromString,
+                _registered_method=True)
 
 
 class DealerServiceServicer(object):
@@ -89,6 +99,20 @@ class DealerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Witness(self, request, context):
+        """Role witness. Blocks until all parties of the session have joined; then a witness has the key of its party.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Corrected(self, request, context):
+        """Role witness, of the last party. Blocks until the corrections of a tape are dealt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DealerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +135,16 @@ def add_DealerServiceServicer_to_server(servicer, server):
                     servicer.DealerStatus,
                     request_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusRequest.FromString,
                     response_serializer=mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusResponse.SerializeToString,
+            ),
+            'Witness': grpc.unary_unary_rpc_method_handler(
+                    servicer.Witness,
+                    request_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.WitnessRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_dealer__pb2.WitnessResponse.SerializeToString,
+            ),
+            'Corrected': grpc.unary_unary_rpc_method_handler(
+                    servicer.Corrected,
+                    request_deserializer=mpcinfer_dot_v1_dot_dealer__pb2.CorrectedRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_dealer__pb2.CorrectedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +256,60 @@ class DealerService(object):
             '/mpcinfer.v1.DealerService/DealerStatus',
             mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusRequest.SerializeToString,
             mpcinfer_dot_v1_dot_dealer__pb2.DealerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Witness(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.DealerService/Witness',
+            mpcinfer_dot_v1_dot_dealer__pb2.WitnessRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_dealer__pb2.WitnessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Corrected(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpcinfer.v1.DealerService/Corrected',
+            mpcinfer_dot_v1_dot_dealer__pb2.CorrectedRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_dealer__pb2.CorrectedResponse.FromString,
             options,
             channel_credentials,
             insecure,

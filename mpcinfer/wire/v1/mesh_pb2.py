@@ -24,25 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16mpcinfer/v1/mesh.proto\x12\x0bmpcinfer.v1\"3\n\x0e\x43onnectRequest\x12!\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x12.mpcinfer.v1.Frame\"4\n\x0f\x43onnectResponse\x12!\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x12.mpcinfer.v1.Frame\"^\n\x05\x46rame\x12\x10\n\x08sequence\x18\x01 \x01(\x06\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.mpcinfer.v1.FrameKind\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x93\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07session\x18\x04 \x01(\x0c\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x13\n\x0b\x64irect_port\x18\x06 \x01(\r\x12\x14\n\x0c\x64irect_token\x18\x07 \x01(\x0c\"\x1b\n\x06\x44irect\x12\x11\n\tconnected\x18\x01 \x01(\x08*m\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46RAME_KIND_HELLO\x10\x01\x12\x16\n\x12\x46RAME_KIND_CONTROL\x10\x02\x12\x16\n\x12\x46RAME_KIND_OPENING\x10\x03\x32W\n\x0bMeshService\x12H\n\x07\x43onnect\x12\x1b.mpcinfer.v1.ConnectRequest\x1a\x1c.mpcinfer.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16mpcinfer/v1/mesh.proto\x12\x0bmpcinfer.v1\"B\n\x12\x43orrectionsRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0c\n\x04tape\x18\x02 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"\x15\n\x13\x43orrectionsResponse\"3\n\x0e\x43onnectRequest\x12!\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x12.mpcinfer.v1.Frame\"4\n\x0f\x43onnectResponse\x12!\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x12.mpcinfer.v1.Frame\"^\n\x05\x46rame\x12\x10\n\x08sequence\x18\x01 \x01(\x06\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.mpcinfer.v1.FrameKind\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x93\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07session\x18\x04 \x01(\x0c\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x13\n\x0b\x64irect_port\x18\x06 \x01(\r\x12\x14\n\x0c\x64irect_token\x18\x07 \x01(\x0c\"\x1b\n\x06\x44irect\x12\x11\n\tconnected\x18\x01 \x01(\x08*m\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46RAME_KIND_HELLO\x10\x01\x12\x16\n\x12\x46RAME_KIND_CONTROL\x10\x02\x12\x16\n\x12\x46RAME_KIND_OPENING\x10\x03\x32\xab\x01\n\x0bMeshService\x12H\n\x07\x43onnect\x12\x1b.mpcinfer.v1.ConnectRequest\x1a\x1c.mpcinfer.v1.ConnectResponse(\x01\x30\x01\x12R\n\x0b\x43orrections\x12\x1f.mpcinfer.v1.CorrectionsRequest\x1a .mpcinfer.v1.CorrectionsResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mpcinfer.v1.mesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRAMEKIND']._serialized_start=421
-  _globals['_FRAMEKIND']._serialized_end=530
-  _globals['_CONNECTREQUEST']._serialized_start=39
-  _globals['_CONNECTREQUEST']._serialized_end=90
-  _globals['_CONNECTRESPONSE']._serialized_start=92
-  _globals['_CONNECTRESPONSE']._serialized_end=144
-  _globals['_FRAME']._serialized_start=146
-  _globals['_FRAME']._serialized_end=240
-  _globals['_HELLO']._serialized_start=243
-  _globals['_HELLO']._serialized_end=390
-  _globals['_DIRECT']._serialized_start=392
-  _globals['_DIRECT']._serialized_end=419
-  _globals['_MESHSERVICE']._serialized_start=532
-  _globals['_MESHSERVICE']._serialized_end=619
+  _globals['_FRAMEKIND']._serialized_start=512
+  _globals['_FRAMEKIND']._serialized_end=621
+  _globals['_CORRECTIONSREQUEST']._serialized_start=39
+  _globals['_CORRECTIONSREQUEST']._serialized_end=105
+  _globals['_CORRECTIONSRESPONSE']._serialized_start=107
+  _globals['_CORRECTIONSRESPONSE']._serialized_end=128
+  _globals['_CONNECTREQUEST']._serialized_start=130
+  _globals['_CONNECTREQUEST']._serialized_end=181
+  _globals['_CONNECTRESPONSE']._serialized_start=183
+  _globals['_CONNECTRESPONSE']._serialized_end=235
+  _globals['_FRAME']._serialized_start=237
+  _globals['_FRAME']._serialized_end=331
+  _globals['_HELLO']._serialized_start=334
+  _globals['_HELLO']._serialized_end=481
+  _globals['_DIRECT']._serialized_start=483
+  _globals['_DIRECT']._serialized_end=510
+  _globals['_MESHSERVICE']._serialized_start=624
+  _globals['_MESHSERVICE']._serialized_end=795
 # @@protoc_insertion_point(module_scope)

@@ -17,6 +17,20 @@ FRAME_KIND_HELLO: FrameKind
 FRAME_KIND_CONTROL: FrameKind
 FRAME_KIND_OPENING: FrameKind
 
+class CorrectionsRequest(_message.Message):
+    __slots__ = ("session", "tape", "chunk")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TAPE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    tape: bytes
+    chunk: bytes
+    def __init__(self, session: _Optional[bytes] = ..., tape: _Optional[bytes] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class CorrectionsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ConnectRequest(_message.Message):
     __slots__ = ("frame",)
     FRAME_FIELD_NUMBER: _ClassVar[int]

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class MeshServiceStub(object):
-    """Party to party only. The party with the lower index dials; both directions of the stream carry frames.
+    """Party to party only. The party with the lower index dials; both directions of the stream carry frames. A party also
+    dials its witness, and passes on to it what it receives, and what it announces and votes itself.
     """
 
     def __init__(self, channel):
@@ -40,14 +41,27 @@ class MeshServiceStub(object):
                 request_serializer=mpcinfer_dot_v1_dot_mesh__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=mpcinfer_dot_v1_dot_mesh__pb2.ConnectResponse.FromString,
                 _registered_method=True)
+        self.Corrections = channel.stream_unary(
+                '/mpcinfer.v1.MeshService/Corrections',
+                request_serializer=mpcinfer_dot_v1_dot_mesh__pb2.CorrectionsRequest.SerializeToString,
+                response_deserializer=mpcinfer_dot_v1_dot_mesh__pb2.CorrectionsResponse.FromString,
+                _registered_method=True)
 
 
 class MeshServiceServicer(object):
-    """Party to party only. The party with the lower index dials; both directions of the stream carry frames.
+    """Party to party only. The party with the lower index dials; both directions of the stream carry frames. A party also
+    dials its witness, and passes on to it what it receives, and what it announces and votes itself.
     """
 
     def Connect(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Corrections(self, request_iterator, context):
+        """The last party to its witness: the corrections of a tape, in order.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -60,6 +74,11 @@ def add_MeshServiceServicer_to_server(servicer, server):
                     request_deserializer=mpcinfer_dot_v1_dot_mesh__pb2.ConnectRequest.FromString,
                     response_serializer=mpcinfer_dot_v1_dot_mesh__pb2.ConnectResponse.SerializeToString,
             ),
+            'Corrections': grpc.stream_unary_rpc_method_handler(
+                    servicer.Corrections,
+                    request_deserializer=mpcinfer_dot_v1_dot_mesh__pb2.CorrectionsRequest.FromString,
+                    response_serializer=mpcinfer_dot_v1_dot_mesh__pb2.CorrectionsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mpcinfer.v1.MeshService', rpc_method_handlers)
@@ -69,7 +88,8 @@ def add_MeshServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MeshService(object):
-    """Party to party only. The party with the lower index dials; both directions of the stream carry frames.
+    """Party to party only. The party with the lower index dials; both directions of the stream carry frames. A party also
+    dials its witness, and passes on to it what it receives, and what it announces and votes itself.
     """
 
     @staticmethod
@@ -89,6 +109,33 @@ class MeshService(object):
             '/mpcinfer.v1.MeshService/Connect',
             mpcinfer_dot_v1_dot_mesh__pb2.ConnectRequest.SerializeToString,
             mpcinfer_dot_v1_dot_mesh__pb2.ConnectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Corrections(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/mpcinfer.v1.MeshService/Corrections',
+            mpcinfer_dot_v1_dot_mesh__pb2.CorrectionsRequest.SerializeToString,
+            mpcinfer_dot_v1_dot_mesh__pb2.CorrectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

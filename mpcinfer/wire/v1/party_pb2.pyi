@@ -91,7 +91,7 @@ class DeployRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[DeployHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class DeployHeader(_message.Message):
-    __slots__ = ("request_id", "name", "program", "weights", "size", "digest", "vocabulary", "grant")
+    __slots__ = ("request_id", "name", "program", "weights", "size", "digest", "vocabulary", "grant", "salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class DeployHeader(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     name: str
     program: bytes
@@ -108,7 +109,8 @@ class DeployHeader(_message.Message):
     digest: bytes
     vocabulary: bytes
     grant: _trust_pb2.Signed
-    def __init__(self, request_id: _Optional[bytes] = ..., name: _Optional[str] = ..., program: _Optional[bytes] = ..., weights: _Optional[_Iterable[_Union[WeightShare, _Mapping]]] = ..., size: _Optional[int] = ..., digest: _Optional[bytes] = ..., vocabulary: _Optional[bytes] = ..., grant: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ...) -> None: ...
+    salt: bytes
+    def __init__(self, request_id: _Optional[bytes] = ..., name: _Optional[str] = ..., program: _Optional[bytes] = ..., weights: _Optional[_Iterable[_Union[WeightShare, _Mapping]]] = ..., size: _Optional[int] = ..., digest: _Optional[bytes] = ..., vocabulary: _Optional[bytes] = ..., grant: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ..., salt: _Optional[bytes] = ...) -> None: ...
 
 class WeightShare(_message.Message):
     __slots__ = ("name", "shape", "frac_bits", "seed")
@@ -165,18 +167,20 @@ class InferRequest(_message.Message):
     def __init__(self, request_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., salt: _Optional[bytes] = ..., token: _Optional[str] = ...) -> None: ...
 
 class InferResponse(_message.Message):
-    __slots__ = ("outputs", "version", "online", "offline", "receipt")
+    __slots__ = ("outputs", "version", "online", "offline", "receipt", "commitment")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ONLINE_FIELD_NUMBER: _ClassVar[int]
     OFFLINE_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     version: int
     online: _tensor_pb2.PhaseCost
     offline: _tensor_pb2.PhaseCost
     receipt: _trust_pb2.Signed
-    def __init__(self, outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., version: _Optional[int] = ..., online: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., offline: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., receipt: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ...) -> None: ...
+    commitment: bytes
+    def __init__(self, outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., version: _Optional[int] = ..., online: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., offline: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., receipt: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ..., commitment: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "version", "parent", "keep", "tokens", "max_new_tokens", "temperature", "top_k", "repetition_penalty", "salt", "token")
@@ -207,20 +211,22 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., parent: _Optional[bytes] = ..., keep: _Optional[int] = ..., tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[int] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[int] = ..., salt: _Optional[bytes] = ..., token: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("taken", "outputs", "online", "offline", "version", "receipt")
+    __slots__ = ("taken", "outputs", "online", "offline", "version", "receipt", "commitment")
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     ONLINE_FIELD_NUMBER: _ClassVar[int]
     OFFLINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     taken: int
     outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     online: _tensor_pb2.PhaseCost
     offline: _tensor_pb2.PhaseCost
     version: int
     receipt: _trust_pb2.Signed
-    def __init__(self, taken: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., online: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., offline: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., version: _Optional[int] = ..., receipt: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ...) -> None: ...
+    commitment: bytes
+    def __init__(self, taken: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., online: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., offline: _Optional[_Union[_tensor_pb2.PhaseCost, _Mapping]] = ..., version: _Optional[int] = ..., receipt: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ..., commitment: _Optional[bytes] = ...) -> None: ...
 
 class EndSessionRequest(_message.Message):
     __slots__ = ("session",)

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class PartyServiceStub(object):
     """What a party offers model owners and data owners. Every call is made to every party: each gets its own share,
-    and the same request_id ties the calls together.
+    and the same request_id ties the calls together. A witness is called as its party is, and sent the same to the byte.
     """
 
     def __init__(self, channel):
@@ -95,7 +95,7 @@ class PartyServiceStub(object):
 
 class PartyServiceServicer(object):
     """What a party offers model owners and data owners. Every call is made to every party: each gets its own share,
-    and the same request_id ties the calls together.
+    and the same request_id ties the calls together. A witness is called as its party is, and sent the same to the byte.
     """
 
     def Status(self, request, context):
@@ -243,7 +243,7 @@ def add_PartyServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PartyService(object):
     """What a party offers model owners and data owners. Every call is made to every party: each gets its own share,
-    and the same request_id ties the calls together.
+    and the same request_id ties the calls together. A witness is called as its party is, and sent the same to the byte.
     """
 
     @staticmethod
