@@ -27,6 +27,8 @@ from mpcinfer.party.server import Party
 from mpcinfer.ring.codec import FixedPoint
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine, split
+from mpcinfer.trust.grant import Grant, Terms
+from mpcinfer.trust.signing import Signer
 from mpcinfer.wire import channel
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.server import Server
@@ -34,7 +36,8 @@ from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 
 LIMITS = Limits(step_timeout_s=60, connect_timeout_s=10, stop_grace_s=5, max_waiting_requests=8)
 READY = 60.0
-PEOPLE = ("owner/alice", "owner/eve", "client/bob")
+EVERYBODY = Terms()
+PEOPLE = ("owner/alice", "owner/eve", "client/bob", "client/carol")
 
 
 def free_ports(count: int) -> list[int]:
@@ -238,6 +241,7 @@ class InProcess:
         lock, party.store._lock_file = party.store._lock_file, None
         assert lock is not None
         os.close(lock)
+        party.ledger.close()
 
     def wait_ready(self, timeout: float = READY) -> None:
         """Wait until all parties are connected."""
@@ -290,6 +294,8 @@ class Caller:
 
     def __init__(self, cluster: Cluster, identity: Identity) -> None:
         self.n = cluster.n
+        self.cluster = cluster
+        self.signer = Signer(identity)
         self._watched = [endpoint.index for endpoint in cluster.witnesses]
         self._channels = [channel.connect(e, cluster, identity, timeout=20) for e in cluster.holders]
         self.stubs: list[Any] = [party_pb2_grpc.PartyServiceStub(c) for c in self._channels]
@@ -313,10 +319,27 @@ class Caller:
         with ThreadPoolExecutor(len(self.stubs)) as pool:
             return list(pool.map(one, range(len(self.stubs))))
 
+    def grant(self, program: Program, name: str = "m", terms: Terms = EVERYBODY) -> Grant:
+        """A first grant for a model."""
+        kind = "generate" if program.caches else "infer"
+        return Grant.first(
+            name,
+            program=program.digest(),
+            entry_point=kind,
+            reveals=program.reveal,
+            cluster=self.cluster,
+            terms=terms,
+        )
+
     def deploys(
-        self, program: Program, weights: Mapping[str, torch.Tensor], name: str = "m"
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor],
+        name: str = "m",
+        grant: Grant | None = None,
     ) -> list[list[party_pb2.DeployRequest]]:
         """The messages of an upload, by party."""
+        signed = (grant or self.grant(program, name)).sign(self.signer).message()
         shares = {p.name: split(weights[p.name], Z64, self.n) for p in program.parameters}
         request = secrets.token_bytes(16)
         uploads = []
@@ -326,6 +349,7 @@ class Caller:
             header = party_pb2.DeployHeader(
                 request_id=request,
                 name=name,
+                grant=signed,
                 program=program.to_bytes(),
                 size=len(data),
                 digest=hashlib.sha256(data).digest(),
@@ -347,10 +371,25 @@ class Caller:
         return uploads + [copy.deepcopy(uploads[i]) for i in self._watched]
 
     def deploy(
-        self, program: Program, weights: Mapping[str, torch.Tensor], name: str = "m", timeout: float = 60
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor],
+        name: str = "m",
+        timeout: float = 60,
+        grant: Grant | None = None,
     ) -> list[Any]:
         """Deploy at all parties; their answers or errors."""
-        return self.at_all("Deploy", [iter(u) for u in self.deploys(program, weights, name)], timeout)
+        return self.at_all("Deploy", [iter(u) for u in self.deploys(program, weights, name, grant)], timeout)
+
+    def set_grant(self, grant: Grant, version: int = 0, timeout: float = 60) -> list[Any]:
+        """Replace a grant at all parties; their answers or errors."""
+        request = party_pb2.SetGrantRequest(
+            request_id=secrets.token_bytes(16),
+            name=grant.name,
+            version=version,
+            grant=grant.sign(self.signer).message(),
+        )
+        return self.at_all("SetGrant", [request] * len(self.stubs), timeout)
 
     def inferences(self, x: torch.Tensor, name: str = "m", version: int = 0) -> list[party_pb2.InferRequest]:
         """The messages of a request, by party."""

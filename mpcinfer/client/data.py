@@ -107,7 +107,7 @@ class Client:
             return self._infer(model, inputs, deadline, timeout, audit)
         except NotFoundError:
             # The version has been removed, or deployed anew, since it was looked up.
-            self._models.pop(model.key, None)
+            self._models.pop((name, model.version), None)
             found = self._model(name, version, deadline)
             if found == model:
                 raise
@@ -204,7 +204,7 @@ class Client:
         if not digest:
             raise InputError(f"{model.name!r} was deployed without a tokenizer")
         if digest not in self._texts:
-            request = party_pb2.VocabularyRequest(model=model.name, version=model.version)
+            request = party_pb2.VocabularyRequest(model=model.full_name, version=model.version)
             requests = [request] * self._connection.cluster.n
             with self._connection.stream("Vocabulary", requests, timeout=deadline - time.monotonic()) as (parts, _):
                 # the parties' listings agree on the digest, so one of them will do
@@ -244,8 +244,16 @@ class Client:
             if version and version not in [m.version for m in found]:
                 known = ", ".join(str(m.version) for m in found)
                 raise NotFoundError(f"model {name!r} has no version {version}, only {known}")
+            owners = sorted({m.owner for m in found})
+            if len(owners) > 1:
+                own = self._connection.identity.role
+                if own not in owners:
+                    raise InputError(
+                        f"several owners have a model {name!r}; name it {' or '.join(m.full_name for m in found)}"
+                    )
+                found = [m for m in found if m.owner == own]
             chosen = next((m for m in found if m.version == version), found[-1])
-            self._models[chosen.key] = chosen
+            self._models[name, chosen.version] = chosen
             return chosen
         return self._models[name, version]
 
@@ -311,7 +319,10 @@ class Client:
         request_id = secrets.token_bytes(16)
         requests = [
             party_pb2.InferRequest(
-                request_id=request_id, model=model.name, version=model.version, salt=secrets.token_bytes(SALT_BYTES)
+                request_id=request_id,
+                model=model.full_name,
+                version=model.version,
+                salt=secrets.token_bytes(SALT_BYTES),
             )
             for _ in range(parties)
         ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mpcinfer.errors import AgreementError
+from mpcinfer.errors import AgreementError, ProtocolError
 from mpcinfer.graph.sizes import BATCH, Size
-from mpcinfer.wire.v1 import party_pb2, tensor_pb2
+from mpcinfer.trust.grant import Grant
+from mpcinfer.wire.v1 import party_pb2, tensor_pb2, trust_pb2
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Model:
     sizes: tuple[Size, ...] = (Size(BATCH),)
     context: int = 0  # of a language model: how many tokens a text and its answer may have
     vocabulary_digest: str = ""
+    grant: Grant | None = None  # shown to the owner; as the parties say, `ModelOwner` verifies it
 
     @staticmethod
     def parse(info: party_pb2.ModelInfo) -> Model:
@@ -59,12 +62,18 @@ class Model:
             sizes=tuple(Size(s.name, s.low, s.high) for s in info.sizes) or (Size(BATCH),),
             context=info.context,
             vocabulary_digest=info.vocabulary_digest.hex(),
+            grant=_grant(info.grant),
         )
 
     @property
-    def key(self) -> tuple[str, int]:
-        """Name and version."""
-        return self.name, self.version
+    def key(self) -> tuple[str, str, int]:
+        """Name, owner and version."""
+        return self.name, self.owner, self.version
+
+    @property
+    def full_name(self) -> str:
+        """The name under which no other owner can have a model: NAME/m for owner/NAME's model m."""
+        return f"{self.owner.partition('/')[2]}/{self.name}"
 
 
 def _specs(messages: Iterable[tensor_pb2.TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -72,19 +81,28 @@ def _specs(messages: Iterable[tensor_pb2.TensorSpec]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(m.name, tuple(m.shape), m.frac_bits, m.ring_bits or 64, m.limit) for m in messages)
 
 
+def _grant(message: trust_pb2.Signed) -> Grant | None:
+    if not message.payload:
+        return None
+    try:
+        return Grant.of(json.loads(message.payload))
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("a party lists a model with a grant that is none") from error
+
+
 def agreed(listings: Sequence[Sequence[Model]], name: str | None = None) -> list[Model]:
-    """The models (only those called `name`, if given) that parties 0, 1, ... list, by name and version.
+    """The models (only those called `name` or, in full, `owner/name`) that parties 0, 1, ... list, by name and version.
 
     AgreementError naming the first model that is not the same at all of them.
     """
-    tables = [{m.key: m for m in listing if name in (None, m.name)} for listing in listings]
+    tables = [{m.key: m for m in listing if name in (None, m.name, m.full_name)} for listing in listings]
     for key in sorted(set().union(*tables)):
         held = [table.get(key) for table in tables]
         without = [index for index, model in enumerate(held) if model is None]
         if without or len({_identity(model) for model in held if model}) > 1:
             where = f"is missing at party/{without[0]}" if without else "is not the same at all parties"
             raise AgreementError(
-                f"model {key[0]!r} version {key[1]} {where}; unless it is being deployed or removed right now, "
+                f"model {key[0]!r} version {key[2]} {where}; unless it is being deployed or removed right now, "
                 "remove this version and deploy it again"
             )
     return [tables[0][key] for key in sorted(tables[0])]

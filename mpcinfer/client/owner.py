@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +26,7 @@ from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import split
 from mpcinfer.trust.canaries import sign
 from mpcinfer.trust.commitment import SALT_BYTES
+from mpcinfer.trust.grant import Commitment, Grant, Terms, open_grant
 from mpcinfer.trust.signing import Signed, Signer
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 DEPLOY_TIMEOUT = 1800.0
+EVERYBODY = Terms()
 _CHUNK = 1 << 20
 
 
@@ -56,6 +58,7 @@ class ModelOwner:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._signer = Signer(connection.identity)
 
     @classmethod
     def connect(
@@ -83,6 +86,7 @@ class ModelOwner:
         k: int = 5,
         public: Sequence[str] = (),
         dynamic_shapes: Any = None,
+        grant: Terms = EVERYBODY,
         progress: Progress | None = None,
         timeout: float = DEPLOY_TIMEOUT,
     ) -> Deployed:
@@ -93,7 +97,8 @@ class ModelOwner:
         reveal: what clients learn: "logits", "probabilities", "top-k" (the indices of the `k` largest) or "argmax".
         dynamic_shapes: the sizes that stay free, as `torch.export` takes them (by default the batch, where the model
         allows it); one called "batch" says that rows do not influence each other. frac_bits: precision, 8 to 24.
-        public: names of constants that are no secret. progress: called with (bytes sent, bytes to send), from another
+        public: names of constants that are no secret. grant: who may use it, how often and until when; by default all
+        clients of the cluster, without a limit. progress: called with (bytes sent, bytes to send), from another
         thread. timeout in seconds, for the upload and the parties' preparations.
         The model is on all parties after this, or on none. Raises what `graph.capture.capture` does for a model that
         cannot be evaluated, InputError for a name the parties refuse, and UnavailableError if a party fails.
@@ -102,7 +107,7 @@ class ModelOwner:
         captured = capture(
             model, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public, dynamic_shapes=dynamic_shapes
         )
-        return self.upload(captured, name=name, progress=progress, timeout=timeout)
+        return self.upload(captured, name=name, grant=grant, progress=progress, timeout=timeout)
 
     def deploy_file(
         self,
@@ -113,6 +118,7 @@ class ModelOwner:
         task: str | None = None,
         frac_bits: int = 16,
         reveal: str = "",
+        grant: Terms = EVERYBODY,
         progress: Progress | None = None,
         timeout: float = DEPLOY_TIMEOUT,
     ) -> Deployed:
@@ -123,7 +129,9 @@ class ModelOwner:
         """
         loaded = load(Path(path), task=task, context=context)
         captured = captured_model(loaded, frac_bits=frac_bits, reveal=reveal)
-        return self.upload(captured, name=name, vocabulary=loaded.words(), progress=progress, timeout=timeout)
+        return self.upload(
+            captured, name=name, vocabulary=loaded.words(), grant=grant, progress=progress, timeout=timeout
+        )
 
     def upload(
         self,
@@ -131,6 +139,7 @@ class ModelOwner:
         *,
         name: str,
         vocabulary: Vocabulary | None = None,
+        grant: Terms = EVERYBODY,
         progress: Progress | None = None,
         timeout: float = DEPLOY_TIMEOUT,
     ) -> Deployed:
@@ -138,7 +147,16 @@ class ModelOwner:
 
         vocabulary: what clients need to turn text into the model's tokens; public.
         """
-        upload = _Upload(captured, name, vocabulary, self._connection.cluster, progress)
+        program = captured.program
+        granted = Grant.first(
+            name,
+            program=program.digest(),
+            entry_point="generate" if program.caches else "infer",
+            reveals=program.reveal,
+            cluster=self._connection.cluster,
+            terms=grant,
+        )
+        upload = _Upload(captured, granted, self._signer, vocabulary, self._connection.cluster, progress)
         try:
             answers = self._connection.call("Deploy", upload.streams(), timeout=timeout)
         except Exception:
@@ -191,6 +209,51 @@ class ModelOwner:
         answers = self._connection.call("RemoveModel", [request] * self._connection.cluster.n, timeout=LIST_TIMEOUT)
         return max(int(answer.removed) for answer in answers)
 
+    def grant(self, name: str, terms: Terms, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
+        """Replace what is granted for a version of one's model (0: all versions), from the next request on.
+
+        NotFoundError if there is none.
+        """
+        return self._replace(name, version, timeout, terms=terms, revoked=False)
+
+    def revoke(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
+        """Nobody may use a version of one's model (0: all versions) any more, until it is granted again."""
+        return self._replace(name, version, timeout, revoked=True)
+
+    def grants(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> dict[int, Grant]:
+        """What oneself has granted, by version; what the parties show is verified. NotFoundError if there is none."""
+        cluster, role = self._connection.cluster, self._connection.identity.role
+        answers = self._connection.call("ListModels", [party_pb2.ListModelsRequest()] * cluster.n, timeout=timeout)
+        found: dict[int, Grant] = {}
+        for info in (info for answer in answers for info in answer.models):
+            if info.owner != role or info.name != name or version not in (0, info.version):
+                continue
+            granted = open_grant(Signed.of(info.grant), cluster, role, past=True)
+            if info.version not in found or granted.serial > found[info.version].serial:
+                found[info.version] = granted
+        if not found:
+            raise NotFoundError(f"{role} has no model {name!r}{f' version {version}' if version else ''} here")
+        return found
+
+    def salt(self, name: str, version: int) -> bytes:
+        """What the commitment to a version's weights is salted with. Shown to somebody with the weights, it proves
+        that these are the ones; to anybody else it lets guesses be confirmed.
+        """
+        return self.grants(name, version)[version].salt(self._signer)
+
+    def _replace(self, name: str, version: int, timeout: float, **changes: Any) -> list[Grant]:
+        parties, replaced = self._connection.cluster.n, []
+        for number, granted in sorted(self.grants(name, version, timeout=timeout).items()):
+            replaced.append(granted.replaced(**changes))
+            request = party_pb2.SetGrantRequest(
+                request_id=secrets.token_bytes(16),
+                name=name,
+                version=number,
+                grant=replaced[-1].sign(self._signer).message(),
+            )
+            self._connection.call("SetGrant", [request] * parties, timeout=timeout)
+        return replaced
+
     def models(self) -> list[Model]:
         """The deployed models, by name and version. AgreementError if the parties hold different ones."""
         return self._connection.models()
@@ -206,11 +269,22 @@ class ModelOwner:
         self.close()
 
 
+def _bytes(encoded: torch.Tensor) -> memoryview:
+    array: np.ndarray[Any, Any] = encoded.contiguous().numpy().astype("<i8", copy=False)
+    return array.reshape(-1).view(np.uint8).data
+
+
 class _Upload:
     """The shares of one model: a seed per weight for all parties but the last, which gets the bytes."""
 
     def __init__(
-        self, captured: Captured, name: str, vocabulary: Vocabulary | None, cluster: Cluster, progress: Progress | None
+        self,
+        captured: Captured,
+        grant: Grant,
+        signer: Signer,
+        vocabulary: Vocabulary | None,
+        cluster: Cluster,
+        progress: Progress | None,
     ) -> None:
         parties = cluster.n
         self._holders = [endpoint.index for endpoint in cluster.holders]
@@ -219,7 +293,7 @@ class _Upload:
         self._shares: list[memoryview] = []
         self._headers = [
             party_pb2.DeployHeader(
-                name=name,
+                name=grant.name,
                 program=captured.program.to_bytes(),
                 digest=hashlib.sha256().digest(),
                 vocabulary=vocabulary.to_bytes() if vocabulary is not None else b"",
@@ -230,14 +304,19 @@ class _Upload:
         request_id, digest = secrets.token_bytes(16), hashlib.sha256()
         for header in self._headers:
             header.request_id = request_id
+        commitment = Commitment(grant.salt(signer))
         for parameter in captured.program.parameters:
-            seeds, last = split(captured.weights.pop(parameter.name), Z64, parties)
+            weight = captured.weights.pop(parameter.name)
+            commitment.add(parameter.name, _bytes(weight))
+            seeds, last = split(weight, Z64, parties)
             for header, seed in zip(self._headers, [*seeds, b""], strict=True):
                 header.weights.add(name=parameter.name, shape=parameter.shape, frac_bits=parameter.frac_bits, seed=seed)
-            share: np.ndarray[Any, Any] = last.contiguous().numpy().astype("<i8", copy=False)
-            self._shares.append(share.reshape(-1).view(np.uint8).data)
+            self._shares.append(_bytes(last))
             digest.update(self._shares[-1])
         self.size = sum(len(share) for share in self._shares)
+        signed = replace(grant, model=commitment.hex()).sign(signer).message()
+        for header in self._headers:
+            header.grant.CopyFrom(signed)
         self._headers[-1].size, self._headers[-1].digest = self.size, digest.digest()
 
     def streams(self) -> list[Iterator[party_pb2.DeployRequest]]:

@@ -153,7 +153,7 @@ class Answer:
         self._requests = [
             party_pb2.GenerateRequest(
                 request_id=self._session,
-                model=self._model.name,
+                model=self._model.full_name,
                 version=self._model.version,
                 parent=parent,
                 keep=keep,

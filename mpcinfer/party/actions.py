@@ -29,6 +29,11 @@ class Inference:
     model: Model
     inputs: list[Shared]
 
+    @property
+    def queries(self) -> int:
+        """How many answers it asks for: rows that do not influence each other are a query each."""
+        return self.model.rows([x.shape for x in self.inputs])
+
 
 @dataclass(frozen=True)
 class Inferred:
@@ -41,9 +46,9 @@ class Inferred:
     commitment: bytes
 
 
-def found(catalogue: Catalogue, admitted: Model, step: dict[str, Any]) -> Model:
-    """Exactly the deployment for which this party has checked a request, and party 0 too."""
-    model = catalogue.find(admitted.name, admitted.version)
+def found(catalogue: Catalogue, admitted: Model, job: Job, step: dict[str, Any]) -> Model:
+    """Exactly the deployment for which this party has checked a request, and party 0 too, if it is still granted."""
+    model = catalogue.find(admitted.full_name, admitted.version, job.caller)
     if not model.id == admitted.id == bytes.fromhex(step["deployment"]):
         raise AbortedError("the model was deployed anew while the request waited; send it again")
     return model
@@ -55,11 +60,15 @@ async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: 
     shapes = tuple(x.shape for x in inputs)
     own_tape, mask_tape = tapes(step, 2)
 
-    def prepare() -> tuple[Model, Plan, bytes]:
-        model = found(catalogue, admitted, step)
-        return model, *model.plan(shapes, part.epoch.mesh.parties)
+    with by.policy.admission() as admission:
 
-    model, plan, digest = await by.agreed(part, prepare)
+        def prepare() -> tuple[Model, Plan, bytes]:
+            model = found(catalogue, admitted, job, step)
+            planned = model.plan(shapes, part.epoch.mesh.parties)
+            admission.charge(model, job.caller, job.content.queries)
+            return model, *planned
+
+        model, plan, digest = await by.agreed(part, prepare)
     await by.masked(part, model, mask_tape)
     began, sent = time.perf_counter(), part.sent
     ahead = by.pool.take(digest, model, shapes, plan)
@@ -121,10 +130,10 @@ async def remove(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step:
     """Delete versions of a model: how many."""
     name, version = job.facts["name"], job.facts["version"]
 
-    await by.agreed(part, lambda: catalogue.next_version(name, job.caller))  # refuses other owners
     # A party whose file is damaged or gone does not know what is in it; another one does.
-    notes = await by.vote(part, None, " ".join(i.hex() for i in catalogue.matching(name, version)))
-    deployments = {bytes.fromhex(i) for note in notes.values() for i in note.split()}
+    notes = await by.vote(part, None, " ".join(i.hex() for i in catalogue.matching(name, version, job.caller)))
+    named = {bytes.fromhex(i) for note in notes.values() for i in note.split()}
+    deployments = {i for i in named if not catalogue.foreign(i, job.caller)}
     if not deployments:
         raise Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
     for deployment in deployments:
@@ -132,3 +141,13 @@ async def remove(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step:
         by.pool.forget(deployment)
     _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
     return len(deployments)
+
+
+async def set_grant(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> None:
+    """Replace a grant everywhere or nowhere. If a party stops in between, the newest holds once they connect again."""
+    name, version = job.facts["name"], job.facts["version"]
+    model, granted = await by.agreed(part, lambda: catalogue.stage_grant(name, version, job.caller, job.content))
+    catalogue.set_grant(model, granted)
+    await by.vote(part, None)
+    what = "revoked" if granted.grant.revoked else f"granted: {granted.grant.terms.words()}"
+    _log.info("model %s version %d: %s", name, version, what)

@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 
-from mpcinfer.errors import ForbiddenError, InputError, MpcInferError, NotFoundError, StoreError
+from mpcinfer.errors import GrantError, InputError, MpcInferError, NotFoundError, StoreError
 from mpcinfer.graph.plan import Planner, constants, plan_masks
 from mpcinfer.graph.program import Parameter, Program
+from mpcinfer.graph.sizes import BATCH, solve
 from mpcinfer.nn.sampling import Choice
+from mpcinfer.party.grants import Granted, Grants
 from mpcinfer.party.record import Deployment, WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Public, Shared, Weight
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64
+from mpcinfer.trust.grant import Grant, Terms
+from mpcinfer.trust.signing import Signed
 
 _log = logging.getLogger(__name__)
 _MAX_PLANS = 32  # per model, one for each shape of inputs seen lately
@@ -44,6 +48,19 @@ class Model:
     plans: dict[Any, tuple[Plan, bytes]] = field(default_factory=dict, repr=False)
     planner: Planner | None = field(default=None, repr=False)
     constants: dict[str, Public] | None = field(default=None, repr=False)
+    granted: Granted | None = field(default=None, repr=False)
+    problem: MpcInferError | None = None  # why there is no grant that holds
+
+    @property
+    def grant(self) -> Grant:
+        """What the owner has granted; if nothing that verifies, the error that says so."""
+        if self.granted is None:
+            raise type(self.problem or StoreError())(f"model {self.name!r} version {self.version}: {self.problem}")
+        return self.granted.grant
+
+    def visible(self, viewer: str) -> bool:
+        """Whether this model exists for somebody: for its owner, and whoever is named in the grant that holds."""
+        return viewer == self.owner or (self.granted is not None and self.granted.grant.terms.cover(viewer))
 
     @property
     def id(self) -> bytes:
@@ -54,6 +71,17 @@ class Model:
     def version(self) -> int:
         """The version under its name."""
         return self.deployment.version
+
+    @property
+    def full_name(self) -> str:
+        """The name that is this owner's only: owner/NAME's model m is NAME/m."""
+        return f"{self.owner.partition('/')[2]}/{self.name}"
+
+    def rows(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """How many rows that do not influence each other inputs of these shapes have."""
+        declared = [(v.name, v.shape) for v in self.program.inputs]
+        found = solve(self.program.sizes, declared, shapes)
+        return next((n for size, n in zip(self.program.sizes, found, strict=True) if size.name == BATCH), 1)
 
     def plan(self, shapes: Sequence[tuple[int, ...]], parties: int) -> tuple[Plan, bytes]:
         """The plan for inputs of these shapes, and its digest; traced once."""
@@ -91,8 +119,13 @@ class _Unserved:
 
     name: str
     version: int
+    owner: str
+    terms: Terms | None
     damaged: tuple[int | str, ...]
     missing: tuple[int | str, ...]
+
+    def visible(self, viewer: str) -> bool:
+        return viewer == self.owner or (self.terms is not None and self.terms.cover(viewer))
 
     def error(self) -> MpcInferError:
         what = f"model {self.name!r} version {self.version}"
@@ -106,8 +139,9 @@ class _Unserved:
 class Catalogue:
     """The store's content, as models. Thread-safe."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, grants: Grants) -> None:
         self._store = store
+        self._grants = grants
         self._models: dict[bytes, Model] = {}
         self._unserved: dict[bytes, _Unserved] = {}  # what not all parties have whole, and what to say about it
         self._unreadable: set[bytes] = set()
@@ -131,14 +165,19 @@ class Catalogue:
             float(meta["created"]),
             base64.b64decode(meta.get("vocabulary", "")),
         )
+        try:
+            model.granted = self._grants.stored(deployment, model.program)
+        except MpcInferError as error:
+            model.problem = error
+            _log.error("model %s version %d is not served: %s", model.name, model.version, error)
         self._models[deployment.id] = model
         return model
 
     def inventory(self) -> dict[str, Any]:
-        """What the other parties need to know: by deployment id in hex, names and versions, and what cannot be used."""
+        """What the other parties need to know: by deployment id in hex, what is held, and what cannot be used."""
         with self._lock:
             return {
-                "models": {m.id.hex(): [m.name, m.version, m.deployment.pending] for m in self._models.values()},
+                "models": {m.id.hex(): _line(m) for m in self._models.values()},
                 "damaged": [*self._store.damaged, *(i.hex() for i in self._unreadable)],
             }
 
@@ -146,19 +185,22 @@ class Catalogue:
         """Take in the inventories of all other parties and of the witnesses: only what all hold is served.
 
         A deploy that broke off while its parties were committing is settled: kept if all have committed it, removed
-        if one has not, since then none can have told its owner that it is there.
+        if one has not, since then none can have told its owner that it is there. Of different grants the newest holds.
         """
         with self._lock:
             inventories = {index: self.inventory(), **others}
             self._unserved = {}
-            known = {
-                i: (name, version) for inv in inventories.values() for i, (name, version, _) in inv["models"].items()
-            }
-            for i, (name, version) in known.items():
+            known: dict[str, list[Any]] = {}
+            for inventory in inventories.values():
+                known |= inventory["models"]
+            for i, (name, version, _, owner, _) in known.items():
                 damaged = [peer for peer, inv in inventories.items() if i in inv["damaged"]]
                 missing = [peer for peer, inv in inventories.items() if i not in inv["models"] and peer not in damaged]
                 confirmed = any(not inv["models"].get(i, (0, 0, True))[2] for inv in inventories.values())
+                statements = [inv["models"][i][4] for inv in inventories.values() if i in inv["models"]]
                 own = self._models.get(bytes.fromhex(i))
+                if own is not None:
+                    self._take_newest(own, statements)
                 if not damaged and not missing:
                     if own is not None and own.deployment.pending:
                         self.confirm(own)
@@ -167,43 +209,57 @@ class Catalogue:
                     _log.warning("model %s version %d was not deployed everywhere; removing it", name, version)
                     self.remove(own.id)
                     continue
-                why = _Unserved(name, version, tuple(damaged), tuple(missing))
+                terms = self._grants.terms(owner, statements)
+                why = _Unserved(name, version, owner, terms, tuple(damaged), tuple(missing))
                 self._unserved[bytes.fromhex(i)] = why
                 _log.warning("%s", why.error())
 
-    def models(self) -> list[Model]:
-        """The models all parties hold, by name and version."""
+    def models(self, viewer: str | None = None) -> list[Model]:
+        """The models all parties hold, by name and version; only those that exist for the viewer, if one is given."""
         with self._lock:
             served = [m for m in self._models.values() if m.id not in self._unserved and not m.deployment.pending]
-        return sorted(served, key=lambda m: (m.name, m.version))
+        shown = [m for m in served if viewer is None or m.visible(viewer)]
+        return sorted(shown, key=lambda m: (m.name, m.owner, m.version))
 
-    def find(self, name: str, version: int) -> Model:
-        """The model of that name and version (0: the newest).
+    def find(self, name: str, version: int, viewer: str | None = None) -> Model:
+        """The model of that name (`m`, or `alice/m` for that of owner/alice) and version (0: the newest).
 
-        StoreError if a party's copy is damaged, NotFoundError otherwise; they say what there is and what to do.
+        What does not exist for the viewer is answered like what does not exist. Owners mean their own, if they have
+        one of that name. StoreError if a party's copy is damaged, InputError if several owners have such a model,
+        NotFoundError otherwise; they say what there is and what to do.
         """
-        served = self.models()
-        found = [m for m in served if m.name == name and version in (0, m.version)]
+        served = self.models(viewer)
+        found = [m for m in served if called(m, name) and version in (0, m.version)]
+        found = [m for m in found if m.owner == viewer] or found
+        owners = sorted({m.owner for m in found})
+        if len(owners) > 1:
+            names = " or ".join(f"{owner.partition('/')[2]}/{name}" for owner in owners)
+            raise InputError(f"several owners have a model {name!r}; name it {names}")
         if found:
             return max(found, key=lambda m: m.version)
         with self._lock:
-            broken = [u for u in self._unserved.values() if u.name == name and version in (0, u.version)]
+            broken = [u for u in self._unserved.values() if called(u, name) and version in (0, u.version)]
+        broken = [u for u in broken if viewer is None or u.visible(viewer)]
         if broken:
             raise max(broken, key=lambda u: u.version).error()
         known = ", ".join(sorted({m.name for m in served})) or "none"
         raise NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}; deployed: {known}")
 
-    def matching(self, name: str, version: int) -> list[bytes]:
-        """The ids of all versions of a name (0), or of one, as far as this party knows, served or not."""
+    def matching(self, name: str, version: int, owner: str) -> list[bytes]:
+        """The ids of all versions of an owner's name (0), or of one, as far as this party knows, served or not."""
         with self._lock:
-            return [m.id for m in self._models.values() if m.name == name and version in (0, m.version)]
+            same = [m for m in self._models.values() if (m.name, m.owner) == (name, owner)]
+            return [m.id for m in same if version in (0, m.version)]
+
+    def foreign(self, deployment: bytes, owner: str) -> bool:
+        """Whether this party knows a deployment as that of somebody else."""
+        with self._lock:
+            return deployment in self._models and self._models[deployment].owner != owner
 
     def next_version(self, name: str, owner: str) -> int:
-        """The version a new deployment gets, as far as this party knows; ForbiddenError if another owns the name."""
+        """The version a new deployment gets under its owner's name, as far as this party knows."""
         with self._lock:
-            same = [m for m in self._models.values() if m.name == name]
-            if any(m.owner != owner for m in same):
-                raise ForbiddenError(f"the name {name!r} belongs to another owner; choose another name")
+            same = [m for m in self._models.values() if (m.name, m.owner) == (name, owner)]
             return max((m.version for m in same), default=0) + 1
 
     def commit(self, request_id: bytes, deployment: bytes, version: int) -> Model:
@@ -222,8 +278,35 @@ class Catalogue:
             self._models.pop(deployment, None)
             self._unserved.pop(deployment, None)
             self._unreadable.discard(deployment)
+            self._grants.remove(deployment)
             with suppress(NotFoundError):
                 self._store.remove(deployment)
+
+    def stage_grant(self, name: str, version: int, owner: str, signed: Signed) -> tuple[Model, Granted]:
+        """Check what is to replace an owner's grant, and put it on the disk; it does not hold yet."""
+        model = self.find(f"{owner.partition('/')[2]}/{name}", version, owner)
+        granted = self._grants.verified(signed, owner, model.name, model.program)
+        if model.granted is not None:
+            model.granted.grant.check_successor(granted.grant)
+        elif self._grants.newest(model.deployment, model.program, [signed.to_json()]) is None:
+            raise GrantError(f"this grant is for another deployment of {name!r}; sign one for this deployment")
+        self._grants.stage(model.id, signed)
+        return model, granted
+
+    def set_grant(self, model: Model, granted: Granted) -> None:
+        """All parties have staged it: it holds from now on."""
+        with self._lock:
+            self._grants.commit(model.id)
+            model.granted, model.problem = granted, None
+
+    def _take_newest(self, model: Model, statements: list[Any]) -> None:
+        """Of the grants that the parties hold, the newest that verifies."""
+        newest = self._grants.newest(model.deployment, model.program, statements)
+        if newest is None or (model.granted is not None and newest.order <= model.granted.order):
+            return
+        _log.warning("model %s version %d: another party holds a newer grant; taking it", model.name, model.version)
+        self._grants.stage(model.id, newest.signed)
+        self.set_grant(model, newest)
 
     def load(self, model: Model) -> dict[str, Shared]:
         """This party's shares of a model's parameters, from disk the first time."""
@@ -233,6 +316,18 @@ class Catalogue:
                 shares[entry.name] = Shared(_tensor(entry, data), entry.frac_bits)
             model.shares = shares
         return model.shares
+
+
+def called(model: Model | _Unserved, name: str) -> bool:
+    """Whether somebody who says `name`, or `owner/name`, may mean this model."""
+    owner, slash, own = name.rpartition("/")
+    return model.name == own and (not slash or model.owner == f"owner/{owner}")
+
+
+def _line(model: Model) -> list[Any]:
+    """What the other parties are told of a model."""
+    grant = model.granted.signed.to_json() if model.granted is not None else None
+    return [model.name, model.version, model.deployment.pending, model.owner, grant]
 
 
 def _tensor(entry: WeightEntry, data: bytearray | None) -> torch.Tensor:

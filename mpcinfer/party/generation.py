@@ -69,6 +69,12 @@ class Writing:
         last = taken + count == self.tokens.shape[1]
         return count, self.choice if last and self.most else None
 
+    def uses(self) -> tuple[int, int]:
+        """Queries and tokens that the next step uses: each of the prompt once, and each of the answer once."""
+        count, choice = self.part(self.taken)
+        prompt = count if self.taken < self.tokens.shape[1] else 0
+        return int(not self.taken), prompt + (choice is not None)
+
     def plan(self, parties: int) -> tuple[Plan, bytes]:
         """The plan of its next step, as far as it is known before that begins: without a parent's rows."""
         count, choice = self.part(self.taken)
@@ -88,7 +94,7 @@ async def generate(
     own_tape, mask_tape, next_tape = tapes(announced, 3)
 
     def prepare() -> tuple[Session, Shared, Choice | None, Plan, bytes, Seen | None]:
-        model = found(catalogue, writing.model, announced)
+        model = found(catalogue, writing.model, job, announced)
         if writing.session is None:
             more = writing.tokens.shape[1] + max(0, writing.most - 1)
             writing.session = sessions.begin(job.id, job.caller, model, writing.parent, writing.keep, own_tape, more)
@@ -100,11 +106,13 @@ async def generate(
             uncounted = torch.cat([session.tokens[:, session.counted :], new.share], dim=1)[0]
             before = Seen(session.counts, Shared(uncounted))
         plan, digest = _planned(part.epoch.mesh.parties, model, session.length, session.counted, new.shape[1], choice)
+        admission.charge(model, job.caller, *writing.uses())
         return session, new, choice, plan, digest, before
 
     begun = writing.session is not None
     try:
-        session, new, choice, plan, digest, before = await by.agreed(part, prepare)
+        with by.policy.admission() as admission:
+            session, new, choice, plan, digest, before = await by.agreed(part, prepare)
     except Refused:
         if not begun and writing.session is not None:  # it began here, but not everywhere
             sessions.forget([job.id])

@@ -26,7 +26,7 @@ class Job:
     """
 
     id: bytes
-    action: str  # "infer", "generate", "deploy" or "remove"
+    action: str  # "infer", "generate", "deploy", "remove" or "grant"
     caller: str
     facts: dict[str, Any]
     content: Any = field(repr=False)

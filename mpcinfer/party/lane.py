@@ -18,12 +18,13 @@ from typing import Any
 
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, MpcInferError, UnavailableError
-from mpcinfer.party.actions import deploy, fill, infer, remove
+from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
 from mpcinfer.party.generation import Writing, generate, gone
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.metrics import PartyMetrics
+from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
@@ -37,7 +38,7 @@ _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
 _QUIET_SECONDS = 0.05  # without a request, before something is fetched for one that may come
 _FLUSH_SECONDS = 0.5
-_ACTIONS: dict[str, Callable[..., Any]] = {"infer": infer, "deploy": deploy, "remove": remove}
+_ACTIONS: dict[str, Callable[..., Any]] = {"infer": infer, "deploy": deploy, "remove": remove, "grant": set_grant}
 
 
 class Lane:
@@ -50,6 +51,7 @@ class Lane:
         inbox: Inbox,
         catalogue: Catalogue,
         sessions: Sessions,
+        policy: Policy,
         limits: Limits,
         metrics: PartyMetrics,
         vouching: Vouching | None = None,
@@ -68,7 +70,7 @@ class Lane:
         self._inbox = inbox
         self._catalogue = catalogue
         self._sessions = sessions
-        self._by = Stepping(index, catalogue, limits, vouching)
+        self._by = Stepping(index, catalogue, policy, limits, vouching)
         self._limits = limits
         self._metrics = metrics
         self._epoch: Epoch | None = None

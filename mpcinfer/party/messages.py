@@ -57,8 +57,8 @@ def spec(value: Value) -> tensor_pb2.TensorSpec:
     )
 
 
-def info(model: Model) -> party_pb2.ModelInfo:
-    """What anybody may know of a model."""
+def info(model: Model, viewer: str) -> party_pb2.ModelInfo:
+    """What somebody for whom a model exists may know of it: the grant, which names all clients, is its owner's."""
     return party_pb2.ModelInfo(
         name=model.name,
         version=model.version,
@@ -71,5 +71,6 @@ def info(model: Model) -> party_pb2.ModelInfo:
         parameters=model.program.size,
         sizes=[tensor_pb2.Size(name=s.name, low=s.low, high=s.high) for s in model.program.sizes],
         context=model.program.context,
+        grant=model.granted.signed.message() if model.granted is not None and viewer == model.owner else None,
         vocabulary_digest=hashlib.sha256(model.vocabulary).digest() if model.vocabulary else b"",
     )

@@ -13,10 +13,13 @@ from mpcinfer.config import Node
 from mpcinfer.errors import ConfigError, UnavailableError
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Former
+from mpcinfer.party.grants import Grants
 from mpcinfer.party.inbox import Inbox
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.ledger import Ledger
 from mpcinfer.party.mesh_service import MeshService
 from mpcinfer.party.metrics import PartyMetrics
+from mpcinfer.party.policy import Policy
 from mpcinfer.party.service import PartyService
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.shadow import ShadowFormer
@@ -50,7 +53,10 @@ class Party:
         self.store = Store.open(node.store, node.store_key)
         with ExitStack() as undo:
             undo.callback(self.store.close)
-            self.catalogue = Catalogue(self.store)
+            self.ledger = Ledger(node.store / "budgets.sqlite")
+            undo.callback(self.ledger.close)
+            grants, policy = Grants(node.store / "grants", cluster), Policy(self.ledger)
+            self.catalogue = Catalogue(self.store, grants)
             self.inbox = Inbox(node.limits.max_waiting_requests)
             self.former = (ShadowFormer if shadow else Former)(node, identity, self.inbox.wake)
             undo.callback(self.former.close)
@@ -64,13 +70,14 @@ class Party:
                 self.inbox,
                 self.catalogue,
                 self.sessions,
+                policy,
                 limits,
                 self.metrics,
                 vouching,
                 shadow=shadow,
             )
             self._show_state()
-            uploads = Uploads(self.store, self.inbox, limits, watched=bool(cluster.witnesses))
+            uploads = Uploads(self.store, self.inbox, grants, limits, watched=bool(cluster.witnesses))
             service = PartyService(
                 cluster,
                 self.lane,
@@ -78,6 +85,7 @@ class Party:
                 self.catalogue,
                 self.sessions,
                 uploads,
+                policy,
                 limits,
                 self.metrics,
                 shadow=shadow,
@@ -116,6 +124,7 @@ class Party:
         self.inbox.close(UnavailableError(f"{self.role} is stopping"))
         self.server.stop()
         self.former.close()
+        self.ledger.close()
         self.store.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
@@ -24,9 +25,11 @@ from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Lane
 from mpcinfer.party.messages import cost, info, share
 from mpcinfer.party.metrics import Call, PartyMetrics
+from mpcinfer.party.policy import Policy
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.uploads import Uploads
 from mpcinfer.trust.commitment import check_salt, upload_commitment
+from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import Peer, peer_of, require
@@ -46,6 +49,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         catalogue: Catalogue,
         sessions: Sessions,
         uploads: Uploads,
+        policy: Policy,
         limits: Limits,
         metrics: PartyMetrics,
         *,
@@ -60,6 +64,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self._catalogue = catalogue
         self._sessions = sessions
         self._uploads = uploads
+        self._policy = policy
         self._limits = limits
         self._admission = threading.BoundedSemaphore(limits.max_waiting_requests)
         self._started = time.monotonic()
@@ -67,7 +72,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
     def Status(self, request: party_pb2.StatusRequest, context: grpc.ServicerContext) -> party_pb2.StatusResponse:
         """See party.proto."""
         try:
-            peer_of(context, self._cluster)
+            viewer = peer_of(context, self._cluster).role
             return party_pb2.StatusResponse(
                 index=self._lane.index,
                 parties=self._cluster.n,
@@ -81,7 +86,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                 requests_waiting=len(self._inbox),
                 runs_ready=len(self._lane.pool) + self._sessions.ahead(),
                 uptime_seconds=time.monotonic() - self._started,
-                models=[info(m) for m in self._catalogue.models()],
+                models=[info(m, viewer) for m in self._catalogue.models(viewer)],
             )
         except Exception as error:
             channel.abort(context, error)
@@ -90,13 +95,13 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> party_pb2.ListModelsResponse:
         """See party.proto."""
-        with self._admitted("models", context, "owner/", "client/", "party/"):
-            return party_pb2.ListModelsResponse(models=[info(m) for m in self._catalogue.models()])
+        with self._admitted("models", context, "owner/", "client/", "party/") as (peer, _):
+            return party_pb2.ListModelsResponse(models=[info(m, peer.role) for m in self._catalogue.models(peer.role)])
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""
         with self._admitted("infer", context, "client/", "owner/") as (peer, call):
-            model = self._catalogue.find(request.model, request.version)
+            model = self._catalogue.find(request.model, request.version, peer.role)
             if model.program.caches:
                 raise InputError(f"{request.model!r} is a language model: it is asked to generate")
             check_inputs(model.program, [tuple(t.shape) for t in request.inputs])
@@ -104,6 +109,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             inputs = [share(t, v, self._limits.max_message_mb << 20) for t, v in declared]
             facts = {"model": request.model, "version": request.version, "shapes": [list(x.shape) for x in inputs]}
             content = Inference(model, inputs)
+            self._policy.check(model, peer.role, content.queries)
             job = Job(request.request_id, "infer", peer.role, facts, content, salt=request.salt)
             job.upload = self._upload(request.salt, request.inputs)
             done: Inferred = self._run(context, job)
@@ -121,8 +127,9 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
     ) -> Iterator[party_pb2.GenerateResponse]:
         """See party.proto."""
         with self._admitted("generate", context, "client/", "owner/") as (peer, call):
-            model = self._catalogue.find(request.model, request.version)
+            model = self._catalogue.find(request.model, request.version, peer.role)
             writing = self._writing(model, request)
+            self._policy.check(model, peer.role, *writing.uses())
             facts = {
                 "model": request.model,
                 "version": request.version,
@@ -161,8 +168,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.VocabularyRequest, context: grpc.ServicerContext
     ) -> Iterator[party_pb2.VocabularyResponse]:
         """See party.proto."""
-        with self._admitted("vocabulary", context, "client/", "owner/"):
-            data = self._catalogue.find(request.model, request.version).vocabulary
+        with self._admitted("vocabulary", context, "client/", "owner/") as (peer, _):
+            data = self._catalogue.find(request.model, request.version, peer.role).vocabulary
             for start in range(0, len(data), CHUNK):
                 yield party_pb2.VocabularyResponse(chunk=data[start : start + CHUNK])
 
@@ -185,6 +192,14 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             facts = {"name": request.name, "version": request.version}
             removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
             return party_pb2.RemoveModelResponse(removed=removed)
+
+    def SetGrant(self, request: party_pb2.SetGrantRequest, context: grpc.ServicerContext) -> party_pb2.SetGrantResponse:
+        """See party.proto."""
+        with self._admitted("grant", context, "owner/") as (peer, _):
+            digest = hashlib.sha256(request.grant.payload).hexdigest()
+            facts = {"name": request.name, "version": request.version, "grant": digest}
+            self._run(context, Job(request.request_id, "grant", peer.role, facts, Signed.of(request.grant)))
+            return party_pb2.SetGrantResponse()
 
     def _upload(self, salt: bytes, inputs: Iterable[tensor_pb2.Tensor]) -> str:
         """The commitment to what was sent, where witnesses compare it with what they were sent."""

@@ -20,6 +20,7 @@ from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
+from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
@@ -71,9 +72,12 @@ class Part:
 class Stepping:
     """How this party takes part in steps."""
 
-    def __init__(self, index: int, catalogue: Catalogue, limits: Limits, vouching: Vouching | None = None) -> None:
+    def __init__(
+        self, index: int, catalogue: Catalogue, policy: Policy, limits: Limits, vouching: Vouching | None = None
+    ) -> None:
         """vouching: where the cluster has witnesses."""
         self.index = index
+        self.policy = policy
         self._catalogue = catalogue
         self._limits = limits
         self._vouching = vouching

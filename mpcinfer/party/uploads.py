@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,14 +16,16 @@ from mpcinfer.config import Limits
 from mpcinfer.errors import BusyError, InputError, UploadError
 from mpcinfer.graph.program import Program
 from mpcinfer.party.catalogue import check_manifest
+from mpcinfer.party.grants import Grants
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.ring import prg
 from mpcinfer.trust.commitment import check_salt, commitment
+from mpcinfer.trust.grant import check_model_name
+from mpcinfer.trust.signing import Signed
 from mpcinfer.wire.v1 import party_pb2
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_VOCABULARY = 16 << 20
 _MOST_AT_A_TIME = 4
 
@@ -32,11 +33,12 @@ _MOST_AT_A_TIME = 4
 class Uploads:
     """Takes in uploads, a few at a time."""
 
-    def __init__(self, store: Store, inbox: Inbox, limits: Limits, *, watched: bool = False) -> None:
+    def __init__(self, store: Store, inbox: Inbox, grants: Grants, limits: Limits, *, watched: bool = False) -> None:
         """watched: whether there are witnesses, so that uploads must be committed to."""
         self._watched = watched
         self._store = store
         self._inbox = inbox
+        self._grants = grants
         self._limits = limits
         self._room = threading.BoundedSemaphore(_MOST_AT_A_TIME)
 
@@ -51,11 +53,14 @@ class Uploads:
                 raise BusyError("too many uploads at a time; send it again later")
             try:
                 header, program, entries = self._header(next(parts, None))
+                grant = Signed.of(header.grant)
+                self._grants.verified(grant, owner, header.name, program)
                 metadata = {
                     "name": header.name,
                     "owner": owner,
                     "program": program.to_bytes().decode(),
                     "created": time.time(),
+                    "grant": grant.to_json(),
                     "vocabulary": base64.b64encode(header.vocabulary).decode(),
                 }
                 stack.enter_context(self._inbox.arriving(header.request_id))
@@ -69,7 +74,12 @@ class Uploads:
             finally:
                 self._room.release()
             vocabulary = hashlib.sha256(header.vocabulary).hexdigest()
-            facts = {"name": header.name, "program": program.digest().hex(), "vocabulary": vocabulary}
+            facts = {
+                "name": header.name,
+                "program": program.digest().hex(),
+                "vocabulary": vocabulary,
+                "grant": hashlib.sha256(header.grant.payload).hexdigest(),
+            }
             job = Job(header.request_id, "deploy", owner, facts, None, salt=header.salt)
             if self._watched:
                 job.upload = commitment(header.salt, b"model", *(w.seed for w in header.weights), header.digest).hex()
@@ -84,10 +94,7 @@ class Uploads:
         header = first.header
         if self._watched:
             check_salt(header.salt)
-        if not _NAME.fullmatch(header.name):
-            raise InputError(
-                "a model's name is 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
-            )
+        check_model_name(header.name)
         entries = [WeightEntry(w.name, tuple(w.shape), w.frac_bits, w.seed or None) for w in header.weights]
         program = Program.from_bytes(header.program)
         check_manifest(program, entries)

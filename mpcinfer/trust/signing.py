@@ -28,6 +28,7 @@ from mpcinfer.wire.v1 import trust_pb2
 _KEY = b"mpcinfer v1 signing key"
 _BINDING = b"mpcinfer v1 signing key of this certificate\0"
 _STATEMENT = b"mpcinfer v1 statement\0"
+_SECRET = b"mpcinfer v1 own secret\0"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class Signer:
         payload = canonical(content)
         signature = self._private.sign(_message(purpose, payload))
         return Signed(purpose, payload, self._certificate, self.key, self._binding, signature)
+
+    def secret(self, purpose: str) -> bytes:
+        """32 bytes for a purpose of one's own, which only this role can make, again and again."""
+        return HKDF(SHA256(), 32, None, _SECRET + purpose.encode()).derive(self._private.private_bytes_raw())
 
     def __repr__(self) -> str:
         return f"Signer({self.role})"

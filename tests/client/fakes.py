@@ -218,7 +218,9 @@ class FakeCluster:
 
     def _compute(self, requests: list[Any]) -> list[list[Any]]:
         model = next(
-            m for m in self.parties[0].models if (m.name, m.version) == (requests[0].model, requests[0].version)
+            m
+            for m in self.parties[0].models
+            if (f"{m.owner.partition('/')[2]}/{m.name}", m.version) == (requests[0].model, requests[0].version)
         )
         inputs = [total([share_of(x) for x in shares]) for shares in zip(*(r.inputs for r in requests), strict=True)]
         answers: list[list[Any]] = [[] for _ in range(self.n)]

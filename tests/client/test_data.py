@@ -54,7 +54,7 @@ def test_shares_of_the_input_leave_and_nothing_else(worlds: FakeCluster) -> None
         requests = [party.inferences[attempt] for party in worlds.parties]
         assert torch.equal(worlds.secrets(attempt)[0], ENCODED)
         assert len({r.request_id for r in requests}) == 1 and len(requests[0].request_id) == 16
-        assert {(r.model, r.version) for r in requests} == {("same", 1)}
+        assert {(r.model, r.version) for r in requests} == {("o/same", 1)}
         for request in requests:
             (x,) = request.inputs
             assert (tuple(x.shape), x.frac_bits, x.ring_bits) == ((2, 3), 16, 64)
@@ -274,7 +274,7 @@ def test_one_damaged_model_does_not_stop_the_others(world: FakeCluster) -> None:
 def test_models_and_status(world: FakeCluster) -> None:
     world.deploy(SAME, info("other", [], []))
     with client_of(world) as client:
-        assert [model.key for model in client.models()] == [("other", 1), ("same", 1)]
+        assert [model.key for model in client.models()] == [("other", "owner/o", 1), ("same", "owner/o", 1)]
         assert client.models()[1].inputs[0].shape == (-1, 3)
         world.stop_party(1)
         assert [status.state for status in client.status()] == ["ready", "unreachable"]

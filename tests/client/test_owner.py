@@ -221,4 +221,4 @@ def test_removing(world: FakeCluster, owner: ModelOwner) -> None:
 
 def test_listing(world: FakeCluster, owner: ModelOwner) -> None:
     world.deploy(info("m", [], [], version=2), info("m", [], []))
-    assert [model.key for model in owner.models()] == [("m", 1), ("m", 2)]
+    assert [model.key for model in owner.models()] == [("m", "owner/o", 1), ("m", "owner/o", 2)]

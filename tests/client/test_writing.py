@@ -216,7 +216,7 @@ def test_an_answer_of_full_length() -> None:
     assert connection.prompt() == [1, 2, 3] and len(connection.requests) == 1
     requests = connection.requests[0]
     assert len({r.request_id for r in requests}) == 1 and len(requests[0].request_id) == 16
-    assert {(r.model, r.version, r.parent, r.keep, r.max_new_tokens) for r in requests} == {("m", 1, b"", 0, 5)}
+    assert {(r.model, r.version, r.parent, r.keep, r.max_new_tokens) for r in requests} == {("o/m", 1, b"", 0, 5)}
     assert {(r.temperature, r.top_k, r.repetition_penalty) for r in requests} == {(2048, 3, 8192)}
     assert a.sent == tuple(r.tokens.seed or r.tokens.data for r in requests)
     with pytest.raises(InputError, match="once"):

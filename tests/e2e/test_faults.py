@@ -36,6 +36,7 @@ from mpcinfer.errors import (
     DtypeError,
     ForbiddenError,
     IdentityError,
+    InputError,
     NotFoundError,
     RangeError,
     ShapeError,
@@ -382,10 +383,13 @@ def test_versions_owners_and_removal(cluster: LocalCluster) -> None:
     with owner(cluster) as alice, owner(cluster, "eve") as eve:
         assert alice.deploy(network(4), X, name="m").version == 2
         assert works(cluster, "m", 4) and works(cluster, "m", 1, version=1) and works(cluster, "m", 4, version=2)
-        with pytest.raises(ForbiddenError, match="another owner"):
-            eve.deploy(network(5), X, name="m")
-        with pytest.raises(ForbiddenError):
+        with pytest.raises(NotFoundError):
             eve.remove("m")
+        assert eve.deploy(network(5), X, name="m").version == 1
+        assert works(cluster, "alice/m", 4) and works(cluster, "eve/m", 5)
+        with pytest.raises(InputError, match="several owners"):
+            works(cluster, "m", 4)
+        assert eve.remove("m") == 1
         assert alice.remove("m", 2) == 1
         with pytest.raises(NotFoundError):
             alice.remove("m", 2)

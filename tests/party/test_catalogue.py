@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpcinfer.errors import ForbiddenError, InputError, NotFoundError, StoreError
+from mpcinfer.errors import InputError, NotFoundError, StoreError
 from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
+from mpcinfer.party.grants import Grants
 from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.store import Store
 from mpcinfer.ring.domain import Z64
 from tests.inprocess import mlp
+from tests.members import Members
 
 PROGRAM = mlp()
 KEY = bytes(range(32))
+
+
+@cache
+def members() -> Members:
+    return Members()
+
+
+def catalogue_of(store: Store) -> Catalogue:
+    return Catalogue(store, Grants(store.directory / "grants", members().cluster))
 
 
 class Holder:
@@ -27,12 +39,12 @@ class Holder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.store = Store(directory, KEY)
-        self.catalogue = Catalogue(self.store)
+        self.catalogue = catalogue_of(self.store)
 
     def reopen(self) -> None:
         self.store.close()
         self.store = Store(self.directory, KEY)
-        self.catalogue = Catalogue(self.store)
+        self.catalogue = catalogue_of(self.store)
 
     def commit(self, number: int, name: str = "m", version: int = 1, owner: str = "owner/a", **other: Any) -> Model:
         entries = [WeightEntry(p.name, p.shape, p.frac_bits) for p in PROGRAM.parameters]
@@ -188,17 +200,18 @@ def test_versions_count_up_and_names_have_owners(two: list[Holder]) -> None:
     confirmed(holder, 1)
     holder.commit(2, version=2)
     assert holder.catalogue.next_version("m", "owner/a") == 3
-    with pytest.raises(ForbiddenError, match="another owner"):
-        holder.catalogue.next_version("m", "owner/b")
-    assert holder.catalogue.matching("m", 0) == [identifier(1), identifier(2)]
-    assert holder.catalogue.matching("m", 2) == [identifier(2)]
-    assert holder.catalogue.matching("x", 0) == []
+    assert holder.catalogue.next_version("m", "owner/b") == 1
+    assert holder.catalogue.matching("m", 0, "owner/a") == [identifier(1), identifier(2)]
+    assert holder.catalogue.matching("m", 2, "owner/a") == [identifier(2)]
+    assert holder.catalogue.matching("x", 0, "owner/a") == holder.catalogue.matching("m", 0, "owner/b") == []
+    assert holder.catalogue.foreign(identifier(1), "owner/b")
+    assert not holder.catalogue.foreign(identifier(1), "owner/a") and not holder.catalogue.foreign(identifier(7), "x")
     holder.catalogue.remove(identifier(7))  # none: fine
 
 
 def test_shares_come_back_as_they_were_sent(tmp_path: Path) -> None:
     with Store(tmp_path / "s", KEY) as store:
-        catalogue = Catalogue(store)
+        catalogue = catalogue_of(store)
         data = torch.arange(6, dtype=torch.int64).reshape(2, 3) - 3
         entries = [
             WeightEntry("a", (2, 3), 16),

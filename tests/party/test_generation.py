@@ -321,7 +321,7 @@ def test_parties_that_were_asked_for_other_texts_refuse(cluster: InProcess) -> N
 
 
 def test_another_caller_cannot_go_on_with_a_text(cluster: InProcess) -> None:
-    caller, eve = cluster.caller("client/bob"), cluster.caller("owner/eve")
+    caller, eve = cluster.caller("client/bob"), cluster.caller("client/carol")
     first = write(caller, [1, 2, 3])
     first.rest()
     assert write(eve, [4], 1, first.session, 2).rest() == [["NotFoundError"] * cluster.n]
