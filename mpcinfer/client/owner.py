@@ -198,7 +198,7 @@ class ModelOwner:
             made = from_prompts(found[-1], model, prompts, max_new_tokens, **judged)
         else:
             made = from_examples(found[-1], model, inputs, **judged)
-        return sign(Signer(self._connection.identity), made)
+        return sign(self._signer, made)
 
     def remove(self, name: str, version: int = 0) -> int:
         """Remove a version of a model (0: all versions) from all parties: how many were removed.
