@@ -191,6 +191,7 @@ class ModelOwner:
         found = [m for m in self._connection.models(name) if version in (0, m.version)]
         if not found:
             raise NotFoundError(f"no model {name!r} of this version is deployed here")
+        found = [m for m in found if m.owner == self._connection.identity.role] or found
         if found[-1].owner != self._connection.identity.role:
             raise ForbiddenError(f"clients take canaries of {name!r} from {found[-1].owner} alone")
         if isinstance(model, Decoder):
