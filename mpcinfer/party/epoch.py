@@ -126,7 +126,7 @@ class Former:
     def accept(self, peer: int, incoming: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """Take in a stream from a lower party (an RPC handler's thread); returns what the handler must yield."""
         link, outgoing = mesh.accept(peer, incoming, context, self._notify)
-        hello = mesh_pb2.Hello.FromString(link.receive(mesh.HELLO))
+        hello = mesh.read_message(mesh_pb2.Hello, link.receive(mesh.HELLO), link.who)
         try:
             self._check(hello, peer)
         except MpcInferError as error:
@@ -245,7 +245,7 @@ class Former:
 
     def _greeted(self, link: Link, endpoint: Endpoint, session: bytes) -> bytes:
         """Whom this party has dialled answers: its nonce."""
-        answer = mesh_pb2.Hello.FromString(link.receive(mesh.HELLO))
+        answer = mesh.read_message(mesh_pb2.Hello, link.receive(mesh.HELLO), link.who)
         self._check(answer, endpoint.index)
         if answer.session != session:
             raise AbortedError(f"{link.who} is forming another session")
@@ -270,7 +270,7 @@ class Former:
     def _accept_direct(self, link: Link, token: bytes) -> None:
         """What the other end made of an offer."""
         assert self._listener is not None
-        if mesh_pb2.Direct.FromString(link.receive(mesh.HELLO)).connected:
+        if mesh.read_message(mesh_pb2.Direct, link.receive(mesh.HELLO), link.who).connected:
             link.use(self._listener.take(token, link.parse, _DIRECT_SECONDS))
 
     def _watch_dealer(self, epoch: Epoch) -> None:

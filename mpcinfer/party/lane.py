@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, MpcInferError, UnavailableError
+from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, UnavailableError
 from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
@@ -30,6 +30,7 @@ from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
 from mpcinfer.party.transcript import secret_of
 from mpcinfer.party.vouching import Vouching, merged_inventories
+from mpcinfer.wire.mesh import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Lane:
         held: dict[int | str, Any] = {}
         drawn = []
         for peer, message in sorted(told.items()):
-            said = json.loads(message)
+            said = read_json(message, f"party {peer}")
             held[peer] = said["models"]
             drawn.append(bytes.fromhex(said["secret"]))
             if "witness" in said:
@@ -221,7 +222,7 @@ class Lane:
         return jobs
 
     def _follow(self, epoch: Epoch) -> None:
-        step = json.loads(epoch.mesh.announced())
+        step = read_json(epoch.mesh.announced(), "party 0")
         if step["action"] == "forget":
             self._sessions.forget([bytes.fromhex(i) for i in step["sessions"]])
         elif step["action"] == "fill":
@@ -297,6 +298,8 @@ class Lane:
         part, job, refusal = Part(epoch, id_), None, None
         try:
             job = self._inbox.match(id_, described["digest"], 0 if self._leads else _MATCH_SECONDS)
+            if job is not None and job.action != action:
+                raise ProtocolError("a request was announced as something else than its caller asked for")
         except MpcInferError as error:
             refusal = error
         # an upload that has begun to arrive may take as long as its caller waits

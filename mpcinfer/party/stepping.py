@@ -33,6 +33,7 @@ from mpcinfer.protocol.types import Shared, Weight
 from mpcinfer.trust.commitment import output_commitment
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import COMPARED
+from mpcinfer.wire.mesh import read_json
 from mpcinfer.wire.v1 import tensor_pb2
 
 
@@ -333,7 +334,7 @@ def _count(epoch: Epoch, ballots: list[Ballot]) -> list[dict[int, Any]]:
     """One control message to every peer for all who vote: everybody's answers to each, this party's included."""
     before = epoch.mesh.bytes_sent
     raw = epoch.mesh.consult(json.dumps([ballot.own for ballot in ballots]).encode(), merged_ballots)
-    found = {peer: json.loads(answers) for peer, answers in raw.items()}
+    found = {peer: read_json(answers, f"party {peer}") for peer, answers in raw.items()}
     for peer, answers in found.items():
         if not isinstance(answers, list) or len(answers) != len(ballots):
             raise ProtocolError(f"party {peer} votes on something else")

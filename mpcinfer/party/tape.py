@@ -98,6 +98,9 @@ def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: 
         with epoch.cancelling(call):
             for part in call:
                 chunk = part.chunk
+                if at + len(chunk) > size:
+                    call.cancel()
+                    raise ProtocolError("the dealer sent more than the plan asks for")
                 # begun only now: a plan that the dealer did not know is asked for again
                 passing = passing or epoch.passing(request.tape)
                 passing.add(chunk)

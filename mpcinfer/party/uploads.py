@@ -67,6 +67,8 @@ class Uploads:
                 staged = self._store.stage(header.request_id, metadata, entries)
                 stack.callback(staged.discard)
                 for part in parts:
+                    if part.WhichOneof("part") != "chunk":
+                        raise UploadError("after its header an upload consists of chunks")
                     staged.write(part.chunk)
                 staged.finish(header.size, header.digest)
             except grpc.RpcError as error:

@@ -7,14 +7,16 @@ Openings, most of what is sent, leave the stream where direct connections stand 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from mpcinfer.errors import AbortedError, ConfigError, IdentityError, MpcInferError, ProtocolError
 from mpcinfer.wire import channel
@@ -22,12 +24,15 @@ from mpcinfer.wire.direct import Direct
 from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
 
+_M = TypeVar("_M", bound=Message)
+
 HELLO = mesh_pb2.FRAME_KIND_HELLO
 CONTROL = mesh_pb2.FRAME_KIND_CONTROL
 OPENING = mesh_pb2.FRAME_KIND_OPENING
 
 Merge = Callable[[bytes, bytes], bytes]
 
+MAX_MESSAGE = 16 << 20  # bytes, or as many as this end sends in the same round: no more are collected
 _DRAIN_SECONDS = 2.0  # what has arrived over direct connections may be read for so long after the gRPC stream has ended
 
 
@@ -88,12 +93,13 @@ class Link:
                 self.openings_sent += size
             stream.put(message)
 
-    def receive(self, kind: int) -> bytes:
+    def receive(self, kind: int, most: int = MAX_MESSAGE) -> bytes:
         """The next message, which must be of this kind; AbortedError when the stream has ended.
 
-        ConfigError or IdentityError if the other end refused the stream for that.
+        ProtocolError for one of more than `most` bytes, of which no more are kept. ConfigError or IdentityError if the
+        other end refused the stream for that.
         """
-        parts: list[bytes] = []
+        parts, size = list[bytes](), 0
         stream = self._openings if kind == OPENING else self._grpc
         while True:
             try:
@@ -106,6 +112,10 @@ class Link:
                 self.close()
                 raise ProtocolError(f"{self.who} sent a frame out of order")
             stream.received += 1
+            size += len(frame.payload)
+            if size > most:
+                self.close()
+                raise ProtocolError(f"{self.who} sent more than the {most} bytes that are due")
             if not frame.more and not parts:
                 payload: bytes = frame.payload
                 return payload
@@ -146,6 +156,22 @@ class Link:
             f"the connection to {self.who} broke; what was being computed is void and its randomness is burnt. "
             "Send the request again; if it keeps happening, look at that party's log"
         )
+
+
+def read_json(raw: bytes, who: str) -> Any:
+    """What a control message says; ProtocolError if it cannot be read."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{who} sent a control message that cannot be read") from error
+
+
+def read_message(kind: type[_M], raw: bytes, who: str) -> _M:
+    """The message in a frame; ProtocolError if it cannot be read."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError(f"{who} sent a frame that cannot be read") from error
 
 
 def dial(peer: int, opened: grpc.Channel, on_end: Callable[[], None]) -> Link:
@@ -226,7 +252,8 @@ class Mesh:
             link.send(kind, payload)
         began = time.perf_counter()
         try:
-            return {peer: link.receive(kind) for peer, link in self.links.items()}
+            most = max(len(payload), MAX_MESSAGE)
+            return {peer: link.receive(kind, most) for peer, link in self.links.items()}
         finally:
             waited = time.perf_counter() - began
             if kind == OPENING:

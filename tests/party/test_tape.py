@@ -114,6 +114,27 @@ def test_a_correlation_is_drawn_once_and_as_planned() -> None:
         tape.draw("b#0", ITEM)
 
 
+class Flooding(FakeDealer):
+    """Never stops to deal."""
+
+    def Deal(self, request: dealer_pb2.DealRequest, timeout: float) -> Any:
+        class Endless(FailedCall):
+            def __iter__(self) -> Iterator[dealer_pb2.DealResponse]:
+                while not cancelled:
+                    yield dealer_pb2.DealResponse(chunk=bytes(1 << 10))
+
+            def cancel(self) -> None:
+                cancelled.append(True)
+
+        cancelled: list[bool] = []
+        return Endless(grpc.StatusCode.CANCELLED)
+
+
+def test_a_dealer_without_end_is_not_listened_to() -> None:
+    with pytest.raises(ProtocolError, match="more than the plan"):
+        fetched(Flooding(1))
+
+
 @pytest.mark.parametrize("cut", [1, 7, -1])
 def test_the_dealer_must_send_what_the_plan_says(cut: int) -> None:
     if cut < 0:
