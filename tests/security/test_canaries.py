@@ -371,7 +371,9 @@ class Tampering:
         """From the request that comes after so many others, one round, at random; each request has `rounds` of them."""
         self.wait, self.done, self._round, self._at = after, 0, 0, self.draw(self.rounds)
 
-    def _exchange(self, epoch: Any, batch: list[Any]) -> list[torch.Tensor]:
+    def _exchange(self, epoch: Any, batch: list[Any], *rest: Any) -> list[torch.Tensor]:
+        if not batch:
+            return self._real(epoch, batch, *rest)
         if epoch.mesh.index == 1 and self.wait < 0:
             self.rounds += 1
         elif epoch.mesh.index == 1:
@@ -386,7 +388,7 @@ class Tampering:
             self._round += 1
             if self._round == self.rounds:
                 self._round, self.wait = 0, self.wait - 1
-        return self._real(epoch, batch)
+        return self._real(epoch, batch, *rest)
 
 
 @pytest.fixture(scope="module")
