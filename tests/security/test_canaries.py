@@ -195,8 +195,8 @@ def visible(request: Any) -> tuple[bytes, int, bytes]:
     """What a party sees of a request: all that is no random number, the size of the whole, the random numbers."""
     rest = type(request)()
     rest.CopyFrom(request)
-    drawn = rest.request_id
-    rest.request_id = bytes(len(drawn))
+    drawn = rest.request_id + rest.salt
+    rest.request_id, rest.salt = bytes(len(rest.request_id)), bytes(len(rest.salt))
     for x in rest.inputs if isinstance(rest, party_pb2.InferRequest) else [rest.tokens]:
         drawn += x.seed + x.data
         x.seed, x.data = (bytes(32), b"") if x.WhichOneof("content") == "seed" else (b"", bytes(len(x.data)))
