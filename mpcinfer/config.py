@@ -228,6 +228,7 @@ class Node:
     `peer_transport` is "grpc" at either end or the port cannot be reached, through gRPC. `peer_advertised_port` is the
     port they are told to connect to, on the host of the cluster file, where something in between maps ports (0: no).
     `metrics_listen` ("" for nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.
+    `operator` says in words who runs a party, `evidence` which kind of evidence it shows for what it runs.
     """
 
     cluster: Cluster
@@ -243,6 +244,8 @@ class Node:
     peer_transport: str = "tls"
     metrics_listen: str = ""
     peer_advertised_port: int = 0
+    operator: str = ""
+    evidence: str = "code-digest"
 
     def __post_init__(self) -> None:
         self.cluster.endpoint(self.role)
@@ -260,6 +263,8 @@ class Node:
                 f"peer_advertised_port is {self.peer_advertised_port}; use a port from 1 to 65535, or 0 if none is "
                 "mapped"
             )
+        if len(self.operator) > 200 or not self.operator.isprintable():
+            raise ConfigError("operator: say in one line of at most 200 characters who runs this party")
         if self.role == "dealer" and (self.store or self.store_key):
             raise ConfigError("a dealer keeps nothing at rest: remove store and store_key (and MPCINFER_STORE)")
         if self.role != "dealer" and not (self.store and self.store_key):
@@ -287,6 +292,7 @@ class Node:
         peer_port, peer_transport = table.take("peer_port", int, 0), table.take("peer_transport", str, "tls")
         metrics_listen = table.take_address("metrics_listen")
         peer_advertised_port = table.take("peer_advertised_port", int, 0)
+        operator, evidence = table.take("operator", str, ""), table.take("evidence", str, "code-digest")
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -303,6 +309,8 @@ class Node:
             peer_transport=peer_transport,
             metrics_listen=metrics_listen,
             peer_advertised_port=peer_advertised_port,
+            operator=operator,
+            evidence=evidence,
         )
 
 

@@ -23,6 +23,7 @@ from mpcinfer.cli.certificates import certs_app
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, ModelVersion, NodePath, StopAtEof
 from mpcinfer.cli.output import load_array, print_json, print_table, shapes, write_array
 from mpcinfer.cli.owner import deploy, explain
+from mpcinfer.cli.parties import pin, status
 from mpcinfer.cli.serving import proxy
 from mpcinfer.cli.writing import chat, embed, generate
 from mpcinfer.config import Node
@@ -43,6 +44,8 @@ app.command()(generate)
 app.command()(chat)
 app.command()(embed)
 app.command()(proxy)
+app.command()(status)
+app.command()(pin)
 
 
 def main() -> None:
@@ -261,28 +264,3 @@ def infer(
             f"{offline['bytes_sent_by_dealer']:.0f} bytes sent by the dealer",
             file=sys.stderr,
         )
-
-
-@app.command()
-def status(
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for each party.")] = 5.0,
-    cluster: ClusterPath = CLUSTER,
-    identity: IdentityPath = None,
-    as_json: Json = False,
-) -> None:
-    """How each party is doing. Exit code 1 if one is not ready."""
-    from mpcinfer.client.cluster import cluster_status
-    from mpcinfer.client.locate import locate
-
-    found = cluster_status(*locate(cluster, identity), timeout=timeout)
-    ready = all(party.state == "ready" for party in found)
-    if as_json:
-        print_json({"ready": ready, "parties": [asdict(party) for party in found]})
-    else:
-        rows = [
-            [p.role, p.address, p.state, str(len(p.models)), str(p.requests_done), str(p.requests_failed), p.detail]
-            for p in found
-        ]
-        print_table(["PARTY", "ADDRESS", "STATE", "MODELS", "DONE", "FAILED", "DETAIL"], rows)
-    if not ready:
-        raise typer.Exit(1)

@@ -11,12 +11,13 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 
 from mpcinfer.client.audit import Audit
-from mpcinfer.client.cluster import CONNECT_TIMEOUT, PartyStatus
+from mpcinfer.client.cluster import CONNECT_TIMEOUT
 from mpcinfer.client.data import GENERATE_TIMEOUT, Client, Cost
 from mpcinfer.client.generation import Piece, Prompt, Settings
 from mpcinfer.client.inputs import Array
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model
+from mpcinfer.client.status import PartyStatus
 from mpcinfer.config import Cluster
 from mpcinfer.wire.identity import Identity
 
@@ -43,9 +44,10 @@ class AsyncClient:
         identity: AnyPath | Identity | None = None,
         *,
         timeout: float = CONNECT_TIMEOUT,
+        pin: AnyPath | None = None,
     ) -> Self:
         """Connect to all parties; see `Client.connect`."""
-        client = await asyncio.to_thread(Client.connect, cluster, identity, timeout=timeout)
+        client = await asyncio.to_thread(Client.connect, cluster, identity, timeout=timeout, pin=pin)
         return cls(client, ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="mpcinfer"))
 
     @property

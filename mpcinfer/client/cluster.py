@@ -6,85 +6,60 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import grpc
 
+from mpcinfer.client.link import Link, at_once, open_link
 from mpcinfer.client.locate import AnyPath, locate
+from mpcinfer.client.manifest import Demands, ask, fresh_nonce
 from mpcinfer.client.model import Model, agreed
 from mpcinfer.client.vouched import vouched, with_witnesses
-from mpcinfer.config import PROTOCOL_VERSION, Cluster, Endpoint
-from mpcinfer.errors import (
-    AbortedError,
-    AgreementError,
-    DeadlineError,
-    IdentityError,
-    MpcInferError,
-    UnavailableError,
-)
+from mpcinfer.config import Cluster
+from mpcinfer.errors import AbortedError, AgreementError, DeadlineError, MpcInferError, UnavailableError
+from mpcinfer.trust.manifest import Manifest, check
+from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc
+from mpcinfer.wire.v1 import party_pb2
 
 CONNECT_TIMEOUT = 10.0
 LIST_TIMEOUT = 10.0
 # When one party fails, the others notice and fail too. An answer that only says so waits this long for the cause.
 _GRACE = 0.3
-_POLL = 0.1
-
-_A = TypeVar("_A")
-_B = TypeVar("_B")
-
-
-@dataclass(frozen=True)
-class PartyStatus:
-    """How one party is doing.
-
-    `state` is "ready", "connecting" or "stopping" as the party says, or else "unreachable", or "refused" if it is not
-    who or what the cluster file says; `detail` says why it is not ready.
-    """
-
-    role: str
-    address: str
-    state: str
-    detail: str = ""
-    package_version: str = ""
-    requests_done: int = 0
-    requests_failed: int = 0
-    requests_waiting: int = 0
-    runs_ready: int = 0
-    uptime_seconds: float = 0.0
-    models: tuple[Model, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Link:
-    """An open channel to one party, checked."""
-
-    channel: grpc.Channel
-    stub: Any  # the generated stub has no types
 
 
 class Connection:
     """Channels to all parties of a cluster, and their witnesses; calls may be made from several threads.
 
-    A channel that breaks is opened anew before the next call, with the same checks as the first time.
+    A channel that breaks is opened anew before the next call, with the same checks as the first time. `manifest` is
+    who the parties are and what they run, as they have signed it for this connection.
     """
 
-    def __init__(self, cluster: Cluster, identity: Identity, *, timeout: float = CONNECT_TIMEOUT) -> None:
-        """Connect to all parties at once, within `timeout` seconds.
+    manifest: Manifest
 
-        UnavailableError naming the parties that cannot be reached, IdentityError if one is not who it should be,
-        AgreementError if one works with another cluster file or protocol version.
+    def __init__(
+        self,
+        cluster: Cluster,
+        identity: Identity,
+        *,
+        timeout: float = CONNECT_TIMEOUT,
+        demands: Demands | None = None,
+    ) -> None:
+        """Connect to all parties at once, within `timeout` seconds, and hold them to what is demanded.
+
+        UnavailableError naming the parties that cannot be reached or are not connected to each other, IdentityError if
+        one is not who it should be, AgreementError if one works with another cluster file or protocol version,
+        SignatureError or ManifestError if what they sign does not hold, or is not what was pinned.
         """
         self.cluster = cluster
         self.identity = identity
+        self.demands = demands or Demands()
+        self._checked = False
         self._lock = threading.Lock()
-        self._links: list[_Link | None] = [None] * len(cluster.holders)
+        self._links: list[Link | None] = [None] * len(cluster.holders)
         self._closed = False
         try:
             self._open(timeout)
@@ -100,9 +75,13 @@ class Connection:
         *,
         roles: Sequence[str] = ("client", "owner"),
         timeout: float = CONNECT_TIMEOUT,
+        pin: AnyPath | None = None,
     ) -> Self:
-        """Connect to the cluster a user names with the identity a user names; see `locate.locate`."""
-        return cls(*locate(cluster, identity, roles=roles), timeout=timeout)
+        """Connect to the cluster a user names with the identity and pin a user names.
+
+        See `locate.locate` and `manifest.Demands.find`.
+        """
+        return cls(*locate(cluster, identity, roles=roles), timeout=timeout, demands=Demands.find(cluster, pin))
 
     def call(self, method: str, requests: Sequence[Any], *, timeout: float) -> list[Any]:
         """Make one call of PartyService at all parties at once and wait for all answers.
@@ -237,26 +216,79 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, timeout: float) -> list[_Link]:
-        """The links to all parties, those opened first that are missing."""
+    def _open(self, timeout: float) -> list[Link]:
+        """The links to all parties, those opened first that are missing; none before all parties have been checked."""
+        deadline = time.monotonic() + timeout
         with self._lock:
             if self._closed:
                 raise UnavailableError("this connection was closed; connect again")
             missing = [index for index, link in enumerate(self._links) if link is None]
-            open_one = partial(_open_link, self.cluster, self.identity, timeout)
+            open_one = partial(open_link, self.cluster, self.identity, timeout)
             failures = []
             for index, result in zip(missing, at_once(open_one, missing), strict=True):
                 if isinstance(result, MpcInferError):
                     failures.append(result)
                 else:
                     self._links[index] = result
+                    self._watch(index, result)
             if failures and all(type(error) is UnavailableError for error in failures):
                 raise UnavailableError("; ".join(map(str, failures))) from failures[0]
             if failures:
                 raise min(failures, key=_distance)
-            return [link for link in self._links if link is not None]
+            links = [link for link in self._links if link is not None]
+            if missing or not self._checked:
+                self.manifest = self._check(links, deadline)
+                self._checked = True
+            return links
 
-    def _failure(self, index: int, link: _Link, call: Any, late: str) -> MpcInferError:
+    def _check(self, links: list[Link], deadline: float) -> Manifest:
+        """What all parties sign for a nonce drawn now, if it is what is demanded. The lock is held."""
+        nonce, late = fresh_nonce(), "a party took too long to sign the manifest; try again"
+
+        def ask_one(index: int) -> Signed:
+            link, endpoint = links[index], self.cluster.holders[index]
+            try:
+                left = max(deadline - time.monotonic(), 0.001)
+                return ask(link.stub, nonce, f"{endpoint.role} at {endpoint.address}", left)
+            except grpc.RpcError as error:
+                if _gone(error):
+                    self._links[index] = None
+                raise self._error(index, error, late) from error
+
+        answers = at_once(ask_one, range(len(links)))
+        failures = [answer for answer in answers if isinstance(answer, MpcInferError)]
+        if failures:
+            raise min(failures, key=_distance)
+        statements = [answer for answer in answers if isinstance(answer, Signed)]
+        return check(statements, self.cluster, nonce, self.demands.pin, self.demands.collateral)
+
+    def _watch(self, index: int, link: Link) -> None:
+        """Give up a channel that ends: gRPC would open it anew by itself, to a process that nobody has checked."""
+        seen = threading.Event()
+
+        def changed(state: grpc.ChannelConnectivity) -> None:
+            seen.set()
+            if state is not grpc.ChannelConnectivity.READY:
+                link.channel.unsubscribe(changed)
+                self._give_up(index, link)
+
+        link.channel.subscribe(changed)
+        seen.wait(1.0)  # a channel that is closed before gRPC watches it ends that thread with a traceback
+
+    def _give_up(self, index: int, link: Link) -> None:
+        with self._lock:
+            if self._links[index] is link:
+                self._links[index] = None
+                self._checked = False
+
+    def _failure(self, index: int, link: Link, call: Any, late: str) -> MpcInferError:
+        """The error that a failed call stands for; a party that has gone is connected to anew before the next call."""
+        if _gone(call):
+            # It may come back with another certificate: what comes next is checked from scratch.
+            self._give_up(index, link)
+        return self._error(index, call, late)
+
+    def _error(self, index: int, call: Any, late: str) -> MpcInferError:
         if call.details() == "Deadline Exceeded":  # gRPC's words: nobody at the party had an error
             return DeadlineError(late)
         endpoint = self.cluster.holders[index]
@@ -264,14 +296,14 @@ class Connection:
         if call.code() is grpc.StatusCode.CANCELLED and not call.trailing_metadata():
             # not by us, who cancel only what we do not look at any more: its server ended in the middle of the call
             return UnavailableError(f"{endpoint.role} at {endpoint.address} has gone away; start it (again)")
-        if call.code() is grpc.StatusCode.UNAVAILABLE:
-            if type(error) is UnavailableError and not call.trailing_metadata():  # gRPC speaks, not the party
-                error = UnavailableError(f"{endpoint.role} at {endpoint.address} has gone away; start it (again)")
-            # It may come back with another certificate: what comes next is checked from scratch.
-            with self._lock:
-                if self._links[index] is link:
-                    self._links[index] = None
+        if _gone(call) and type(error) is UnavailableError:
+            return UnavailableError(f"{endpoint.role} at {endpoint.address} has gone away; start it (again)")
         return error
+
+
+def _gone(call: Any) -> bool:
+    """Whether gRPC says that a party cannot be reached, not the party that it is not ready."""
+    return call.code() is grpc.StatusCode.UNAVAILABLE and not call.trailing_metadata()
 
 
 def _distance(error: MpcInferError) -> int:
@@ -281,115 +313,3 @@ def _distance(error: MpcInferError) -> int:
     if isinstance(error, DeadlineError):
         return 2
     return 1 if isinstance(error, UnavailableError) else 0
-
-
-def _open_link(cluster: Cluster, identity: Identity, timeout: float, index: int) -> _Link:
-    link, _ = _open_and_ask(cluster, identity, timeout, cluster.holders[index])
-    return link
-
-
-def _open_and_ask(
-    cluster: Cluster, identity: Identity, timeout: float, endpoint: Endpoint
-) -> tuple[_Link, party_pb2.StatusResponse]:
-    """A checked link to a party, and what it says about itself."""
-    deadline = time.monotonic() + timeout
-    opened = channel.connect(endpoint, cluster, identity, timeout=timeout)
-    try:
-        stub = party_pb2_grpc.PartyServiceStub(opened)
-        left = max(deadline - time.monotonic(), 0.001)
-        try:
-            status: party_pb2.StatusResponse = stub.Status(party_pb2.StatusRequest(), timeout=left)
-        except grpc.RpcError as error:
-            raise channel.from_rpc_error(error, f"{endpoint.role} at {endpoint.address}") from error
-        _check_agreement(status, endpoint, cluster)
-    except BaseException:
-        opened.close()
-        raise
-    return _Link(opened, stub), status
-
-
-def _check_agreement(status: party_pb2.StatusResponse, endpoint: Endpoint, cluster: Cluster) -> None:
-    who = f"{endpoint.role} at {endpoint.address}"
-    if status.protocol_version != PROTOCOL_VERSION:
-        raise AgreementError(
-            f"{who} speaks protocol version {status.protocol_version}, this program version {PROTOCOL_VERSION}; "
-            "install the same release of mpcinfer on both sides"
-        )
-    if status.cluster_digest != cluster.digest():
-        raise AgreementError(
-            f"{who} works with another cluster file than this program; compare name, CA, addresses and keys, "
-            "and give everyone the same file"
-        )
-    if (status.index, status.parties) != (endpoint.index, cluster.n):
-        raise AgreementError(
-            f"{who} says it is party/{status.index} of {status.parties}, the cluster file has {cluster.n} parties"
-        )
-
-
-def party_status(cluster: Cluster, identity: Identity, endpoint: Endpoint, *, timeout: float) -> PartyStatus:
-    """How the party at `endpoint` is doing, asked over a new channel; never raises because of the party."""
-    try:
-        link, status = _open_and_ask(cluster, identity, timeout, endpoint)
-    except MpcInferError as error:
-        gone = isinstance(error, UnavailableError | DeadlineError)
-        return PartyStatus(endpoint.role, endpoint.address, "unreachable" if gone else "refused", str(error))
-    link.channel.close()
-    return PartyStatus(
-        role=endpoint.role,
-        address=endpoint.address,
-        state=status.state,
-        detail=status.detail,
-        package_version=status.package_version,
-        requests_done=status.requests_done,
-        requests_failed=status.requests_failed,
-        requests_waiting=status.requests_waiting,
-        runs_ready=status.runs_ready,
-        uptime_seconds=status.uptime_seconds,
-        models=tuple(Model.parse(info) for info in status.models),
-    )
-
-
-def cluster_status(cluster: Cluster, identity: Identity, *, timeout: float = CONNECT_TIMEOUT) -> list[PartyStatus]:
-    """How every party is doing, by index, and then every witness."""
-    results = at_once(lambda endpoint: party_status(cluster, identity, endpoint, timeout=timeout), cluster.holders)
-    return [result for result in results if isinstance(result, PartyStatus)]
-
-
-def wait_until_ready(
-    cluster: Cluster, identity: Identity, *, timeout: float, check: Callable[[], object] = lambda: None
-) -> None:
-    """Return once every party says it is ready.
-
-    `check` is called now and then; what it raises ends the wait. UnavailableError naming the parties that are not
-    ready after `timeout` seconds, IdentityError at once if one is not what the cluster file says.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        check()
-        # Not less than a second, even at the end: what a party says is worth more than that it had no time to say it.
-        patience = min(max(deadline - time.monotonic(), 1.0), CONNECT_TIMEOUT)
-        waiting = [s for s in cluster_status(cluster, identity, timeout=patience) if s.state != "ready"]
-        if not waiting:
-            return
-        refused = [s for s in waiting if s.state == "refused"]
-        if refused:
-            raise IdentityError(refused[0].detail)
-        if time.monotonic() + _POLL >= deadline:
-            states = "; ".join(f"{s.role} is {s.state}{f' ({s.detail})' if s.detail else ''}" for s in waiting)
-            raise UnavailableError(f"not ready after {timeout:g} s: {states}")
-        time.sleep(_POLL)
-
-
-def at_once(work: Callable[[_A], _B], items: Sequence[_A]) -> list[_B | MpcInferError]:
-    """`work` on all items at the same time, each in its thread: the results, or the errors they ended with."""
-
-    def attempt(item: _A) -> _B | MpcInferError:
-        try:
-            return work(item)
-        except MpcInferError as error:
-            return error
-
-    if not items:
-        return []
-    with ThreadPoolExecutor(len(items)) as pool:
-        return list(pool.map(attempt, items))

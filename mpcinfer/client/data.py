@@ -15,18 +15,12 @@ import numpy as np
 import torch
 
 from mpcinfer.client.audit import Audit, audited
-from mpcinfer.client.cluster import (
-    CONNECT_TIMEOUT,
-    LIST_TIMEOUT,
-    Connection,
-    PartyStatus,
-    cluster_status,
-    wait_until_ready,
-)
+from mpcinfer.client.cluster import CONNECT_TIMEOUT, LIST_TIMEOUT, Connection
 from mpcinfer.client.generation import Message, Prompt, Settings
 from mpcinfer.client.inputs import Array, encode_inputs, free_sizes
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model, TensorSpec
+from mpcinfer.client.status import PartyStatus, cluster_status, wait_until_ready
 from mpcinfer.client.text import Tokenizer
 from mpcinfer.client.writing import Answer, Memory
 from mpcinfer.config import Cluster
@@ -48,6 +42,7 @@ from mpcinfer.ring.sharing import combine, split
 from mpcinfer.trust import canaries
 from mpcinfer.trust.canaries import CanarySet
 from mpcinfer.trust.commitment import SALT_BYTES
+from mpcinfer.trust.manifest import Manifest
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
@@ -78,13 +73,21 @@ class Client:
         identity: AnyPath | Identity | None = None,
         *,
         timeout: float = CONNECT_TIMEOUT,
+        pin: AnyPath | None = None,
     ) -> Self:
         """Connect to all parties, checking who they are.
 
         cluster: the cluster file, or the directory it is in. identity: which key pair to use (see `locate.locate`);
-        by default the only `client-*` pair beside the cluster file, else the only `owner-*` pair.
+        by default the only `client-*` pair beside the cluster file, else the only `owner-*` pair. pin: the file that
+        `mpcinfer pin` has written; by default MPCINFER_PIN, else `manifest.pin` beside the cluster file if it is there.
+        ManifestError if the parties are not what was pinned.
         """
-        return cls(Connection.to(cluster, identity, timeout=timeout))
+        return cls(Connection.to(cluster, identity, timeout=timeout, pin=pin))
+
+    @property
+    def manifest(self) -> Manifest:
+        """Who the parties are and what they run, as they have signed it when they were last connected to."""
+        return self._connection.manifest
 
     def infer(
         self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0, audit: Audit | None = None
@@ -221,7 +224,7 @@ class Client:
 
     def status(self) -> list[PartyStatus]:
         """How each party is doing, asked over new channels; a party that is down is reported, not raised."""
-        return cluster_status(self._connection.cluster, self._connection.identity)
+        return cluster_status(self._connection.cluster, self._connection.identity, demands=self._connection.demands)
 
     def close(self) -> None:
         """Close the connection; calls in flight fail."""

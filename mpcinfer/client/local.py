@@ -24,7 +24,7 @@ from typing import Self
 
 import mpcinfer
 from mpcinfer.client import certs
-from mpcinfer.client.cluster import wait_until_ready
+from mpcinfer.client.status import wait_until_ready
 from mpcinfer.config import Cluster, Limits
 from mpcinfer.errors import ConfigError, UnavailableError
 from mpcinfer.wire.identity import Identity

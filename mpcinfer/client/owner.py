@@ -67,13 +67,14 @@ class ModelOwner:
         identity: AnyPath | Identity | None = None,
         *,
         timeout: float = CONNECT_TIMEOUT,
+        pin: AnyPath | None = None,
     ) -> Self:
         """Connect to all parties, checking who they are.
 
         cluster: the cluster file, or the directory it is in. identity: which key pair to use (see `locate.locate`);
-        by default the only `owner-*` pair beside the cluster file.
+        by default the only `owner-*` pair beside the cluster file. pin: as for `Client.connect`.
         """
-        return cls(Connection.to(cluster, identity, roles=("owner",), timeout=timeout))
+        return cls(Connection.to(cluster, identity, roles=("owner",), timeout=timeout, pin=pin))
 
     def deploy(
         self,

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from mpcinfer.client.cluster import Connection, wait_until_ready
+from mpcinfer.client.cluster import Connection
 from mpcinfer.client.generation import Finish, Piece, Settings, StepCost
 from mpcinfer.client.model import Model
+from mpcinfer.client.status import wait_until_ready
 from mpcinfer.client.text import Detokenizer, StopTexts, Tokenizer
 from mpcinfer.errors import (
     AbortedError,

@@ -50,6 +50,7 @@ class Epoch:
     # of all nonces: what makes a statement one of this epoch
     binding: bytes = b""
     vouched: int = 0  # how often witnesses have compared
+    manifest: bytes = b""  # the digest of what all holders of shares have signed of themselves
     plans_told: set[bytes] = field(default_factory=set)
     # what transcripts are compared under; the dealer does not have it
     secret: bytes = field(default=b"", repr=False)

@@ -23,6 +23,7 @@ from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
 from mpcinfer.party.generation import Writing, generate, gone
 from mpcinfer.party.inbox import Inbox, Job
+from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
@@ -55,6 +56,7 @@ class Lane:
         policy: Policy,
         limits: Limits,
         metrics: PartyMetrics,
+        manifest: PartyManifest,
         vouching: Vouching | None = None,
         *,
         shadow: bool = False,
@@ -74,6 +76,7 @@ class Lane:
         self._by = Stepping(index, catalogue, policy, limits, vouching)
         self._limits = limits
         self._metrics = metrics
+        self._manifest = manifest
         self._epoch: Epoch | None = None
         self._stopping = threading.Event()
         self._busy = False
@@ -114,7 +117,7 @@ class Lane:
                     continue
                 self._epoch = self._former.current = self._former.form()
                 self._metrics.began(self._epoch.mesh)
-                self._agree_on_models(self._epoch)
+                self._agree(self._epoch)
                 failures = 0
                 self._set("ready", "")
                 while not self._stopping.is_set():
@@ -145,11 +148,13 @@ class Lane:
             self.state, self.detail = state, detail
             self._ready.notify_all()
 
-    def _agree_on_models(self, epoch: Epoch) -> None:
+    def _agree(self, epoch: Epoch) -> None:
+        """On who takes part, and on which models all hold."""
         secret = secrets.token_bytes(32)
         own = json.dumps({"models": self._catalogue.inventory(), "secret": secret.hex()}).encode()
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
+            epoch.manifest = self._manifest.agree(epoch)
             told = epoch.mesh.consult(own, merged_inventories)
         finally:
             watchdog.cancel()

@@ -17,6 +17,7 @@ from mpcinfer.party.grants import Grants
 from mpcinfer.party.inbox import Inbox
 from mpcinfer.party.lane import Lane
 from mpcinfer.party.ledger import Ledger
+from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.mesh_service import MeshService
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.policy import Policy
@@ -63,6 +64,7 @@ class Party:
             limits = node.limits
             self.sessions = Sessions(limits.max_sessions, limits.session_mb, limits.session_idle_s)
             self.metrics = PartyMetrics()
+            self.manifest = PartyManifest(node, identity)
             vouching = Vouching(cluster, Signer(identity)) if cluster.witnesses else None
             self.lane = Lane(
                 self.index,
@@ -73,6 +75,7 @@ class Party:
                 policy,
                 limits,
                 self.metrics,
+                self.manifest,
                 vouching,
                 shadow=shadow,
             )
@@ -88,6 +91,7 @@ class Party:
                 policy,
                 limits,
                 self.metrics,
+                self.manifest,
                 shadow=shadow,
             )
             mesh = MeshService(cluster, self.index, self.former)

@@ -23,6 +23,7 @@ from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.generation import Writing, Written
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Lane
+from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.messages import cost, info, share
 from mpcinfer.party.metrics import Call, PartyMetrics
 from mpcinfer.party.policy import Policy
@@ -52,12 +53,14 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         policy: Policy,
         limits: Limits,
         metrics: PartyMetrics,
+        manifest: PartyManifest,
         *,
         shadow: bool = False,
     ) -> None:
         """shadow: whether this is a witness, which answers with commitments to what its party must answer."""
         self._shadow = shadow
         self._cluster = cluster
+        self._manifest = manifest
         self._metrics = metrics
         self._lane = lane
         self._inbox = inbox
@@ -97,6 +100,11 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         """See party.proto."""
         with self._admitted("models", context, "owner/", "client/", "party/") as (peer, _):
             return party_pb2.ListModelsResponse(models=[info(m, peer.role) for m in self._catalogue.models(peer.role)])
+
+    def Manifest(self, request: party_pb2.ManifestRequest, context: grpc.ServicerContext) -> party_pb2.ManifestResponse:
+        """See party.proto."""
+        with self._admitted("manifest", context, "owner/", "client/", "party/", "dealer"):
+            return party_pb2.ManifestResponse(statement=self._manifest.state(request.nonce).message())
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""

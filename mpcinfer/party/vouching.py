@@ -44,7 +44,7 @@ class Vouching:
             "traffic": mesh.traffic.digests(),
         }
         epoch.vouched += 1
-        told = mesh.consult(_packed([self._signer.sign(_PURPOSE, own)]), _both)
+        told = mesh.consult(packed([self._signer.sign(_PURPOSE, own)]), both)
         said = {index: self._opened(index, message) for index, message in told.items()}
         for index, statements in said.items():
             _check_work(own, index, list(statements.values()))
@@ -107,11 +107,12 @@ def _public(subjects: Any) -> Any:
     return [{k: v for k, v in each.items() if k not in ("upload", "output")} for each in subjects]
 
 
-def _packed(signed: list[Signed]) -> bytes:
+def packed(signed: list[Signed]) -> bytes:
+    """Statements in one message."""
     return json.dumps([each.to_json() for each in signed]).encode()
 
 
-def _both(party: bytes, witness: bytes) -> bytes:
+def both(party: bytes, witness: bytes) -> bytes:
     """The statements of a party and its witness, in this order."""
     try:
         return json.dumps([*json.loads(party), *json.loads(witness)]).encode()

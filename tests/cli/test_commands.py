@@ -159,15 +159,38 @@ def test_removing_models(shell: Shell, world: FakeCluster) -> None:
 def test_status(shell: Shell, world: FakeCluster) -> None:
     done = shell("status")
     assert done.code == 0 and [line.split()[2] for line in done.out.splitlines()] == ["STATE", "ready", "ready"]
+    assert "operator of party/1" in done.out and "self-reported, not proven" in done.out
+    assert done.err.startswith("NOT PINNED")
     world.parties[0].status = {"state": "connecting", "detail": "waits for party 1"}
     world.stop_party(1)
     done = shell("status")
-    assert done.code == 1 and done.err == ""
+    assert done.code == 1 and done.err.startswith("NOT PINNED")
     assert "connecting" in done.out and "waits for party 1" in done.out and "unreachable" in done.out
     done = shell("status", "--json")
     assert done.code == 1 and done.json["ready"] is False
     assert [party["state"] for party in done.json["parties"]] == ["connecting", "unreachable"]
+    assert done.json["pinned"] is False
     assert done.json["parties"][0]["models"][0]["name"] == "same"
+
+
+def test_pinning(shell: Shell, world: FakeCluster) -> None:
+    assert shell("pin", "--check").code == 2  # there is none yet
+    done = shell("pin")
+    assert done.code == 0 and "operator of party/0" in done.out and "pinned in manifest.pin" in done.out
+    assert done.out.count("self-reported, not proven") == 2
+    done = shell("pin", "--check", "--json")
+    assert done.code == 0 and done.json["changed"] == [] and len(done.json["parties"]) == 2
+    assert shell("status").err == "" and shell("models").code == 0
+    world.operators[1] = "somebody else"
+    for command in (("models",), ("pin", "--check")):
+        done = shell(*command)
+        assert done.code == 1 and "its operator was 'operator of party/1' and is now 'somebody else'" in done.err
+    assert [p["state"] for p in shell("status", "--json").json["parties"]] == ["ready", "refused"]
+    done = shell("pin")
+    assert done.code == 0 and "changed: party/1: its operator was" in done.out
+    assert shell("pin", "--check").code == 0
+    Path("manifest.pin").write_text("{}")
+    assert shell("models").code == 2
 
 
 def test_unavailable_parties(shell: Shell, world: FakeCluster) -> None:

@@ -21,6 +21,9 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Endpoint
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64, Ring
 from mpcinfer.ring.sharing import split
+from mpcinfer.trust.facts import Facts, digest
+from mpcinfer.trust.manifest import state
+from mpcinfer.trust.signing import Signer
 from mpcinfer.wire import channel, identity
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
@@ -71,7 +74,7 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
 
     def _begin(self, method: str, context: Any) -> None:
         identity.peer_of(context, self.world.cluster)
-        if method not in ("Status", "ListModels") and not context.add_callback(self.cancelled.set):
+        if method not in ("Status", "Manifest", "ListModels") and not context.add_callback(self.cancelled.set):
             self.cancelled.set()  # it had ended before
         try:
             self.before(method)
@@ -90,6 +93,13 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
             "requests_done": len(self.inferences),
         }
         return party_pb2.StatusResponse(**{**says, **self.status})
+
+    def Manifest(self, request: Any, context: Any) -> Any:
+        self._begin("Manifest", context)
+        members = zip(self.world.members, self.world.operators, strict=False)
+        said = [Facts.of(Signer(m), self.world.cluster, operator=o, evidence="code-digest") for m, o in members]
+        signed = state(Signer(self.world.members[self.index]), said[self.index], digest(said), request.nonce)
+        return party_pb2.ManifestResponse(statement=signed.message())
 
     def ListModels(self, request: Any, context: Any) -> Any:
         self._begin("ListModels", context)
@@ -135,6 +145,7 @@ class FakeCluster:
         self._meeting = threading.Condition()
         self._requests: dict[bytes, dict[int, Any]] = {}
         self._answers: dict[bytes, list[list[Any]]] = {}
+        self.operators = [f"operator of party/{i}" for i in range(n)]
         self.ca_key, self.ca = identity.create_ca("local")
         self.members = [self.issue(role) for role in [*(f"party/{i}" for i in range(n)), "dealer"]]
         self.parties = [FakeParty(i, self) for i in range(n)]

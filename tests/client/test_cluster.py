@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mpcinfer.client import cluster as module
-from mpcinfer.client.cluster import Connection, cluster_status, wait_until_ready
+from mpcinfer.client.cluster import Connection
+from mpcinfer.client.status import cluster_status, wait_until_ready
 from mpcinfer.errors import (
     AbortedError,
     AgreementError,

@@ -27,8 +27,8 @@ from torch import nn
 
 from mpcinfer import Client, ModelOwner
 from mpcinfer.client import certs
-from mpcinfer.client.cluster import PartyStatus, cluster_status, party_status
 from mpcinfer.client.local import LocalCluster
+from mpcinfer.client.status import PartyStatus, cluster_status, party_status
 from mpcinfer.errors import (
     AgreementError,
     BusyError,

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from mpcinfer import Client, ModelOwner
-from mpcinfer.client.cluster import party_status
 from mpcinfer.client.local import LocalCluster
+from mpcinfer.client.status import party_status
 from mpcinfer.errors import MpcInferError
 from mpcinfer.wire.identity import Identity
 from tests.e2e.clusters import HOOKS

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from mpcinfer.client.cluster import PartyStatus
 from mpcinfer.client.generation import Writer
 from mpcinfer.client.model import Model
+from mpcinfer.client.status import PartyStatus
 from mpcinfer.config import Cluster
 from mpcinfer.errors import UnsupportedError
 
