@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mpcinfer import __version__
+from mpcinfer.cli.auditing import RATE, AuditFile, AuditRate, canaries, set_audit
 from mpcinfer.cli.certificates import certs_app
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, ModelVersion, NodePath, StopAtEof
 from mpcinfer.cli.output import load_array, print_json, print_table, shapes, write_array
@@ -39,6 +40,7 @@ models_app = typer.Typer(help="The deployed models.", invoke_without_command=Tru
 app.add_typer(certs_app, name="certs")
 app.command()(explain)
 app.command()(deploy)
+app.command()(canaries)
 app.add_typer(models_app, name="models")
 app.command()(generate)
 app.command()(chat)
@@ -229,6 +231,8 @@ def infer(
     ] = None,
     version: ModelVersion = 0,
     timeout: Annotated[float, typer.Option(help="Seconds.")] = 60.0,
+    audit: AuditFile = None,
+    audit_rate: AuditRate = RATE,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
     as_json: Json = False,
@@ -240,6 +244,7 @@ def infer(
 
     arrays = [load_array(file) for file in inputs]
     with Client.connect(cluster, identity) as data_owner:
+        set_audit(data_owner, audit, audit_rate)
         answer = data_owner.infer(name, *arrays, version=version, timeout=timeout)
         cost = data_owner.last_cost
     outputs = answer if isinstance(answer, tuple) else (answer,)

@@ -81,7 +81,7 @@ def explain(
     """
     from mpcinfer.client.price import price, price_of_step
 
-    loaded, examples = _load(path, inputs, samples, task, context)
+    loaded, examples = load_model(path, inputs, samples, task, context)
     sizes = dict(map(_size, at or ()))
     shapes = [] if loaded.context else examples.shapes(sizes)
     try:
@@ -126,7 +126,7 @@ def deploy(
 
     # The cheap checks first: exporting a large model takes its time.
     with ModelOwner.connect(cluster, identity) as model_owner, progress(as_json) as report:
-        loaded, examples = _load(path, inputs, samples, task, context)
+        loaded, examples = load_model(path, inputs, samples, task, context)
         captured = _capture(loaded, examples, frac_bits=frac_bits, reveal=reveal, k=k, public=public or ())
         calibrated = not all(declared.proven for declared in captured.program.inputs)
         numbers = [declared.name for declared in captured.program.inputs if declared.frac_bits]
@@ -146,13 +146,14 @@ def deploy(
 # --- what PATH stands for --------------------------------------------------------------------------------------------
 
 
-def _load(
+def load_model(
     path: str,
     inputs: Sequence[str] | None,
     samples: Sequence[Path] | None,
     task: str | None,
     context: int | None,
 ) -> tuple[Loaded, Examples]:
+    """The model at a path, and examples of its inputs."""
     from mpcinfer.client.examples import example_inputs, read_samples
     from mpcinfer.models.load import load
     from mpcinfer.models.loaded import parse_inputs

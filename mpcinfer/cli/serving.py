@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from mpcinfer.cli.auditing import RATE, AuditFile, AuditRate, set_audit
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath
 from mpcinfer.cli.writing import connected
 from mpcinfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpcinfer.client.data import Client
 
 
 def proxy(
@@ -23,6 +27,8 @@ def proxy(
         Path | None, typer.Option(help="A file with the token that callers must send as their API key.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 600.0,
+    audit: AuditFile = None,
+    audit_rate: AuditRate = RATE,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
 ) -> None:
@@ -36,6 +42,7 @@ def proxy(
     token = None if token_file is None else read_token(token_file)
     members, _ = locate(cluster, identity)
     with connected(cluster, identity) as client:
+        set_audit(cast("Client", client), audit, audit_rate)
         app = create_app(of_client(client, members, timeout=timeout), host=host, token=token)
         with listen(host, port) as listening:
             configure_logging("info")

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from mpcinfer.cli.auditing import RATE, AuditFile, AuditRate, set_audit
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json
 from mpcinfer.cli.output import in_bytes, in_seconds, print_json
 from mpcinfer.errors import InputError, MpcInferError
 
 if TYPE_CHECKING:
+    from mpcinfer.client.data import Client
     from mpcinfer.client.generation import Generation, Message, Piece, Prompt, Settings, Writer
     from mpcinfer.client.proxy.backend import TextClient
 
@@ -50,6 +52,8 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     stop: Stop = None,
     timeout: Timeout = 600.0,
+    audit: AuditFile = None,
+    audit_rate: AuditRate = RATE,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
     as_json: Json = False,
@@ -62,6 +66,7 @@ def generate(
         raise InputError("the prompt is empty")
     settings = Settings(max_new_tokens, temperature, top_k, repetition_penalty, tuple(stop or ()))
     with connected(cluster, identity) as client:
+        set_audit(cast("Client", client), audit, audit_rate)
         answer = _write(client, name, text, settings, timeout, aloud=not as_json)
     if as_json:
         print_json({"text": answer.text, "finish": answer.finish, "tokens": answer.tokens, **answer.spent.summary()})

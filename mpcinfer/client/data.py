@@ -61,6 +61,8 @@ class Client:
         self._models: dict[tuple[str, int], Model] = {}
         self._texts: dict[str, tuple[Tokenizer, Vocabulary]] = {}
         self._memory = Memory()
+        self.audit: Audit | None = None
+        """For all requests that are given none of their own."""
         self.last_cost: Cost | None = None
         """What the last answer cost: {"online": {"seconds", "rounds", "bytes_sent_per_party"}, "offline": {"seconds",
         "rounds", "bytes_sent_per_party", "bytes_sent_by_dealer"}}; seconds and bytes per party of the slowest and the
@@ -103,7 +105,7 @@ class Client:
         answered wrong: what was to follow is not sent then.
         """
         deadline = time.monotonic() + timeout
-        model = self._model(name, version, deadline)
+        model, audit = self._model(name, version, deadline), audit or self.audit
         if model.context:
             raise InputError(f"{name!r} is a language model: it generates")
         try:
@@ -154,7 +156,7 @@ class Client:
             ids = check_indices(torch.tensor(list(prompt)), model.inputs[0].limit, "the prompt")
             if not len(ids):
                 raise InputError("the prompt has no token")
-        if audit is not None:
+        if (audit := audit or self.audit) is not None:
             answer = audited(audit, self._connection, model, tokenizer, ids.tolist(), settings, stop, timeout)
         else:
             left = deadline - time.monotonic()
