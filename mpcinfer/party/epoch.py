@@ -35,6 +35,7 @@ from mpcinfer.wire.witnessed import WitnessedMesh
 _log = logging.getLogger(__name__)
 _FORGET_SECONDS = 10.0
 _DIRECT_SECONDS = 5.0
+_FAREWELL_SECONDS = 1.0
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Epoch:
 
     @property
     def over(self) -> bool:
-        """Whether a party has left, or (as far as this party watches it) the dealer."""
-        return self.mesh.broken or self.dealer_lost.is_set()
+        """Whether a party has left, or this one's witness, or (as far as this party watches it) the dealer."""
+        return self.mesh.broken or self.mesh.alone or self.dealer_lost.is_set()
 
     @contextmanager
     def cancelling(self, call: grpc.Call) -> Iterator[None]:
@@ -206,7 +207,7 @@ class Former:
             links[peer].send(mesh.HELLO, hello.SerializeToString())
         witness = None
         if watching is not None:
-            witness = mesh.dial(self._index, channels[-1], self._notify)
+            witness = mesh.dial(self._index, channels[-1], self._unwatched)
             witness.who = watching.role
             witness.send(mesh.HELLO, hello.SerializeToString())
         nonces, offered = {self._index: nonce}, dict[int, bytes]()
@@ -357,6 +358,15 @@ class Former:
                 if left <= 0:
                     raise UnavailableError(f"party {peer} did not connect; check that it runs and reaches us")
                 self._changed.wait(left)
+
+    def _unwatched(self) -> None:
+        """The witness has gone: what was sent may still arrive, so that the others learn why; then all is over."""
+        self._notify()
+        epoch = self.current
+        if epoch is not None:
+            timer = threading.Timer(_FAREWELL_SECONDS, epoch.mesh.close)
+            timer.daemon = True
+            timer.start()
 
     def _notify(self) -> None:
         with self._changed:

@@ -99,6 +99,6 @@ class ShadowFormer(Former):
             raise channel.from_rpc_error(error, "dealer") from error
         if not hmac.compare_digest(dealt, hashlib.sha256(received).digest()):
             raise TamperingError(
-                f"party {self._index} passed on other corrections than the dealer sent it; suspect: party {self._index}"
+                f"party {self._index} passed on other corrections than the dealer sent it. Suspect: party {self._index}"
             )
         return received

@@ -148,7 +148,9 @@ class Stepping:
         answers = await Ballot(part, own)
         joint = answers[self.index]
         if not (joint["error"] or joint["late"]) and (refusal or late or joint["upload"] != upload):
-            raise TamperingError(f"party {self.index} has voted without asking its witness; suspect: this party")
+            raise TamperingError(
+                f"party {self.index} has voted without asking its witness. Suspect: party {self.index}"
+            )
         if refusal is not None:
             raise Refused from refusal
         for peer, answer in sorted(answers.items()):

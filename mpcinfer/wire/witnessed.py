@@ -23,9 +23,9 @@ class WitnessedMesh(Mesh):
         self._witness = witness
 
     @property
-    def broken(self) -> bool:
-        """Whether any link has ended: no party works on without its witness."""
-        return super().broken or (self._witness is not None and self._witness.broken.is_set())
+    def alone(self) -> bool:
+        """See `Mesh`."""
+        return self._witness is not None and self._witness.broken.is_set()
 
     def exchange(self, payload: bytes, kind: int = OPENING) -> dict[int, bytes]:
         """See `Mesh`."""

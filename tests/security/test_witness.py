@@ -9,21 +9,29 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
 import mpcinfer.party.stepping as stepping
+import mpcinfer.party.tape as tape_module
 from mpcinfer.client.cluster import Connection
 from mpcinfer.client.data import Client
 from mpcinfer.client.owner import ModelOwner
-from mpcinfer.errors import MpcInferError, TamperingError
+from mpcinfer.errors import ForbiddenError, MpcInferError, TamperingError
 from mpcinfer.graph.capture import capture
+from mpcinfer.party.passing import Passing
 from mpcinfer.party.server import Party
+from mpcinfer.party.stepping import Stepping
 from mpcinfer.party.vouching import Vouching
 from mpcinfer.protocol.context import Opening
-from tests.inprocess import Caller, InProcess, kinds, mlp, plain, random_weights, reveal
+from mpcinfer.wire import channel
+from mpcinfer.wire.mesh import OPENING
+from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from tests.inprocess import Caller, InProcess, kinds, mlp, plain, random_weights, reveal, wait_for
 
 PROGRAM = mlp()
 WEIGHTS = random_weights(PROGRAM)
@@ -47,9 +55,21 @@ def caller(cluster: InProcess) -> Caller:
 
 
 @pytest.fixture
-def blind(monkeypatch: Patch) -> None:
+def blind(cluster: InProcess) -> Iterator[None]:
     """The planted fault: nobody compares."""
-    monkeypatch.setattr(Vouching, "exchange", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Vouching, "exchange", lambda *_: None)
+        yield
+    restart(cluster)  # what was sent in this epoch is not what it must have been
+
+
+def restart(cluster: InProcess) -> None:
+    """Have all begin a new epoch, and forget what was fetched ahead."""
+    wait = cluster.new_epoch()
+    epoch = cluster.parties[0].lane._epoch
+    assert epoch is not None
+    epoch.close()
+    wait()
 
 
 def right(answers: list[Any]) -> bool:
@@ -166,3 +186,242 @@ def test_without_the_comparison_one_bit_goes_unnoticed(cluster: InProcess, calle
         Deviation(patch, cluster.parties[1], spoil)
         answers = caller.infer(X)
     assert kinds(answers) == ["InferResponse"] * 4 and not right(answers)
+
+
+def tampered_weights(patch: Patch, cluster: InProcess) -> None:
+    """Party 1 opens other masked weights: F is wrong everywhere, and stays so."""
+    done: list[bool] = []
+
+    def spoil(batch: list[Opening]) -> None:
+        if not done:
+            done.append(True)
+            altered(batch[0], HIGH)
+
+    Deviation(patch, cluster.parties[1], spoil)
+
+
+def test_weights_opened_wrongly_at_deploy(cluster: InProcess, caller: Caller) -> None:
+    wait, before = cluster.new_epoch(), cluster.files()
+    with pytest.MonkeyPatch.context() as patch:
+        tampered_weights(patch, cluster)
+        assert caught(caller.deploy(PROGRAM, WEIGHTS, "spoilt"), 1)
+    wait()
+    assert cluster.files() == before
+    assert kinds(caller.infer(X, "spoilt")) == ["NotFoundError"] * 4
+    assert right(caller.infer(X))
+
+
+def false_seed(patch: Patch, cluster: InProcess) -> None:
+    """Party 0 expands other shares than those that the dealer counts on."""
+    epoch = cluster.parties[0].lane._epoch
+    assert epoch is not None
+    patch.setattr(epoch.key, "_key", secrets.token_bytes(len(epoch.key._key)))
+
+
+def altered_forwarding(patch: Patch, cluster: InProcess) -> None:
+    """Party 0 tells its witness of another opening than it has received."""
+    epoch = cluster.parties[0].lane._epoch
+    assert epoch is not None
+    link = epoch.mesh._witness  # type: ignore[attr-defined]
+    send, done = link.send, list[bool]()
+
+    def lie(kind: int, payload: bytes) -> None:
+        if kind == OPENING and not done:
+            done.append(True)
+            payload = bytes([payload[0] ^ 1]) + payload[1:]
+        send(kind, payload)
+
+    patch.setattr(link, "send", lie)
+
+
+def altered_corrections(patch: Patch, cluster: InProcess) -> None:
+    """Party 1 uses other corrections than the dealer has sent, and passes the right ones on."""
+    original = tape_module._corrections
+
+    def corrections(epoch: Any, *rest: Any) -> Any:
+        received, frames = original(epoch, *rest)
+        if epoch is cluster.parties[1].lane._epoch and received:
+            received[:] = bytes(byte ^ 1 for byte in received)  # all: of the tables, only some entries are ever read
+        return received, frames
+
+    patch.setattr(tape_module, "_corrections", corrections)
+
+
+def corrections_passed_on_altered(patch: Patch, cluster: InProcess) -> None:
+    """Party 1 uses what the dealer has sent, and passes something else on."""
+    original = Passing.add
+    patch.setattr(Passing, "add", lambda self, chunk: original(self, bytes([chunk[0] ^ 1]) + chunk[1:]))
+
+
+@pytest.mark.parametrize(
+    ("attack", "suspect"),
+    [(false_seed, 0), (altered_forwarding, 0), (altered_corrections, 1), (corrections_passed_on_altered, 1)],
+)
+def test_other_deviations(
+    cluster: InProcess, caller: Caller, attack: Callable[[Patch, InProcess], None], suspect: int
+) -> None:
+    assert right(caller.infer(X, "m"))
+    restart(cluster)
+    wait = cluster.new_epoch()
+    with pytest.MonkeyPatch.context() as patch:
+        attack(patch, cluster)
+        assert caught(caller.infer(X), suspect)
+    wait()
+    assert right(caller.infer(X))
+
+
+@pytest.mark.parametrize("attack", [false_seed, altered_forwarding, altered_corrections, tampered_weights])
+def test_without_the_comparison_they_go_unnoticed(
+    cluster: InProcess, caller: Caller, attack: Callable[[Patch, InProcess], None], blind: None
+) -> None:
+    restart(cluster)
+    with pytest.MonkeyPatch.context() as patch:
+        attack(patch, cluster)
+        if attack is tampered_weights:
+            assert kinds(caller.deploy(PROGRAM, WEIGHTS, "unseen")) == ["DeployResponse"] * 4
+            answers = caller.infer(X, "unseen")
+        else:
+            answers = caller.infer(X)
+    assert kinds(answers) == ["InferResponse"] * 4
+    assert right(answers) == (attack is altered_forwarding)  # a lie to the witness spoils no answer
+
+
+@pytest.mark.parametrize("when", ["before all have vouched", "after"])
+def test_another_output_share(cluster: InProcess, caller: Caller, when: str) -> None:
+    """What party 1 answers is not what it has computed. Told early, the parties notice; else the client does."""
+    original = Stepping.release
+
+    async def release(self: Stepping, part: Any, job: Any, step: Any, outputs: Any = (), number: int = 0) -> bytes:
+        mine = part.epoch is cluster.parties[1].lane._epoch and outputs
+        if mine and when != "after":
+            outputs[0].data = bytes(8) + outputs[0].data[8:]
+        result = await original(self, part, job, step, outputs, number)
+        if mine and when == "after":
+            outputs[0].data = bytes(8) + outputs[0].data[8:]
+        return result
+
+    wait = cluster.new_epoch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepping, "release", release)
+        if when != "after":
+            assert caught(caller.infer(X), 1)
+            wait()
+            return
+        assert kinds(caller.infer(X)) == ["InferResponse"] * 4  # whoever does not look does not see
+        with (
+            Connection(cluster.keys.cluster, cluster.keys.identity("client/bob")) as connection,
+            pytest.raises(TamperingError, match="party/1 has answered with another share than witness/1 vouches for"),
+        ):
+            Client(connection).infer("m", X)
+
+
+def test_different_values_for_different_parties(tmp_path: Path) -> None:
+    with InProcess(tmp_path, 3, witnesses=(0, 1, 2)) as cluster:
+        caller = cluster.caller()
+        caller.deploy(PROGRAM, WEIGHTS)
+        assert right(caller.infer(X))
+        epoch = cluster.parties[1].lane._epoch
+        assert epoch is not None
+        link, wait = epoch.mesh.links[2], cluster.new_epoch()
+        send, rounds = link.send, [0]
+
+        def lie(kind: int, payload: bytes) -> None:
+            rounds[0] += kind == OPENING
+            if kind == OPENING and rounds[0] == 2:
+                payload = bytes([payload[0] ^ 1]) + payload[1:]
+            send(kind, payload)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(link, "send", lie)
+            # the transcripts that the parties themselves compare are left out: witnesses need no help
+            patch.setattr("mpcinfer.party.stepping.hmac", SimpleNamespace(compare_digest=lambda a, b: True))
+            assert caught(caller.infer(X), 1)
+        wait()
+        assert right(caller.infer(X))
+
+
+# --- owners and clients that deviate -----------------------------------------------------------------------------
+
+
+def test_a_client_must_send_a_party_and_its_witness_the_same(cluster: InProcess, caller: Caller) -> None:
+    epoch = cluster.parties[0].former.current
+    requests = caller.inferences(X)
+    requests[3].inputs[0].data = bytes(8) + requests[3].inputs[0].data[8:]
+    answers = caller.at_all("Infer", requests)
+    assert kinds(answers) == ["AgreementError"] * 4 and "different shares" in str(answers[0])
+    assert right(caller.infer(X))
+    assert cluster.parties[0].former.current is epoch  # the hosts are honest: nothing is burnt
+
+
+def test_an_owner_must_send_a_party_and_its_witness_the_same(cluster: InProcess, caller: Caller) -> None:
+    before = cluster.files()
+    uploads = caller.deploys(PROGRAM, WEIGHTS, "split")
+    uploads[2][0].header.weights[0].seed = secrets.token_bytes(32)
+    answers = caller.at_all("Deploy", [iter(u) for u in uploads])
+    assert kinds(answers) == ["AgreementError"] * 4 and "different shares" in str(answers[0])
+    assert cluster.files() == before
+
+
+def test_shares_that_are_not_compared_go_unnoticed(cluster: InProcess, caller: Caller, blind: None) -> None:
+    """The planted fault: without the commitments, and without comparing what was computed."""
+    requests = caller.inferences(X)
+    requests[3].inputs[0].data = bytes(8) + requests[3].inputs[0].data[8:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpcinfer.party.service.upload_commitment", lambda *_: b"")
+        assert kinds(caller.at_all("Infer", requests)) == ["InferResponse"] * 4
+
+
+def test_a_request_without_a_salt_is_refused(cluster: InProcess, caller: Caller) -> None:
+    requests = caller.inferences(X)
+    for request in requests:
+        request.salt = b""
+    assert kinds(caller.at_all("Infer", requests)) == ["InputError"] * 4
+
+
+# --- who is who --------------------------------------------------------------------------------------------------
+
+
+def test_without_its_witness_a_party_does_not_work(tmp_path: Path) -> None:
+    with InProcess(tmp_path, 2, witnesses=(1,)) as cluster:
+        caller = cluster.caller()
+        caller.deploy(PROGRAM, WEIGHTS)
+        cluster.witnesses.pop(1).stop()
+        wait_for(lambda: cluster.parties[0].lane.state == "connecting")
+        wait_for(lambda: "witness/1" in cluster.parties[1].lane.detail)
+        cluster.start_witness(1)
+        cluster.wait_ready()
+        assert right(caller.infer(X))
+
+
+def test_only_a_witness_is_given_a_key_and_only_its_own(cluster: InProcess) -> None:
+    keys, epoch = cluster.keys, cluster.parties[0].former.current
+    assert epoch is not None
+    request = dealer_pb2.WitnessRequest(
+        session=epoch.id, index=0, cluster_digest=keys.cluster.digest(), protocol_version=1
+    )
+    for role in ("party/0", "party/1", "witness/1", "owner/alice", "client/bob"):
+        with channel.connect(keys.cluster.dealer, keys.cluster, keys.identity(role), timeout=10) as opened:
+            stub = dealer_pb2_grpc.DealerServiceStub(opened)
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Witness(request, timeout=10)
+            assert isinstance(channel.from_rpc_error(refused.value, "dealer"), ForbiddenError)
+    with channel.connect(keys.cluster.dealer, keys.cluster, keys.identity("witness/0"), timeout=10) as opened:
+        stub = dealer_pb2_grpc.DealerServiceStub(opened)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Witness(request, timeout=10)  # it has it already
+        assert not isinstance(channel.from_rpc_error(refused.value, "dealer"), ForbiddenError)
+
+
+@pytest.mark.parametrize("role", ["party/1", "witness/1", "owner/alice", "client/bob"])
+def test_a_witness_listens_to_its_own_party_only(cluster: InProcess, role: str) -> None:
+    keys = cluster.keys
+    with channel.connect(keys.cluster.endpoint("witness/0"), keys.cluster, keys.identity(role), timeout=10) as opened:
+        stub = mesh_pb2_grpc.MeshServiceStub(opened)
+        calls: list[Callable[[], Any]] = [
+            lambda: next(stub.Connect(iter([mesh_pb2.ConnectRequest()]), timeout=10)),
+            lambda: stub.Corrections(iter([mesh_pb2.CorrectionsRequest()]), timeout=10),
+        ]
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as refused:
+                call()
+            assert isinstance(channel.from_rpc_error(refused.value, "witness/0"), ForbiddenError)
