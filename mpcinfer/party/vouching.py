@@ -18,6 +18,7 @@ from mpcinfer.trust.signing import Signed, Signer, open_signed
 from mpcinfer.wire.witnessed import ShadowMesh, WitnessedMesh
 
 _PURPOSE = "witness"
+_SHARED = ("epoch", "manifest", "number")  # what all must state alike
 _REMEDY = "Nothing was released and this epoch's randomness is burnt; ask the operators named"
 
 
@@ -38,6 +39,7 @@ class Vouching:
         assert isinstance(mesh, WitnessedMesh | ShadowMesh)
         own = {
             "epoch": epoch.binding.hex(),
+            "manifest": epoch.manifest.hex(),
             "index": mesh.index,
             "number": epoch.vouched,
             "subjects": subjects,
@@ -69,7 +71,7 @@ class Vouching:
 def _check_work(own: Mapping[str, Any], index: int, statements: list[dict[str, Any]]) -> None:
     """A pair states the same work as this one, and both of it the same of their share. Else TamperingError."""
     for content in statements:
-        same = content.get("index") == index and all(content.get(name) == own[name] for name in ("epoch", "number"))
+        same = content.get("index") == index and all(content.get(name) == own[name] for name in _SHARED)
         if not same or _public(content.get("subjects")) != _public(own["subjects"]):
             raise TamperingError(f"party {index} or its witness vouches for other work than was agreed on. {_REMEDY}")
         if content["subjects"] != statements[0]["subjects"]:
