@@ -22,6 +22,7 @@ from mpcinfer.errors import ConfigError
 
 PROTOCOL_VERSION = 1
 PEER_TRANSPORTS = ("tls", "grpc")
+TOKEN_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A name is also a DNS label and part of a URI, hence lower case and short.
@@ -203,6 +204,9 @@ class Limits:
     max_sessions: int = 64
     session_mb: int = 1024
     session_idle_s: float = 900.0
+    # of these, and of the requests that wait, how many may be one client's, so that others find room
+    max_sessions_of_client: int = 32
+    max_waiting_of_client: int = 32
     # what a party may use for tapes that are ready before a request comes; 0: none are
     pool_mb: int = 1024
     # how many waiting requests are evaluated together, and the memory for the randomness of all of them
@@ -219,6 +223,42 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Issuer:
+    """An identity provider (OIDC) whose tokens a party takes: their subjects are the clients jwt/NAME/SUBJECT.
+
+    `issuer` and `audience` are what tokens must say, `jwks` the file or https URL of its public keys, `gateways` the
+    roles whose connections may bring its tokens.
+    """
+
+    name: str
+    issuer: str
+    audience: str
+    jwks: str
+    gateways: tuple[str, ...]
+    algorithms: tuple[str, ...] = ("RS256", "ES256")
+    leeway_s: int = 30
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not (self.issuer and self.audience and self.jwks) or "://" in self.jwks.removeprefix("https://"):
+            raise ConfigError(f"issuer {self.name!r} needs issuer, audience, and jwks: a file or an https URL")
+        if not self.gateways or not all(r.startswith("client/") and check_role(r) for r in self.gateways):
+            raise ConfigError(f"issuer {self.name!r} needs gateways: roles client/NAME that may bring its tokens")
+        if not self.algorithms or not {*self.algorithms} <= {*TOKEN_ALGORITHMS} or not 0 <= self.leeway_s <= 300:
+            raise ConfigError(
+                f"issuer {self.name!r}: algorithms are some of {', '.join(TOKEN_ALGORITHMS)}, leeway_s is 0 to 300"
+            )
+
+
+def _issuer(table: _Table, here: Path) -> Issuer:
+    name, issuer, audience, jwks = (table.take(key, str) for key in ("name", "issuer", "audience", "jwks"))
+    gateways, algorithms = table.take("gateways", list), table.take("algorithms", list, list(Issuer.algorithms))
+    leeway, source = table.take("leeway_s", int, Issuer.leeway_s), jwks if "://" in jwks else str(here / jwks)
+    table.finish()
+    return Issuer(name, issuer, audience, source, tuple(gateways), tuple(algorithms), leeway)
+
+
+@dataclass(frozen=True)
 class Node:
     """What one party, witness or dealer process is started with.
 
@@ -229,6 +269,7 @@ class Node:
     port they are told to connect to, on the host of the cluster file, where something in between maps ports (0: no).
     `metrics_listen` ("" for nowhere) is where figures for Prometheus are shown to whoever asks, without TLS.
     `operator` says in words who runs a party, `evidence` which kind of evidence it shows for what it runs.
+    `issuers` are identity providers whose tokens a party takes.
     """
 
     cluster: Cluster
@@ -246,6 +287,7 @@ class Node:
     peer_advertised_port: int = 0
     operator: str = ""
     evidence: str = "code-digest"
+    issuers: tuple[Issuer, ...] = ()
 
     def __post_init__(self) -> None:
         self.cluster.endpoint(self.role)
@@ -293,6 +335,7 @@ class Node:
         metrics_listen = table.take_address("metrics_listen")
         peer_advertised_port = table.take("peer_advertised_port", int, 0)
         operator, evidence = table.take("operator", str, ""), table.take("evidence", str, "code-digest")
+        tables = [_Table(f"{file}, issuer {i}", entry) for i, entry in enumerate(table.take("issuer", list, []))]
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -311,6 +354,7 @@ class Node:
             peer_advertised_port=peer_advertised_port,
             operator=operator,
             evidence=evidence,
+            issuers=tuple(_issuer(entry, here) for entry in tables),
         )
 
 

@@ -18,7 +18,7 @@ import grpc
 import torch
 
 from mpcinfer.client import certs
-from mpcinfer.config import Cluster, Limits, Node
+from mpcinfer.config import Cluster, Issuer, Limits, Node
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.server import build
 from mpcinfer.errors import MpcInferError
@@ -136,6 +136,7 @@ class Keys:
         )
         self.cluster = Cluster.load(directory / "cluster.toml")
         self.limits = limits
+        self.issuers: tuple[Issuer, ...] = ()
 
     def issue(self, role: str, stem: str | None = None) -> Identity:
         """A new key and certificate for a role, in files named after it (or `stem`, in a directory of that name)."""
@@ -164,6 +165,7 @@ class Keys:
             store=self.path(role, "store") if is_party else None,
             store_key=self.path(role, "store.key") if is_party else None,
             limits=self.limits,
+            issuers=self.issuers if is_party else (),
         )
 
 

@@ -21,6 +21,7 @@ import typer
 from mpcinfer import __version__
 from mpcinfer.cli.auditing import RATE, AuditFile, AuditRate, canaries, set_audit
 from mpcinfer.cli.certificates import certs_app
+from mpcinfer.cli.grants import grant, revoke, words
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, ModelVersion, NodePath, StopAtEof
 from mpcinfer.cli.output import load_array, print_json, print_table, shapes, write_array
 from mpcinfer.cli.owner import deploy, explain
@@ -41,6 +42,8 @@ app.add_typer(certs_app, name="certs")
 app.command()(explain)
 app.command()(deploy)
 app.command()(canaries)
+app.command()(grant)
+app.command()(revoke)
 app.add_typer(models_app, name="models")
 app.command()(generate)
 app.command()(chat)
@@ -198,9 +201,10 @@ def list_models(cluster: ClusterPath = CLUSTER, identity: IdentityPath = None, a
         return
     rows = [
         [m.name, str(m.version), m.owner, m.reveal, str(m.parameters), shapes(m.inputs), shapes(m.outputs)]
+        + [words(m.grant) if m.grant is not None else "to you"]
         for m in found
     ]
-    print_table(["NAME", "VERSION", "OWNER", "REVEAL", "PARAMETERS", "INPUTS", "OUTPUTS"], rows)
+    print_table(["NAME", "VERSION", "OWNER", "REVEAL", "PARAMETERS", "INPUTS", "OUTPUTS", "GRANTED"], rows)
 
 
 @models_app.command("rm")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpcinfer.cli.grants import Clients, Queries, Rate, Since, Tokens, Until, terms
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json
 from mpcinfer.cli.output import in_bytes, in_seconds, print_json, print_table, progress
 from mpcinfer.errors import ConfigError, InputError, UnsupportedError
@@ -116,6 +117,12 @@ def deploy(
     k: TopK = 5,
     frac_bits: FracBits = 16,
     public: PublicNames = None,
+    clients: Clients = None,
+    queries: Queries = None,
+    tokens: Tokens = None,
+    rate: Rate = 0,
+    since: Since = None,
+    until: Until = None,
     timeout: Annotated[float, typer.Option(help="Seconds.")] = 1800.0,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
@@ -124,6 +131,7 @@ def deploy(
     """Share a model among the parties. A name that exists gets a new version."""
     from mpcinfer.client.owner import ModelOwner
 
+    granted = terms(clients, queries, tokens, rate, since, until)
     # The cheap checks first: exporting a large model takes its time.
     with ModelOwner.connect(cluster, identity) as model_owner, progress(as_json) as report:
         loaded, examples = load_model(path, inputs, samples, task, context)
@@ -134,11 +142,14 @@ def deploy(
             raise InputError(
                 f"how large {', '.join(numbers)} may be must be calibrated on real inputs: give some with --samples"
             )
-        deployed = model_owner.upload(captured, name=name, vocabulary=loaded.words(), progress=report, timeout=timeout)
+        deployed = model_owner.upload(
+            captured, name=name, vocabulary=loaded.words(), grant=granted, progress=report, timeout=timeout
+        )
     if as_json:
         print_json({**asdict(deployed), "calibrated_on": examples.origin if calibrated else None})
         return
     print(f"deployed {deployed.name} version {deployed.version} ({deployed.parameters} secret parameters)")
+    print(f"granted to {granted.words()}")
     if calibrated and not examples.real:
         print(f"limits were calibrated on {examples.origin}")
 

@@ -58,6 +58,7 @@ class Connection:
         self.identity = identity
         self.demands = demands or Demands()
         self._checked = False
+        self.token: Callable[[], str] | None = None  # of a gateway: for whom the next call is made (a JWT)
         self._lock = threading.Lock()
         self._links: list[Link | None] = [None] * len(cluster.holders)
         self._closed = False
@@ -92,13 +93,14 @@ class Connection:
         """
         deadline, late = time.monotonic() + timeout, f"{method} took longer than {timeout:g} s; allow it more time"
         links, requests = self._open(min(timeout, CONNECT_TIMEOUT)), with_witnesses(self.cluster, requests)
+        metadata = self._metadata()
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         calls: list[Any] = []
         failures: list[MpcInferError] = []
         try:
             for index, (link, request) in enumerate(zip(links, requests, strict=True)):
                 left = max(deadline - time.monotonic(), 0.001)
-                calls.append(getattr(link.stub, method).future(request, timeout=left))
+                calls.append(getattr(link.stub, method).future(request, timeout=left, metadata=metadata))
                 calls[index].add_done_callback(lambda _, index=index: finished.put(index))
             patience: float | None = None
             for _ in calls:
@@ -129,6 +131,7 @@ class Connection:
         """
         deadline, late = time.monotonic() + timeout, f"{method} took longer than {timeout:g} s; allow it more time"
         links, requests = self._open(max(0.001, min(timeout, CONNECT_TIMEOUT))), with_witnesses(self.cluster, requests)
+        metadata = self._metadata()
         calls: list[Any] = []
         arrived: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in links]
 
@@ -170,7 +173,7 @@ class Connection:
         try:
             for link, request in zip(links, requests, strict=True):
                 left = max(deadline - time.monotonic(), 0.001)
-                calls.append(getattr(link.stub, method)(request, timeout=left))
+                calls.append(getattr(link.stub, method)(request, timeout=left, metadata=metadata))
             for index in range(len(calls)):
                 threading.Thread(target=pump, args=[index], name="answers", daemon=True).start()
             yield answers(), stop
@@ -215,6 +218,9 @@ class Connection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _metadata(self) -> tuple[tuple[str, str], ...] | None:
+        return None if self.token is None else (("mpcinfer-token", self.token()),)
 
     def _open(self, timeout: float) -> list[Link]:
         """The links to all parties, those opened first that are missing; none before all parties have been checked."""

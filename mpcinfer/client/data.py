@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -74,17 +74,21 @@ class Client:
         cluster: AnyPath | Cluster,
         identity: AnyPath | Identity | None = None,
         *,
+        token: str | Callable[[], str] | None = None,
         timeout: float = CONNECT_TIMEOUT,
         pin: AnyPath | None = None,
     ) -> Self:
         """Connect to all parties, checking who they are.
 
         cluster: the cluster file, or the directory it is in. identity: which key pair to use (see `locate.locate`);
-        by default the only `client-*` pair beside the cluster file, else the only `owner-*` pair. pin: the file that
+        by default the only `client-*` pair beside the cluster file, else the only `owner-*` pair. token: of a gateway,
+        the token (JWT) of the user for whom calls are made, or what returns one that is fresh. pin: the file that
         `mpcinfer pin` has written; by default MPCINFER_PIN, else `manifest.pin` beside the cluster file if it is there.
         ManifestError if the parties are not what was pinned.
         """
-        return cls(Connection.to(cluster, identity, timeout=timeout, pin=pin))
+        connection = Connection.to(cluster, identity, timeout=timeout, pin=pin)
+        connection.token = (lambda: token) if isinstance(token, str) else token
+        return cls(connection)
 
     @property
     def manifest(self) -> Manifest:

@@ -183,7 +183,8 @@ class Lane:
         if epoch.over:
             raise AbortedError("a party or the dealer has left; connecting again")
         jobs = [] if job is None else self._together(epoch, job)
-        idle = self._sessions.idle(max(1, sum(each.action == "generate" and not each.taken for each in jobs)))
+        callers = [each.caller for each in jobs if each.action == "generate" and not each.taken]
+        idle = self._sessions.idle(max(1, len(callers)), callers)
         if idle:
             self._by.settle()
             epoch.mesh.announce(json.dumps({"action": "forget", "sessions": [i.hex() for i in idle]}).encode())

@@ -11,6 +11,7 @@ import torch
 from mpcinfer import nn
 from mpcinfer.config import Node
 from mpcinfer.errors import ConfigError, UnavailableError
+from mpcinfer.party.accounts import Accounts
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.grants import Grants
@@ -62,7 +63,9 @@ class Party:
             self.former = (ShadowFormer if shadow else Former)(node, identity, self.inbox.wake)
             undo.callback(self.former.close)
             limits = node.limits
-            self.sessions = Sessions(limits.max_sessions, limits.session_mb, limits.session_idle_s)
+            self.sessions = Sessions(
+                limits.max_sessions, limits.session_mb, limits.session_idle_s, limits.max_sessions_of_client
+            )
             self.metrics = PartyMetrics()
             self.manifest = PartyManifest(node, identity)
             vouching = Vouching(cluster, Signer(identity)) if cluster.witnesses else None
@@ -89,6 +92,7 @@ class Party:
                 self.sessions,
                 uploads,
                 policy,
+                Accounts(cluster, node.issuers),
                 limits,
                 self.metrics,
                 self.manifest,

@@ -6,6 +6,7 @@ import hashlib
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.errors import AbortedError, BusyError, DeadlineError, InputError, ShapeError
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.nn.sampling import Choice
+from mpcinfer.party.accounts import Accounts
 from mpcinfer.party.actions import Inference, Inferred
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.generation import Writing, Written
@@ -33,7 +35,7 @@ from mpcinfer.trust.commitment import check_salt, upload_commitment
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK
-from mpcinfer.wire.identity import Peer, peer_of, require
+from mpcinfer.wire.identity import Peer, require
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 
 _DEFAULT_SECONDS = 300.0
@@ -51,6 +53,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         sessions: Sessions,
         uploads: Uploads,
         policy: Policy,
+        accounts: Accounts,
         limits: Limits,
         metrics: PartyMetrics,
         manifest: PartyManifest,
@@ -68,14 +71,16 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self._sessions = sessions
         self._uploads = uploads
         self._policy = policy
+        self._accounts = accounts
         self._limits = limits
-        self._admission = threading.BoundedSemaphore(limits.max_waiting_requests)
+        self._waiting: Counter[str] = Counter()
+        self._waiting_lock = threading.Lock()
         self._started = time.monotonic()
 
     def Status(self, request: party_pb2.StatusRequest, context: grpc.ServicerContext) -> party_pb2.StatusResponse:
         """See party.proto."""
         try:
-            viewer = peer_of(context, self._cluster).role
+            viewer = self._accounts.identify(context).role
             return party_pb2.StatusResponse(
                 index=self._lane.index,
                 parties=self._cluster.n,
@@ -108,7 +113,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""
-        with self._admitted("infer", context, "client/", "owner/") as (peer, call):
+        with self._admitted("infer", context, "client/", "owner/", token=request.token) as (peer, call):
             model = self._catalogue.find(request.model, request.version, peer.role)
             if model.program.caches:
                 raise InputError(f"{request.model!r} is a language model: it is asked to generate")
@@ -134,7 +139,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self, request: party_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[party_pb2.GenerateResponse]:
         """See party.proto."""
-        with self._admitted("generate", context, "client/", "owner/") as (peer, call):
+        with self._admitted("generate", context, "client/", "owner/", token=request.token) as (peer, call):
             model = self._catalogue.find(request.model, request.version, peer.role)
             writing = self._writing(model, request)
             self._policy.check(model, peer.role, *writing.uses())
@@ -231,8 +236,12 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         return Writing(model, tokens, request.parent, request.keep, request.max_new_tokens, choice)
 
     @contextmanager
-    def _admitted(self, action: str, context: grpc.ServicerContext, *roles: str) -> Iterator[tuple[Peer, Call]]:
+    def _admitted(
+        self, action: str, context: grpc.ServicerContext, *roles: str, token: str = ""
+    ) -> Iterator[tuple[Peer, Call]]:
         """Who calls, if they may, if there is room, and once the parties are connected. Any error inside ends the RPC.
+
+        What clients may do, those may who are known by a token.
 
         The Call is what the metrics know of it, under the name of `action`.
 
@@ -240,19 +249,31 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         """
         try:
             with self._metrics.call(action, lambda: not context.is_active()) as call:
-                peer = peer_of(context, self._cluster)
-                require(peer, *roles)
-                if not self._admission.acquire(blocking=False):
-                    raise BusyError(
-                        f"{self._limits.max_waiting_requests} requests are waiting already; send it again later"
-                    )
-                try:
+                peer = self._accounts.identify(context, token)
+                require(peer, *roles, *(["jwt/"] if "client/" in roles else []))
+                with self._room(peer.role):
                     self._lane.wait_ready(self._patience(context))
                     yield peer, call
-                finally:
-                    self._admission.release()
         except Exception as error:
             channel.abort(context, error)
+
+    @contextmanager
+    def _room(self, role: str) -> Iterator[None]:
+        """A place among those that wait, of which no client may have too many."""
+        with self._waiting_lock:
+            for waiting, most in (
+                (sum(self._waiting.values()), self._limits.max_waiting_requests),
+                (self._waiting[role], self._limits.max_waiting_of_client),
+            ):
+                if waiting >= most:
+                    raise BusyError(f"{most} requests are waiting already; send it again later")
+            self._waiting[role] += 1
+        try:
+            yield
+        finally:
+            with self._waiting_lock:
+                self._waiting[role] -= 1
+                self._waiting += Counter()  # forgets who has none
 
     def _patience(self, context: grpc.ServicerContext) -> float:
         left = context.time_remaining()

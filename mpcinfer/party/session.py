@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +119,9 @@ class Session:
 class Sessions:
     """The sessions of this party. The lane's thread changes them; others may look."""
 
-    def __init__(self, most: int, megabytes: int, idle_seconds: float) -> None:
+    def __init__(self, most: int, megabytes: int, idle_seconds: float, most_of_caller: int | None = None) -> None:
         self._most = most
+        self._most_of_caller = min(most, most_of_caller or most)
         self._megabytes = megabytes
         self._idle_seconds = idle_seconds
         self._sessions: dict[bytes, Session] = {}
@@ -160,6 +163,8 @@ class Sessions:
             raise ConflictError("a session with this id exists; draw a new id for every request")
         if len(self._sessions) >= self._most:
             raise BusyError(f"{self._most} sessions are in use; try again later")
+        if sum(s.caller == caller for s in self._sessions.values()) >= self._most_of_caller:
+            raise BusyError(f"{self._most_of_caller} sessions of yours are in use; end one, or try again later")
         names = [c.name for c in model.program.caches]
         if parent:
             origin = self.find(parent, caller, model)
@@ -191,12 +196,16 @@ class Sessions:
                 "shorter text"
             )
 
-    def idle(self, new: int = 1) -> list[bytes]:
-        """Party 0: which sessions to forget now, so that there is room for so many new ones."""
+    def idle(self, new: int = 1, callers: Sequence[str] = ()) -> list[bytes]:
+        """Party 0: which sessions to forget now, so that there is room for so many new ones, of these callers."""
         now = time.monotonic()
         resting = sorted((s for s in self._sessions.values() if not s.active), key=lambda s: s.touched)
         crowd = max(0, len(self._sessions) - (self._most - new))
         over = {s.id for s in resting[:crowd]} | {s.id for s in resting if now - s.touched > self._idle_seconds}
+        for caller, wanted in Counter(callers).items():
+            own = [s for s in resting if s.caller == caller]
+            held = sum(s.caller == caller for s in self._sessions.values())
+            over |= {s.id for s in own[: max(0, held + wanted - self._most_of_caller)]}
         ended = {i for i in self._ending.copy() if i in self._sessions and not self._sessions[i].active}
         return sorted(over | ended)
 

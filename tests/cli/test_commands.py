@@ -142,8 +142,8 @@ def test_which_cluster_and_identity(
 def test_models(shell: Shell, world: FakeCluster) -> None:
     done = shell("models")
     head, row = done.out.splitlines()
-    assert head.split() == ["NAME", "VERSION", "OWNER", "REVEAL", "PARAMETERS", "INPUTS", "OUTPUTS"]
-    assert row.split() == ["same", "1", "owner/o", "logits", "12", "Nx3", "Nx3"]
+    assert head.split() == ["NAME", "VERSION", "OWNER", "REVEAL", "PARAMETERS", "INPUTS", "OUTPUTS", "GRANTED"]
+    assert row.split() == ["same", "1", "owner/o", "logits", "12", "Nx3", "Nx3", "to", "you"]
     assert shell("models", "list").out == done.out
     (model,) = shell("models", "--json").json["models"]
     assert (model["name"], model["version"], model["inputs"][0]["shape"]) == ("same", 1, [-1, 3])
@@ -271,9 +271,24 @@ def test_a_whole_cluster_from_the_command_line(tmp_path: Path, shell: Shell) -> 
             cluster = ("--cluster", tmp_path / "c")
             assert shell("status", *cluster).code == 0
             torch.export.save(torch.export.export(torch.nn.Linear(3, 2).eval(), (torch.zeros(1, 3),)), "m.pt2")
-            assert shell("deploy", "m.pt2", "--name", "m", *cluster).code == 0
+            done = shell("deploy", "m.pt2", "--name", "m", *cluster)
+            assert done.code == 0 and "granted to all clients of the cluster; no budget; no expiry" in done.out
             np.save("x.npy", np.ones((1, 3)))
             assert shell("infer", "m", "x.npy", "--json", *cluster).json["shapes"] == [[1, 2]]
+            granted = shell("grant", "m", "--client", "ann", "--queries", "2/day", "--until", "2099-01-01", *cluster)
+            assert "client/ann; 2 queries per day each; until 2099-01-01 00:00 UTC" in granted.out
+            assert (
+                granted.out == shell("grant", "m", *cluster).out
+                and "2 queries per day" in shell("models", *cluster, "--identity", "owner/owner").out
+            )
+            assert shell("infer", "m", "x.npy", *cluster).code == 0
+            assert shell("infer", "m", "x.npy", "--json", *cluster).json["error"]["type"] == "BudgetError"
+            assert shell("revoke", "m", "--json", *cluster).json["grants"][0]["revoked"]
+            assert shell("infer", "m", "x.npy", "--json", *cluster).json["error"]["type"] == "GrantError"
+            assert shell("grant", "m", "--everybody", "--rate", 5, *cluster).code == 2
+            assert shell("grant", "m", "--until", "soon", *cluster).code == 2
+            assert shell("grant", "m", "--everybody", "--json", *cluster).json["grants"][0]["serial"] == 4
+            assert shell("infer", "m", "x.npy", *cluster).code == 0
             assert shell("models", "rm", "m", *cluster).code == 0
         finally:
             process.send_signal(signal.SIGTERM)
