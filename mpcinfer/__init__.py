@@ -15,6 +15,7 @@ __all__ = [
     "AgreementError",
     "AsyncClient",
     "Audit",
+    "Budget",
     "BudgetError",
     "BusyError",
     "Client",
@@ -38,6 +39,7 @@ __all__ = [
     "SignatureError",
     "StoreError",
     "TamperingError",
+    "Terms",
     "UnavailableError",
     "UnsupportedError",
     "UploadError",
@@ -46,9 +48,11 @@ __all__ = [
 _HOMES = {
     "AsyncClient": "client.aio",
     "Audit": "client.audit",
+    "Budget": "trust.grant",
     "Client": "client.data",
     "Deployed": "client.owner",
     "ModelOwner": "client.owner",
+    "Terms": "trust.grant",
 }
 
 

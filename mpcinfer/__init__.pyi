@@ -31,6 +31,8 @@ from mpcinfer.errors import TamperingError as TamperingError
 from mpcinfer.errors import UnavailableError as UnavailableError
 from mpcinfer.errors import UnsupportedError as UnsupportedError
 from mpcinfer.errors import UploadError as UploadError
+from mpcinfer.trust.grant import Budget as Budget
+from mpcinfer.trust.grant import Terms as Terms
 
 __version__: str
 __all__: list[str]

@@ -13,7 +13,7 @@ import pytest
 import mpcinfer
 from mpcinfer import errors
 
-NAMES = {"AsyncClient", "Audit", "Client", "Deployed", "ModelOwner"}
+NAMES = {"AsyncClient", "Audit", "Budget", "Client", "Deployed", "ModelOwner", "Terms"}
 
 
 def test_what_it_offers() -> None:
