@@ -264,6 +264,7 @@ class LocalCluster:
             f'key = "{stem}.key"',
             f'certificate = "{stem}.pem"',
             f'log_level = "{log_level}"',
+            'operator = "whoever started this cluster on one machine"',
             *self._ports.get(role, ()),
         ]
         if role != "dealer":

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dcap_qvl
 import grpc
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ from mpcinfer.errors import IdentityError, ManifestError, MpcInferError, Signatu
 from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.service import PartyService
 from mpcinfer.trust import manifest as statements
+from mpcinfer.trust.evidence import Expected, find, quotes
 from mpcinfer.trust.facts import digest
 from mpcinfer.trust.manifest import Stated, state
-from mpcinfer.trust.pin import Pin
+from mpcinfer.trust.pin import Member, Pin
 from mpcinfer.trust.signing import Signed
 from tests.inprocess import InProcess
 
+QUOTES = Path(__file__).parents[1] / "trust" / "quotes"
+JUNE_2025 = 1750400000  # the collateral of these quotes was fetched a day before
 SHARES = ("Infer", "Generate", "Deploy")
 X = np.ones((1, 4), np.float32)
 
@@ -252,4 +256,52 @@ def test_another_cluster_file(scene: Scene) -> None:
     del scene.reached[:]
     with pytest.raises(ManifestError, match="pinned under another cluster file"):
         Connection(scene.cluster, scene.client, demands=Demands(other))
+    assert scene.reached == []
+
+
+# --- quotes of a real processor, which was not this host's -----------------------------------------------------------
+
+
+@pytest.fixture(params=["tdx", "sgx"])
+def quoted(scene: Scene, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Demands]:
+    """Party 1 shows a quote; what a client demands who has pinned it."""
+    quote, collateral = (QUOTES / f"{request.param}.quote").read_bytes(), str(QUOTES / f"{request.param}.json")
+    monkeypatch.setattr(quotes, "now", lambda: JUNE_2025)
+    monkeypatch.setattr(type(find(request.param)), "produce", lambda self, report_data: quote)
+    bound = dcap_qvl.parse_quote(quote).report.report_data
+    measured = find(request.param).verify(quote, bound, Expected("party/1", None, collateral))
+    scene.party().facts = replace(scene.party().facts, evidence=request.param)
+    scene.again()
+    yield Demands(Pin((scene.pin.members[0], Member(scene.party().facts, measured))), collateral)
+
+
+def uses(scene: Scene, demands: Demands) -> None:
+    with Connection(scene.cluster, scene.client, demands=demands) as connection:
+        Client(connection).infer("m", X)
+
+
+def test_a_quote_bound_to_other_keys(scene: Scene, quoted: Demands) -> None:
+    del scene.reached[:]
+    for demands in (quoted, replace(quoted, pin=None)):
+        with pytest.raises(ManifestError, match="quote of party/1 is not bound to its keys and to this connection"):
+            uses(scene, demands)
+    assert scene.reached == []
+
+
+def test_what_a_bound_quote_measures(scene: Scene, quoted: Demands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the binding taken for granted (the planted fault) the same quote is accepted, and its measurements count."""
+    shown = find(scene.party().facts.evidence).produce(b"")
+    bound = dcap_qvl.parse_quote(shown).report.report_data
+    monkeypatch.setattr(statements, "report_data", lambda *_: bound)
+    uses(scene, quoted)
+    assert quoted.pin is not None
+    first, second = quoted.pin.members
+    assert second.measured is not None
+    name = list(second.measured)[-1]
+    false = replace(second, measured={**second.measured, name: "ab" * 48})
+    del scene.reached[:]
+    with pytest.raises(ManifestError, match=f"measures another {name} than was pinned"):
+        uses(scene, replace(quoted, pin=Pin((first, false))))
+    with pytest.raises(ManifestError, match="cannot be checked without collateral"):
+        uses(scene, replace(quoted, collateral=""))
     assert scene.reached == []

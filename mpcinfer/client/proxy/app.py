@@ -140,7 +140,10 @@ class Proxy:
         return JSONResponse({"parties": [asdict(card) for card in self._cards]})
 
     async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        manifest = self._backend.manifest()
+        members = [] if manifest is None else manifest.members
+        parties = [{"role": m.facts.role, "operator": m.facts.operator, "evidence": m.evidence} for m in members]
+        return JSONResponse({"status": "ok", "pinned": manifest is not None and manifest.pinned, "parties": parties})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.meter.text(), media_type="text/plain; version=0.0.4")

@@ -13,6 +13,7 @@ from mpcinfer.client.model import Model
 from mpcinfer.client.status import PartyStatus
 from mpcinfer.config import Cluster
 from mpcinfer.errors import UnsupportedError
+from mpcinfer.trust.manifest import Manifest
 
 # a text, or the ids of one
 Text = str | Sequence[int]
@@ -31,13 +32,15 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class PartyCard:
-    """Who a party is, by the cluster file, and how it says it is doing."""
+    """Who a party is, by the cluster file and its own signed word, and how it says it is doing."""
 
     role: str
     address: str
     pin: str
     state: str
     detail: str = ""
+    operator: str = ""
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Backend:
     parties: Callable[[], Sequence[PartyCard]]
     embed: Embed
     timeout: float = 600.0  # seconds for one answer
+    manifest: Callable[[], Manifest | None] = lambda: None  # as of the last connection: nobody is asked
 
 
 class TextClient(Writer, Protocol):
@@ -74,6 +78,11 @@ class TextClient(Writer, Protocol):
         """How each party is doing."""
         ...
 
+    @property
+    def manifest(self) -> Manifest:
+        """Who the parties are, as they have signed it for the last connection."""
+        ...
+
     def close(self) -> None:
         """End the connection."""
         ...
@@ -89,8 +98,11 @@ def of_client(client: TextClient, cluster: Cluster, *, timeout: float = 600.0) -
         return [ModelCard(m.name, m.owner, int(m.created)) for m in known]
 
     def parties() -> list[PartyCard]:
-        pins = {endpoint.role: endpoint.key_pin for endpoint in cluster.parties}
-        return [PartyCard(s.role, s.address, pins.get(s.role, ""), s.state, s.detail) for s in client.status()]
+        pins = {endpoint.role: endpoint.key_pin for endpoint in cluster.holders}
+        return [
+            PartyCard(s.role, s.address, pins.get(s.role, ""), s.state, s.detail, s.operator, s.evidence)
+            for s in client.status()
+        ]
 
     def embed(name: str, text: Text, seconds: float) -> tuple[list[float], int]:
         if isinstance(text, str):
@@ -101,4 +113,4 @@ def of_client(client: TextClient, cluster: Cluster, *, timeout: float = 600.0) -
             raise UnsupportedError(f"model {name!r} does not give one vector for a list of tokens")
         return output.flatten().tolist(), len(text)
 
-    return Backend(client, models, parties, embed, timeout)
+    return Backend(client, models, parties, embed, timeout, lambda: client.manifest)

@@ -80,10 +80,13 @@ def find(kind: str) -> Evidence:
 
 
 def _register_own() -> None:
+    from mpcinfer.trust.evidence.quotes import Sgx, Tdx
     from mpcinfer.trust.evidence.said import CodeDigest, Nothing
 
     register("none", Nothing)
     register("code-digest", CodeDigest)
+    register("tdx", Tdx)
+    register("sgx", Sgx)
 
 
 _register_own()

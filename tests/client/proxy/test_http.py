@@ -138,7 +138,7 @@ def test_paths_and_methods_that_there_are_not(http: httpx.Client) -> None:
         assert http.get(path).status_code == 404 and problem(http.get(path))["message"]
     answer = http.get(CHAT)
     assert answer.status_code == 405 and problem(answer) and answer.headers["Allow"] == "POST"
-    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/healthz").json() == {"status": "ok", "pinned": False, "parties": []}
 
 
 def test_names_of_fields_are_not_repeated_blindly(http: httpx.Client) -> None:
