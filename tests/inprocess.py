@@ -240,6 +240,7 @@ class InProcess:
         party.lane._thread.join(20)
         assert not party.lane._thread.is_alive()
         party.former.close()
+        party.audit.close()
         lock, party.store._lock_file = party.store._lock_file, None
         assert lock is not None
         os.close(lock)

@@ -12,13 +12,15 @@ import torch
 
 from mpcinfer.client.audit import Audit
 from mpcinfer.client.cluster import CONNECT_TIMEOUT
-from mpcinfer.client.data import GENERATE_TIMEOUT, Client, Cost
+from mpcinfer.client.data import GENERATE_TIMEOUT, Client
 from mpcinfer.client.generation import Piece, Prompt, Settings
 from mpcinfer.client.inputs import Array
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model
+from mpcinfer.client.outputs import Cost
 from mpcinfer.client.status import PartyStatus
 from mpcinfer.config import Cluster
+from mpcinfer.trust.receipt import Receipt
 from mpcinfer.wire.identity import Identity
 
 _MAX_CALLS = 64
@@ -54,6 +56,11 @@ class AsyncClient:
     def last_cost(self) -> Cost | None:
         """What the answer that came last cost; see `Client.last_cost`."""
         return self._client.last_cost
+
+    @property
+    def last_receipt(self) -> Receipt | None:
+        """What all parties have signed about the last answer; see `Client.last_receipt`."""
+        return self._client.last_receipt
 
     async def infer(
         self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0, audit: Audit | None = None

@@ -16,6 +16,7 @@ from mpcinfer.client.link import Link, at_once, open_link
 from mpcinfer.client.locate import AnyPath, locate
 from mpcinfer.client.manifest import Demands, ask, fresh_nonce
 from mpcinfer.client.model import Model, agreed
+from mpcinfer.client.proof import Proof
 from mpcinfer.client.vouched import vouched, with_witnesses
 from mpcinfer.config import Cluster
 from mpcinfer.errors import AbortedError, AgreementError, DeadlineError, MpcInferError, UnavailableError
@@ -23,7 +24,7 @@ from mpcinfer.trust.manifest import Manifest, check
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.v1 import party_pb2
+from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
 CONNECT_TIMEOUT = 10.0
 LIST_TIMEOUT = 10.0
@@ -179,6 +180,11 @@ class Connection:
             yield answers(), stop
         finally:
             stop()
+
+    def proof(self, model: Model, requests: Sequence[Any], shares: Sequence[Sequence[tensor_pb2.Tensor]]) -> Proof:
+        """What the parties are held to that are sent these requests."""
+        role = self.identity.role if self.token is None else ""
+        return Proof(self.cluster, role, model, requests, shares, lambda: self.manifest.digest)
 
     def forget_session(self, session: bytes) -> None:
         """Tell the parties, who would find out anyway, that a session is not needed any more; waits for nothing."""

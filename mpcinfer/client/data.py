@@ -7,11 +7,10 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
-import numpy as np
 import torch
 
 from mpcinfer.client.audit import Audit, audited
@@ -20,6 +19,8 @@ from mpcinfer.client.generation import Message, Prompt, Settings
 from mpcinfer.client.inputs import Array, encode_inputs, free_sizes
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model, TensorSpec
+from mpcinfer.client.outputs import Cost, cost_of, output_of, total
+from mpcinfer.client.proof import Proven
 from mpcinfer.client.status import PartyStatus, cluster_status, wait_until_ready
 from mpcinfer.client.text import Tokenizer
 from mpcinfer.client.writing import Answer, Memory
@@ -33,24 +34,31 @@ from mpcinfer.errors import (
     ProtocolError,
     StoreError,
 )
-from mpcinfer.graph.sizes import BATCH, agrees, filled
+from mpcinfer.graph.sizes import BATCH, filled
 from mpcinfer.models.vocabulary import Vocabulary
-from mpcinfer.ring import prg
 from mpcinfer.ring.codec import check_indices
 from mpcinfer.ring.domain import Ring
-from mpcinfer.ring.sharing import combine, split
+from mpcinfer.ring.sharing import split
 from mpcinfer.trust import canaries
 from mpcinfer.trust.canaries import CanarySet
 from mpcinfer.trust.commitment import SALT_BYTES
 from mpcinfer.trust.manifest import Manifest
+from mpcinfer.trust.receipt import Receipt
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
-
-Cost = dict[str, dict[str, float]]
 
 MAX_REQUEST_BYTES = 64 * 2**20
 _READY_TIMEOUT = 15.0
 GENERATE_TIMEOUT = 3600.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of one request: the outputs, what they cost, what the parties have signed."""
+
+    outputs: list[torch.Tensor] = field(repr=False)
+    cost: Cost
+    receipt: Receipt
 
 
 class Client:
@@ -63,10 +71,19 @@ class Client:
         self._memory = Memory()
         self.audit: Audit | None = None
         """For all requests that are given none of their own."""
+        self._proven: Proven | None = None
         self.last_cost: Cost | None = None
         """What the last answer cost: {"online": {"seconds", "rounds", "bytes_sent_per_party"}, "offline": {"seconds",
         "rounds", "bytes_sent_per_party", "bytes_sent_by_dealer"}}; seconds and bytes per party of the slowest and the
         most talkative party. The offline phase does not depend on the input and may have happened before it came."""
+
+    @property
+    def last_receipt(self) -> Receipt | None:
+        """What all parties have signed about the last answer (a text: as far as it is written), and was checked.
+
+        Of a batch that was sent as several requests, that of the last one.
+        """
+        return self._proven.receipt if self._proven is not None else None
 
     @classmethod
     def connect(
@@ -165,6 +182,7 @@ class Client:
         else:
             left = deadline - time.monotonic()
             answer = Answer(self._connection, self._memory, model, tokenizer, ids.tolist(), settings, stop, left)
+        self._proven = answer
         if not stream:
             for _ in answer:
                 pass
@@ -285,29 +303,29 @@ class Client:
             answers = [self._answer(model, part, deadline) for part in parts]
         else:
             answers = [self._audited(model, part, timeout, audit) for part in parts]
-        self.last_cost = _total([cost for _, cost in answers])
+        self._proven, self.last_cost = answers[-1], total([each.cost for each in answers])
         as_torch = any(isinstance(x, torch.Tensor) for x in inputs)
         outputs: list[Array] = []
         for position, spec in enumerate(model.outputs):
             whole = (
-                torch.cat([shared[position] for shared, _ in answers]) if len(answers) > 1 else answers[0][0][position]
+                torch.cat([each.outputs[position] for each in answers])
+                if len(answers) > 1
+                else answers[0].outputs[position]
             )
             # Without fraction bits a value is an index.
             value = (whole.double() / 2.0**spec.frac_bits).float() if spec.frac_bits else whole
             outputs.append(value if as_torch else value.numpy())
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _audited(
-        self, model: Model, inputs: list[torch.Tensor], timeout: float, audit: Audit
-    ) -> tuple[list[torch.Tensor], Cost]:
+    def _audited(self, model: Model, inputs: list[torch.Tensor], timeout: float, audit: Audit) -> Answered:
         """One request after the canaries that go before it. Each has the same time from its own beginning: parties
         see how long a caller is going to wait."""
         for canary in audit.examples(model, inputs):
-            outputs, _ = self._answer(model, list(canary.inputs), time.monotonic() + timeout)
-            audit.check_example(canary, outputs)
+            answered = self._answer(model, list(canary.inputs), time.monotonic() + timeout)
+            audit.check_example(canary, answered.outputs)
         return self._answer(model, inputs, time.monotonic() + timeout)
 
-    def _answer(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> tuple[list[torch.Tensor], Cost]:
+    def _answer(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> Answered:
         """One request, sent once more if a party failed in the middle."""
         connection = self._connection
         try:
@@ -322,7 +340,7 @@ class Client:
                 raise AbortedError(f"{error} ({obstacle})") from error
         return self._request(model, inputs, deadline)
 
-    def _request(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> tuple[list[torch.Tensor], Cost]:
+    def _request(self, model: Model, inputs: list[torch.Tensor], deadline: float) -> Answered:
         """Share the encoded inputs, have the model evaluated, add up the shares of the outputs."""
         parties = self._connection.cluster.n
         request_id = secrets.token_bytes(16)
@@ -343,13 +361,16 @@ class Client:
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("no time left to send the request; allow it more time")
+        proof = self._connection.proof(model, requests, [request.inputs for request in requests])
         answers = self._connection.call("Infer", requests, timeout=left)
         if any(answer.version != model.version for answer in answers):
             raise ProtocolError(f"a party answered with another version of model {model.name!r} than was asked for")
         free = free_sizes(model, inputs)
         shapes = [filled(spec.shape, free) for spec in model.outputs]
-        outputs = [_sum(answers, i, *expected) for i, expected in enumerate(zip(model.outputs, shapes, strict=True))]
-        return outputs, _cost(answers)
+        outputs = [
+            output_of(answers, i, *expected) for i, expected in enumerate(zip(model.outputs, shapes, strict=True))
+        ]
+        return Answered(outputs, cost_of(answers), proof.check(answers))
 
 
 def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -372,48 +393,3 @@ def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tenso
 
 def _message(spec: TensorSpec, shape: Sequence[int], **content: bytes) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(shape=shape, frac_bits=spec.frac_bits, ring_bits=spec.ring_bits, **content)
-
-
-def _sum(
-    answers: list[party_pb2.InferResponse], position: int, spec: TensorSpec, expected: tuple[int, ...]
-) -> torch.Tensor:
-    """Output number `position`: the sum of all parties' shares, signed."""
-    ring = Ring(spec.ring_bits)
-    shares: list[torch.Tensor] = []
-    for index, answer in enumerate(answers):
-        message = answer.outputs[position] if position < len(answer.outputs) else tensor_pb2.Tensor()
-        shape = tuple(message.shape)
-        form = message.frac_bits, message.ring_bits or 64
-        same = not shares or shape == tuple(shares[0].shape)
-        if not agrees(expected, shape) or not same or form != (spec.frac_bits, spec.ring_bits):
-            raise ProtocolError(f"party/{index} answered with another output {spec.name!r} than the model declares")
-        if message.WhichOneof("content") == "seed" and len(message.seed) == prg.SEED_BYTES:
-            shares.append(prg.expand(message.seed, shape, ring))
-        elif len(message.data) == 8 * math.prod(shape):
-            # A copy, because a tensor over bytes that cannot be written to makes torch warn.
-            data = np.frombuffer(message.data, "<i8").astype(np.int64)
-            shares.append(ring.reduce(torch.from_numpy(data).reshape(shape)))
-        else:
-            raise ProtocolError(f"party/{index} answered with a damaged share of output {spec.name!r}")
-    total = combine(shares, ring)
-    return total if spec.ring_bits == 64 else total - ((total >> (spec.ring_bits - 1)) << spec.ring_bits)
-
-
-def _cost(answers: list[party_pb2.InferResponse]) -> Cost:
-    def phase(costs: list[tensor_pb2.PhaseCost]) -> dict[str, float]:
-        return {
-            "seconds": max(cost.seconds for cost in costs),
-            "rounds": max(cost.rounds for cost in costs),
-            "bytes_sent_per_party": max(cost.bytes_sent for cost in costs),
-        }
-
-    offline = [answer.offline for answer in answers]
-    dealt = sum(cost.bytes_from_dealer for cost in offline)
-    return {
-        "online": phase([answer.online for answer in answers]),
-        "offline": {**phase(offline), "bytes_sent_by_dealer": dealt},
-    }
-
-
-def _total(costs: list[Cost]) -> Cost:
-    return {phase: {item: sum(cost[phase][item] for cost in costs) for item in costs[0][phase]} for phase in costs[0]}

@@ -28,6 +28,7 @@ from mpcinfer.nn.sampling import Choice
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine, split
 from mpcinfer.trust.commitment import SALT_BYTES
+from mpcinfer.trust.receipt import Receipt
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
 _REMEMBERED = 16  # sessions whose beginnings a next text may have
@@ -93,7 +94,10 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Answer:
-    """See `generation.Generation`, which this is. `logits` are those of each token, if the model reveals them."""
+    """See `generation.Generation`, which this is. `logits` are those of each token, if the model reveals them.
+
+    `receipt` is what all parties have signed about the text as far as it is written.
+    """
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class Answer:
         self.tokens: list[int] = []
         self.logits: list[torch.Tensor] = []
         self.finish: Finish | None = None
+        self.receipt: Receipt | None = None
         self.prompt_cost = StepCost(0.0, 0.0, 0, 0, 0)
         self._connection = connection
         self._memory = memory
@@ -167,6 +172,7 @@ class Answer:
             )
             for share in shares
         ]
+        self._proof = self._connection.proof(self._model, self._requests, [[r.tokens] for r in self._requests])
 
     def cancel(self) -> None:
         """See `Generation.cancel`."""
@@ -195,6 +201,7 @@ class Answer:
             if not answers[0].outputs:
                 self.prompt_cost = _sum(self.prompt_cost, cost)
                 continue
+            self.receipt = self._proof.check(answers)
             token = int(self._revealed(answers, 0).item())
             if len(answers[0].outputs) > 1:
                 self.logits.append(self._revealed(answers, 1)[0].double() / 2.0 ** self._model.outputs[0].frac_bits)

@@ -15,6 +15,7 @@ from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.messages import reveal
 from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
+from mpcinfer.party.transcript import Evidence
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 from mpcinfer.wire.v1 import tensor_pb2
@@ -37,13 +38,15 @@ class Inference:
 
 @dataclass(frozen=True)
 class Inferred:
-    """This party's output shares, what they cost, and the commitment to them where there are witnesses."""
+    """This party's output shares, what they cost, the commitment to them where there are witnesses, and what the run
+    leaves for the receipt."""
 
     model: Model
     outputs: list[tensor_pb2.Tensor]
     online: Phase
     offline: Phase
     commitment: bytes
+    evidence: Evidence | None = None
 
 
 def found(catalogue: Catalogue, admitted: Model, job: Job, step: dict[str, Any]) -> Model:
@@ -81,8 +84,8 @@ async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: 
     outputs, online = await by.execute(
         part, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
     )
-    answer = [reveal(x) for x in outputs]
-    return Inferred(model, answer, online, offline, await by.release(part, job, step, answer))
+    answer, evidence = [reveal(x) for x in outputs], part.evidence
+    return Inferred(model, answer, online, offline, await by.release(part, job, step, answer), evidence)
 
 
 async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:

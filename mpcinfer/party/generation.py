@@ -19,6 +19,7 @@ from mpcinfer.party.messages import reveal
 from mpcinfer.party.session import Session, Sessions
 from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
 from mpcinfer.party.tape import Tape
+from mpcinfer.party.transcript import Evidence
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 from mpcinfer.wire.v1 import tensor_pb2
@@ -28,7 +29,7 @@ from mpcinfer.wire.v1 import tensor_pb2
 class Written:
     """What one step has yielded: how much of the request is taken in, output shares if a token was chosen, costs.
 
-    And the commitment to the outputs, where there are witnesses.
+    And the commitment to the outputs, where there are witnesses, and what the step leaves for the receipt.
     """
 
     taken: int
@@ -36,6 +37,7 @@ class Written:
     online: Phase
     offline: Phase
     commitment: bytes
+    evidence: Evidence | None = None
 
 
 @dataclass
@@ -149,7 +151,7 @@ async def generate(
     answer = [reveal(x) for x in done.outputs]
     # a text that is only taken in releases nothing
     commitment = await by.release(part, job, announced, answer, writing.chosen) if answer else b""
-    writing.done.put(Written(writing.taken, answer, online, offline, commitment))
+    writing.done.put(Written(writing.taken, answer, online, offline, commitment, part.evidence))
     return writing.over(taken, chosen)
 
 

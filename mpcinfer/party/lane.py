@@ -13,12 +13,13 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, UnavailableError
+from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, TamperingError, UnavailableError
 from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
+from mpcinfer.party.audit import Audit
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
 from mpcinfer.party.generation import Writing, generate, gone
@@ -31,6 +32,7 @@ from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
 from mpcinfer.party.transcript import secret_of
 from mpcinfer.party.vouching import Vouching, merged_inventories
+from mpcinfer.trust.chain import Head
 from mpcinfer.wire.mesh import read_json
 
 _log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Lane:
         limits: Limits,
         metrics: PartyMetrics,
         manifest: PartyManifest,
+        audit: Audit,
         vouching: Vouching | None = None,
         *,
         shadow: bool = False,
@@ -77,6 +80,7 @@ class Lane:
         self._limits = limits
         self._metrics = metrics
         self._manifest = manifest
+        self._audit = audit
         self._epoch: Epoch | None = None
         self._stopping = threading.Event()
         self._busy = False
@@ -151,7 +155,8 @@ class Lane:
     def _agree(self, epoch: Epoch) -> None:
         """On who takes part, and on which models all hold."""
         secret = secrets.token_bytes(32)
-        own = json.dumps({"models": self._catalogue.inventory(), "secret": secret.hex()}).encode()
+        log = self._audit.head.to_json()
+        own = json.dumps({"models": self._catalogue.inventory(), "secret": secret.hex(), "log": log}).encode()
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
             epoch.manifest = self._manifest.agree(epoch)
@@ -169,6 +174,7 @@ class Lane:
         epoch.secret = secret_of(epoch.id, drawn)
         held.pop(self._name, None)
         self._catalogue.agree(self._name, held)
+        self._audit.met("epoch", _heads(told), epoch=epoch.id.hex())
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +199,9 @@ class Lane:
             self._inbox.restore(jobs)
             return
         if job is None:
+            if self._audit.due:
+                epoch.mesh.announce(json.dumps({"action": "logs"}).encode())
+                self._tell_heads(epoch)
             if wanted is not None:
                 self._fill(epoch, wanted)
             return
@@ -233,8 +242,19 @@ class Lane:
             self._sessions.forget([bytes.fromhex(i) for i in step["sessions"]])
         elif step["action"] == "fill":
             self._filled(epoch, step)
+        elif step["action"] == "logs":
+            self._tell_heads(epoch)
         else:
             self._step(epoch, step)
+
+    def _tell_heads(self, epoch: Epoch) -> None:
+        """The parties write down how far each other's audit logs are: what was written until here stays as it is."""
+        watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
+        try:
+            told = epoch.mesh.consult(json.dumps({"log": self._audit.head.to_json()}).encode(), merged_inventories)
+        finally:
+            watchdog.cancel()
+        self._audit.met("logs", _heads(told))
 
     def _fill(self, epoch: Epoch, wanted: tuple[bytes, list[bytes]]) -> None:
         digest, drops = wanted
@@ -286,6 +306,9 @@ class Lane:
                 elif outcome:
                     self.done += 1
         except Exception as error:
+            if isinstance(error, TamperingError):
+                requests = [job.id.hex() for job in jobs if job is not None]
+                self._audit.write("tampering", epoch=epoch.id.hex(), requests=requests)
             # the links broke because a watchdog closed them, here or at a party that came to the step a moment earlier
             late = time.monotonic() >= end - limit / 20
             slow = AbortedError(f"not finished in the {limit:g} s that party {self.index} allows (step_timeout_s)")
@@ -329,6 +352,14 @@ class Lane:
         self.failed += 1
         if job is not None:
             job.fail(error if isinstance(error, MpcInferError) else incident(error))
+
+
+def _heads(told: Mapping[int, bytes]) -> dict[str, Head]:
+    """How far the logs are, by role, as all have said."""
+    said = {peer: json.loads(message) for peer, message in told.items()}
+    found = {f"party/{peer}": Head.from_json(each["log"]) for peer, each in said.items()}
+    witnesses = {f"witness/{peer}": each["witness"] for peer, each in said.items() if "witness" in each}
+    return found | {role: Head.from_json(each["log"]) for role, each in witnesses.items()}
 
 
 def _slot(sessions: Sessions, job: Job) -> bytes:

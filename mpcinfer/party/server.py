@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import grpc
 import torch
 
-from mpcinfer import nn
+from mpcinfer import __version__, nn
 from mpcinfer.config import Node
-from mpcinfer.errors import ConfigError, UnavailableError
+from mpcinfer.errors import ConfigError, StoreError, UnavailableError
 from mpcinfer.party.accounts import Accounts
+from mpcinfer.party.audit import Audit
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Former
 from mpcinfer.party.grants import Grants
@@ -22,6 +23,7 @@ from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.mesh_service import MeshService
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.policy import Policy
+from mpcinfer.party.receipts import Receipts
 from mpcinfer.party.service import PartyService
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.shadow import ShadowFormer
@@ -55,6 +57,8 @@ class Party:
         self.store = Store.open(node.store, node.store_key)
         with ExitStack() as undo:
             undo.callback(self.store.close)
+            self.audit = Audit(node.store, node.role, cluster.digest())
+            undo.callback(self.audit.close)
             self.ledger = Ledger(node.store / "budgets.sqlite")
             undo.callback(self.ledger.close)
             grants, policy = Grants(node.store / "grants", cluster), Policy(self.ledger)
@@ -79,6 +83,7 @@ class Party:
                 limits,
                 self.metrics,
                 self.manifest,
+                self.audit,
                 vouching,
                 shadow=shadow,
             )
@@ -96,6 +101,7 @@ class Party:
                 limits,
                 self.metrics,
                 self.manifest,
+                Receipts(identity, cluster, self.audit),
                 shadow=shadow,
             )
             mesh = MeshService(cluster, self.index, self.former)
@@ -121,6 +127,7 @@ class Party:
 
     def start(self) -> None:
         """Accept calls, and begin to look for the other parties."""
+        self.audit.write("start", package=__version__)
         self.server.start()
         self.lane.start()
         self.server.set_serving(True)
@@ -133,6 +140,9 @@ class Party:
         self.server.stop()
         self.former.close()
         self.ledger.close()
+        with suppress(StoreError):  # on a full disk it stops too
+            self.audit.write("stop")
+        self.audit.close()
         self.store.close()
 
 

@@ -29,6 +29,7 @@ from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.messages import cost, info, share
 from mpcinfer.party.metrics import Call, PartyMetrics
 from mpcinfer.party.policy import Policy
+from mpcinfer.party.receipts import Receipts
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.uploads import Uploads
 from mpcinfer.trust.commitment import check_salt, upload_commitment
@@ -39,6 +40,7 @@ from mpcinfer.wire.identity import Peer, require
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 
 _DEFAULT_SECONDS = 300.0
+_READING = ("models", "vocabulary", "end_session")  # what is not written down
 
 
 class PartyService(party_pb2_grpc.PartyServiceServicer):
@@ -57,6 +59,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         limits: Limits,
         metrics: PartyMetrics,
         manifest: PartyManifest,
+        receipts: Receipts,
         *,
         shadow: bool = False,
     ) -> None:
@@ -65,6 +68,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
         self._cluster = cluster
         self._manifest = manifest
         self._metrics = metrics
+        self._receipts = receipts
+        self._audit = receipts.audit
         self._lane = lane
         self._inbox = inbox
         self._catalogue = catalogue
@@ -113,7 +118,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
 
     def Infer(self, request: party_pb2.InferRequest, context: grpc.ServicerContext) -> party_pb2.InferResponse:
         """See party.proto."""
-        with self._admitted("infer", context, "client/", "owner/", token=request.token) as (peer, call):
+        with self._admitted("infer", context, "client/", "owner/", about=request) as (peer, call):
             model = self._catalogue.find(request.model, request.version, peer.role)
             if model.program.caches:
                 raise InputError(f"{request.model!r} is a language model: it is asked to generate")
@@ -125,21 +130,27 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             self._policy.check(model, peer.role, content.queries)
             job = Job(request.request_id, "infer", peer.role, facts, content, salt=request.salt)
             job.upload = self._upload(request.salt, request.inputs)
+            account = self._receipts.open(job, model, request.inputs)
             done: Inferred = self._run(context, job)
             self._metrics.step(call, done.online, done.offline)
+            account.add(done.online, done.evidence)
             return party_pb2.InferResponse(
                 outputs=() if self._shadow else done.outputs,
                 version=done.model.version,
                 online=cost(done.online),
                 offline=cost(done.offline),
                 commitment=done.commitment if self._shadow else b"",
+                receipt=account.answer(done.outputs),
             )
 
     def Generate(
         self, request: party_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[party_pb2.GenerateResponse]:
         """See party.proto."""
-        with self._admitted("generate", context, "client/", "owner/", token=request.token) as (peer, call):
+        with self._admitted("generate", context, "client/", "owner/", about=request) as (
+            peer,
+            call,
+        ):
             model = self._catalogue.find(request.model, request.version, peer.role)
             writing = self._writing(model, request)
             self._policy.check(model, peer.role, *writing.uses())
@@ -155,10 +166,12 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             job = Job(request.request_id, "generate", peer.role, facts, writing, salt=request.salt)
             job.upload = self._upload(request.salt, [request.tokens])
             job.result.add_done_callback(lambda _: writing.done.put(None))
-            with self._queued(context, job) as seconds:
+            account = self._receipts.open(job, model, [request.tokens])
+            with self._queued(context, job) as seconds, account.ending():
                 while (written := self._next(job, seconds)) is not None:
                     token = bool(written.outputs)
                     self._metrics.wrote(call, written.taken, token, written.online, written.offline)
+                    account.add(written.online, written.evidence)
                     yield party_pb2.GenerateResponse(
                         taken=written.taken,
                         outputs=() if self._shadow else written.outputs,
@@ -166,6 +179,7 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
                         offline=cost(written.offline),
                         version=model.version,
                         commitment=written.commitment if self._shadow else b"",
+                        receipt=account.answer(written.outputs) if token else None,
                     )
 
     def EndSession(
@@ -195,23 +209,27 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
             self._uploads.staged(request_iterator, peer.role, self._patience(context)) as job,
         ):
             model: Model = self._run(context, job)
+            what = {"model": model.name, "version": model.version, "deployment": model.id.hex()}
+            self._audit.write("deploy", outcome="ok", who=peer.role, **what)
             return party_pb2.DeployResponse(name=model.name, version=model.version, deployment_id=model.id)
 
     def RemoveModel(
         self, request: party_pb2.RemoveModelRequest, context: grpc.ServicerContext
     ) -> party_pb2.RemoveModelResponse:
         """See party.proto."""
-        with self._admitted("remove", context, "owner/") as (peer, _):
+        with self._admitted("remove", context, "owner/", about=request) as (peer, _):
             facts = {"name": request.name, "version": request.version}
             removed: int = self._run(context, Job(request.request_id, "remove", peer.role, facts, None))
+            self._audit.write("remove", outcome="ok", who=peer.role, model=request.name, versions=removed)
             return party_pb2.RemoveModelResponse(removed=removed)
 
     def SetGrant(self, request: party_pb2.SetGrantRequest, context: grpc.ServicerContext) -> party_pb2.SetGrantResponse:
         """See party.proto."""
-        with self._admitted("grant", context, "owner/") as (peer, _):
+        with self._admitted("grant", context, "owner/", about=request) as (peer, _):
             digest = hashlib.sha256(request.grant.payload).hexdigest()
             facts = {"name": request.name, "version": request.version, "grant": digest}
             self._run(context, Job(request.request_id, "grant", peer.role, facts, Signed.of(request.grant)))
+            self._audit.write("grant", outcome="ok", who=peer.role, model=request.name, digest=digest)
             return party_pb2.SetGrantResponse()
 
     def _upload(self, salt: bytes, inputs: Iterable[tensor_pb2.Tensor]) -> str:
@@ -237,24 +255,28 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
 
     @contextmanager
     def _admitted(
-        self, action: str, context: grpc.ServicerContext, *roles: str, token: str = ""
+        self, action: str, context: grpc.ServicerContext, *roles: str, about: Any = None
     ) -> Iterator[tuple[Peer, Call]]:
         """Who calls, if they may, if there is room, and once the parties are connected. Any error inside ends the RPC.
 
-        What clients may do, those may who are known by a token.
+        What clients may do, those may who are known by a token. about: the request.
 
         The Call is what the metrics know of it, under the name of `action`.
 
         Whoever waits here or inside holds a worker; more than there is room for must not starve health checks.
         """
+        caller = ""
         try:
             with self._metrics.call(action, lambda: not context.is_active()) as call:
-                peer = self._accounts.identify(context, token)
+                peer = self._accounts.identify(context, getattr(about, "token", ""))
+                caller = peer.role
                 require(peer, *roles, *(["jwt/"] if "client/" in roles else []))
                 with self._room(peer.role):
                     self._lane.wait_ready(self._patience(context))
                     yield peer, call
         except Exception as error:
+            if action not in _READING:
+                self._audit.refused(action, caller, about, error)
             channel.abort(context, error)
 
     @contextmanager

@@ -200,7 +200,7 @@ class Stepping:
                 f"party {' and '.join(map(str, others))} saw other values opened than party {self.index}: some party "
                 "has sent different values to different parties. Nothing was released; compare the parties' audit logs"
             )
-        part.evidence = Evidence(epoch.id, tape.id, seal, part.transcript.openings)
+        part.evidence = Evidence(epoch.id, tape.id, seal, part.transcript.openings, epoch.manifest)
 
     async def release(
         self,

@@ -53,6 +53,7 @@ class Evidence:
     tape: bytes
     seal: bytes
     openings: Counter[str]
+    manifest: bytes  # the digest of what all parties have signed of themselves
 
 
 def secret_of(session: bytes, parts: Iterable[bytes]) -> bytes:

@@ -1,8 +1,12 @@
-"""Commitments to shares: equal for equal shares under one salt, and of no use to whoever lacks the salt."""
+"""Commitments to shares: equal for equal shares under one salt, and of no use to whoever lacks the salt.
+
+A bare hash of a share would let another party confirm a guess of it. So a client draws 256 bits for each party and
+request, and gives them to that party only.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import json
 from collections.abc import Iterable
 
@@ -13,20 +17,19 @@ SALT_BYTES = 32
 _HEAD = b"mpcinfer v1 commitment\0"
 
 
-def commitment(salt: bytes, *parts: bytes) -> bytes:
-    """SHA-256 of what was uploaded or answered, each part with its length, under 256 bits that only its owner,
-    a party and that party's witness have: a bare hash of a share would let another party confirm a guess of it."""
-    digest = hashlib.sha256(_HEAD)
-    for part in (salt, *parts):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
+def commitment(salt: bytes, purpose: bytes, *parts: bytes) -> bytes:
+    """HMAC-SHA256 of the purpose and the parts, each with its length, under a salt."""
+    mac = hmac.new(salt, _HEAD, "sha256")
+    for part in (purpose, *parts):
+        mac.update(len(part).to_bytes(8, "little"))
+        mac.update(part)
+    return mac.digest()
 
 
 def check_salt(salt: bytes) -> None:
-    """InputError unless a request brings what its commitments are salted with."""
+    """InputError unless this can salt commitments."""
     if len(salt) != SALT_BYTES:
-        raise InputError(f"this cluster has witnesses: a request needs a salt of {SALT_BYTES} random bytes")
+        raise InputError(f"a salt has {SALT_BYTES} bytes, drawn at random for each party and request")
 
 
 def upload_commitment(salt: bytes, inputs: Iterable[tensor_pb2.Tensor]) -> bytes:
@@ -39,8 +42,18 @@ def output_commitment(salt: bytes, outputs: Iterable[tensor_pb2.Tensor], number:
     return commitment(salt, b"output", number.to_bytes(8, "little"), *_parts(outputs))
 
 
+def answers_commitment(salt: bytes, before: bytes, outputs: Iterable[tensor_pb2.Tensor]) -> bytes:
+    """To the shares of an answer, as they travel, and through `before` to all answers before it; nothing, for none."""
+    return commitment(salt, b"answer", before, *_parts(outputs))
+
+
+def salt_commitment(salt: bytes) -> bytes:
+    """To the salt itself."""
+    return commitment(salt, b"salt")
+
+
 def _parts(tensors: Iterable[tensor_pb2.Tensor]) -> Iterable[bytes]:
     for tensor in tensors:
-        yield json.dumps([list(tensor.shape), tensor.frac_bits, tensor.ring_bits or 64]).encode()
+        yield json.dumps([list(tensor.shape), tensor.frac_bits, tensor.ring_bits or 64], separators=(",", ":")).encode()
         yield tensor.seed
         yield tensor.data

@@ -6,6 +6,7 @@ with fresh shares of the result.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -21,8 +22,10 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Endpoint
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64, Ring
 from mpcinfer.ring.sharing import split
+from mpcinfer.trust.commitment import answers_commitment, salt_commitment, upload_commitment
 from mpcinfer.trust.facts import Facts, digest
 from mpcinfer.trust.manifest import state
+from mpcinfer.trust.receipt import SHARED
 from mpcinfer.trust.signing import Signer
 from mpcinfer.wire import channel, identity
 from mpcinfer.wire.identity import Identity
@@ -96,8 +99,7 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
 
     def Manifest(self, request: Any, context: Any) -> Any:
         self._begin("Manifest", context)
-        members = zip(self.world.members, self.world.operators, strict=False)
-        said = [Facts.of(Signer(m), self.world.cluster, operator=o, evidence="code-digest") for m, o in members]
+        said = self.world.facts()
         signed = state(Signer(self.world.members[self.index]), said[self.index], digest(said), request.nonce)
         return party_pb2.ManifestResponse(statement=signed.message())
 
@@ -112,7 +114,14 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
         cost = tensor_pb2.PhaseCost(
             seconds=0.5 + self.index, rounds=8, bytes_sent=100 + self.index, bytes_from_dealer=1000 * self.index
         )
-        return party_pb2.InferResponse(outputs=outputs, version=request.version or 1, online=cost, offline=cost)
+        caller = identity.peer_of(context, self.world.cluster).role
+        return party_pb2.InferResponse(
+            outputs=outputs,
+            version=request.version or 1,
+            online=cost,
+            offline=cost,
+            receipt=self.world.receipt(self.index, request, caller, outputs),
+        )
 
     def Deploy(self, request_iterator: Any, context: Any) -> Any:
         self._begin("Deploy", context)
@@ -227,12 +236,47 @@ class FakeCluster:
             assert self._meeting.wait_for(lambda: key in self._answers, WAIT)
             return self.tamper(index, self._answers[key][index])
 
-    def _compute(self, requests: list[Any]) -> list[list[Any]]:
-        model = next(
+    def facts(self) -> list[Facts]:
+        """What the parties say of themselves."""
+        members = zip(self.members, self.operators, strict=False)
+        return [Facts.of(Signer(m), self.cluster, operator=o, evidence="code-digest") for m, o in members]
+
+    def receipt(self, index: int, request: Any, caller: str, outputs: list[Any]) -> Any:
+        """What a party signs about its answer."""
+        model = self._asked(request)
+        who = self.members[index]
+        shared = dict.fromkeys(SHARED, "") | {
+            "format": 1,
+            "parties": self.n,
+            "request": request.request_id.hex(),
+            "client": caller,
+            "model": model.name,
+            "version": model.version,
+            "deployment": model.deployment_id.hex(),
+            "answers": 1,
+            "manifest": digest(self.facts()).hex(),
+        }
+        own = {
+            "party": index,
+            "certificate": hashlib.sha256(who.cert_pem).hexdigest(),
+            "salt": salt_commitment(request.salt).hex(),
+            "request_shares": upload_commitment(request.salt, request.inputs).hex(),
+            "answer_shares": answers_commitment(request.salt, b"", outputs).hex(),
+            "bytes_sent": 0,
+            "log": [0, "0" * 64],
+            "time": 0.0,
+        }
+        return Signer(who).sign("receipt", shared | own).message()
+
+    def _asked(self, request: Any) -> Any:
+        return next(
             m
             for m in self.parties[0].models
-            if (f"{m.owner.partition('/')[2]}/{m.name}", m.version) == (requests[0].model, requests[0].version)
+            if (f"{m.owner.partition('/')[2]}/{m.name}", m.version) == (request.model, request.version)
         )
+
+    def _compute(self, requests: list[Any]) -> list[list[Any]]:
+        model = self._asked(requests[0])
         inputs = [total([share_of(x) for x in shares]) for shares in zip(*(r.inputs for r in requests), strict=True)]
         answers: list[list[Any]] = [[] for _ in range(self.n)]
         for declared, value in zip(model.outputs, self.function(inputs), strict=True):

@@ -122,6 +122,10 @@ class FakeConnection:
             answers.append(party_pb2.GenerateResponse(taken=1, outputs=outputs, online=cost, offline=cost))
         return answers
 
+    def proof(self, *_: Any) -> Any:
+        """These parties sign nothing."""
+        return SimpleNamespace(check=lambda answers: None)
+
     def forget_session(self, session: bytes) -> None:
         self.forgotten.append(session)
 
