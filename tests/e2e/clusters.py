@@ -29,10 +29,12 @@ def local_cluster(
     opened: Path | None = None,
     temporary: Path | None = None,
     limits: Mapping[str, float] | None = None,
+    metrics: Mapping[str, int] | None = None,
 ) -> Iterator[LocalCluster]:
     """A local cluster that logs everything.
 
-    `opened`: where its parties note their F; `temporary`: their TMPDIR; `limits`: other ones than the default.
+    `opened`: where its parties note their F; `temporary`: their TMPDIR; `limits`: other ones than the default;
+    `metrics`: the port of each role's metrics.
     """
     extra = {}
     if opened is not None:
@@ -41,6 +43,9 @@ def local_cluster(
     if temporary is not None:
         extra["TMPDIR"] = str(temporary)
     cluster = LocalCluster(directory, parties=parties, limits=limits, log_level="debug")
+    for role, port in (metrics or {}).items():
+        file = cluster.directory / f"{role.replace('/', '-')}.toml"
+        file.write_text(f"metrics_listen = {port}\n{file.read_text()}")
     try:
         with mock.patch.dict(os.environ, extra):
             cluster.start(timeout=120)

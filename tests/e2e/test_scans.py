@@ -20,6 +20,7 @@ from pathlib import Path
 from sys import executable
 
 import grpc
+import httpx
 import pytest
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.sharing import combine
 from mpcinfer.wire.v1 import party_pb2
 from tests.e2e.clusters import HOOKS, Call, Recording, local_cluster, shared, weight_shares
+from tests.inprocess import free_ports
 from tests.scanner import (
     Needles,
     canaries,
@@ -102,6 +104,7 @@ class Scene:
     uploaded: Call = field(default_factory=lambda: Call("Deploy", []))
     version: int = 0
     during_upload: dict[str, Counter[str]] = field(default_factory=dict)
+    metrics: dict[str, int] = field(default_factory=dict)
 
     @property
     def roles(self) -> list[str]:
@@ -165,13 +168,20 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         (directory / name).mkdir()
     model, x = network(), canaries(1, 1, 8, 8).float()
     secrets, captured = secrets_of(model, x), capture(model, (x,))
+    roles = ["dealer", *(f"party/{i}" for i in range(request.param))]
+    metrics = dict(zip(roles, free_ports(len(roles)), strict=True))
     with local_cluster(
-        directory / "cluster", request.param, opened=directory / "opened", temporary=directory / "temporary"
+        directory / "cluster",
+        request.param,
+        opened=directory / "opened",
+        temporary=directory / "temporary",
+        metrics=metrics,
     ) as cluster:
         deploying = Recording.to(cluster.cluster_path, roles=("owner",))
         inferring = Recording.to(cluster.cluster_path)
         with ModelOwner(deploying) as owner, Client(inferring) as client:
             scene = Scene(cluster, directory, model, x, owner, client, deploying, inferring, secrets, captured)
+            scene.metrics = metrics
 
             def scan_when_all_is_sent(sent: int, size: int) -> None:
                 if sent == size and not scene.during_upload:
@@ -411,6 +421,17 @@ def test_what_the_sdk_prints_of_itself_shows_no_values(scene: Scene) -> None:
     for identity in (scene.deploying.identity, scene.inferring.identity):
         for line in identity.key_pem.decode().splitlines()[1:-1]:
             assert line not in text
+
+
+def test_metrics_show_no_values(scene: Scene) -> None:
+    """There are no traces besides: no process sends anything to a collector."""
+    scene.infer()
+    needles = scene.secrets | held_in_secret(scene) | outputs(scene) | input_shares(scene)
+    for role, port in scene.metrics.items():
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert text.count("\n") > 20 and f"mpcinfer_{role.partition('/')[0]}_" in text
+        assert not needles.in_text(text), role
+        assert needles.in_text(f"{text}\nmpcinfer_x {scene.x[0, 0, 0, 0].item():.9g}")
 
 
 def test_nothing_on_disk_or_in_a_log_at_the_end(scene: Scene) -> None:
