@@ -191,7 +191,7 @@ def _endpoint(table: _Table, role: str) -> Endpoint:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process admits and how long it waits; all positive. Sizes in MiB, times in seconds."""
+    """What one process admits and how long it waits; 0 only for what may be off. Sizes in MiB, times in seconds."""
 
     max_waiting_requests: int = 64
     max_message_mb: int = 256
@@ -212,12 +212,16 @@ class Limits:
     # how many waiting requests are evaluated together, and the memory for the randomness of all of them
     max_batch: int = 8
     batch_mb: int = 1024
+    # which share of what the dealer deals the parties open and check instead of using it; the same at all parties
+    dealer_audit_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if not 0 < value < float("inf") and not (item.name == "pool_mb" and value == 0):
+            if not 0 < value < float("inf") and not (item.name in ("pool_mb", "dealer_audit_rate") and value == 0):
                 raise ConfigError(f"limits: {item.name} must be positive and finite")
+        if self.dealer_audit_rate > 0.5:
+            raise ConfigError("limits: dealer_audit_rate can be at most 0.5: what is audited is not used")
         if self.max_message_mb > 2047:
             raise ConfigError("limits: max_message_mb can be at most 2047, the most that gRPC carries in one message")
 

@@ -17,11 +17,22 @@ from dataclasses import dataclass, field
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from mpcinfer.errors import AbortedError, AgreementError, ConflictError, DeadlineError, InputError, NotFoundError
+from mpcinfer.errors import (
+    AbortedError,
+    AgreementError,
+    ConflictError,
+    DeadlineError,
+    InputError,
+    NotFoundError,
+    UnavailableError,
+)
+from mpcinfer.protocol.batch import Batch
 from mpcinfer.protocol.cache import CacheUse, RowStore
-from mpcinfer.protocol.correlation import free_values
-from mpcinfer.protocol.session import KeyChain, session_keys
+from mpcinfer.protocol.correlation import FixedMasks, free_values
+from mpcinfer.protocol.evidence import Digests, statement
+from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
 from mpcinfer.protocol.tracing import Plan
+from mpcinfer.trust.signing import Signed, Signer
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +47,7 @@ class _Tape:
     digest: bytes
     named: set[int] = field(default_factory=set)
     burnt: bool = False
-    keys: list[bytes] = field(default_factory=list, repr=False)  # of all parties, once all have named the plan
+    keys: list[TapeKeys] = field(default_factory=list, repr=False)  # of all parties, once all have named the plan
 
 
 @dataclass
@@ -64,10 +75,15 @@ class _Session:
 class Dealer:
     """One cluster's dealer. Thread-safe; calls of different parties wait for each other."""
 
-    def __init__(self, parties: int, cluster_digest: bytes, *, witnessed: bool = False) -> None:
-        """witnessed: whether the last party has a witness, which will ask for the digests of corrections."""
+    def __init__(
+        self, parties: int, cluster_digest: bytes, signer: Signer | None = None, *, witnessed: bool = False
+    ) -> None:
+        """signer: of tapes that may be audited. witnessed: whether the last party has a witness, which will ask for the
+        digests of corrections.
+        """
         self.parties = parties
         self.cluster_digest = cluster_digest
+        self._signer = signer
         self._witnessed = witnessed
         self.tapes_dealt = 0
         self.bytes_sent = 0
@@ -196,10 +212,12 @@ class Dealer:
         timeout: float,
         alive: Callable[[], bool] = lambda: True,
         use: CacheUse | None = None,
-    ) -> Iterator[memoryview]:
+        signed: bool = False,
+    ) -> Iterator[memoryview | Signed]:
         """Wait until all parties have named the same plan for `tape`, then yield the corrections (to the last party).
 
-        use: the rows of caches that it is about, which they must name too.
+        use: the rows of caches that it is about, which they must name too. signed: at the end yield a statement of what
+        was dealt.
 
         A tape is dealt once; two plans for it, a second call by one party, rows that the dealer does not have, a
         time-out and a caller who goes while waiting (`alive` says so; call `wake` then) burn it. NotFoundError, with
@@ -250,9 +268,11 @@ class Dealer:
             if len(state.named) < self.parties or session.ended:
                 self._burn(session, tape)
                 raise AbortedError("this tape is burnt; send the request again")
+        passing, last = [keys.passing for keys in state.keys], state.keys[-1]
+        digests = Digests(last.passing, last.kept) if signed else None
         if index == self.parties - 1:
             began, digest_of_all = time.perf_counter(), hashlib.sha256()
-            for part in self._corrections(session, state.keys, agreed, use):
+            for part in self._corrections(session, passing, agreed, use, digests):
                 if self._witnessed:
                     digest_of_all.update(part)
                 yield part
@@ -261,6 +281,11 @@ class Dealer:
                 with self._changed:
                     session.corrected[tape] = digest_of_all.digest()
                     self._changed.notify_all()
+        if digests is not None:
+            if self._signer is None:
+                raise UnavailableError("this dealer has no key to sign with")
+            root = digests.root() if index == self.parties - 1 else ""
+            yield self._signer.sign("dealing", statement(session_id, tape, digest, passing, root))
 
     def wake(self) -> None:
         """Look again whether those who wait are still there."""
@@ -308,19 +333,17 @@ class Dealer:
         if any((caches[name].count if name in caches else 0) != use.count for name in used):
             raise AgreementError("the dealer has another number of rows of a cache than the parties")
 
-    def _keep_masks(self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None) -> None:
+    def _keep_masks(self, session: _Session, keys: list[TapeKeys], plan: Plan, use: CacheUse | None) -> None:
         caches = {} if use is None else session.slots.setdefault(use.slot, {})
-        for name, item in plan.entries:
+        for operand, (name, item) in plan.kept.items():
+            (value,) = free_values(item, name, [key.kept for key in keys]).values()
             if item.lasting:
-                (value,) = free_values(item, name, keys).values()
-                session.fixed[plan.deployment, item.weight] = value  # type: ignore[attr-defined]
+                session.fixed[plan.deployment, operand] = value
             if item.growing:
-                store = caches.setdefault(item.cache, RowStore())  # type: ignore[attr-defined]
-                (value,) = free_values(item, name, keys).values()
-                store.append(value)
+                caches.setdefault(operand, RowStore()).append(value)
 
     def _corrections(
-        self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None
+        self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None, digests: Digests | None
     ) -> Iterator[memoryview]:
         caches = {} if use is None else session.slots.get(use.slot, {})
         new = {item.cache: item.shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
@@ -337,11 +360,17 @@ class Dealer:
             if session.ended:
                 raise AbortedError("this session has ended; the parties are forming a new one")
             began = time.perf_counter()
-            parts = batch.deal(keys, fixed)
+            parts = self._dealt(batch, keys, fixed)
+            if digests is not None:
+                digests.add(batch, parts)
             self.seconds_dealing += time.perf_counter() - began
             for part in parts:
                 self.bytes_sent += len(part)
                 yield part
+
+    def _dealt(self, batch: Batch, keys: list[bytes], fixed: FixedMasks) -> list[memoryview]:
+        """The corrections of a batch. (What kept masks come from is not needed: they have no corrections.)"""
+        return batch.deal(keys, fixed)
 
     def _wait(self, done: Callable[[], bool], timeout: float, failure: str) -> None:
         if not self._changed.wait_for(done, timeout):

@@ -11,6 +11,7 @@ from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.service import DealerService
 from mpcinfer.errors import ConfigError
 from mpcinfer.protocol.warm import warm_up
+from mpcinfer.trust.signing import Signer
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.memory import guard_memory
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
@@ -25,7 +26,7 @@ def build(node: Node) -> tuple[Dealer, Server]:
         raise ConfigError(f"this configuration is for {node.role}; start it with `mpcinfer party`")
     identity = Identity.load(node.key_path, node.certificate_path)
     last = node.cluster.witness(node.cluster.n - 1)
-    dealer = Dealer(node.cluster.n, node.cluster.digest(), witnessed=last is not None)
+    dealer = Dealer(node.cluster.n, node.cluster.digest(), Signer(identity), witnessed=last is not None)
     service = DealerService(node.cluster, dealer, node.limits)
     # every party may be joining and dealing at once, plus status and health checks
     server = Server(

@@ -14,6 +14,7 @@ from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.metrics import DealerMetrics
 from mpcinfer.errors import AgreementError, ForbiddenError, InputError
 from mpcinfer.protocol.cache import CacheUse
+from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
 from mpcinfer.wire.identity import peer_of, require
@@ -54,9 +55,13 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 self._limits.step_timeout_s,
                 context.is_active,
                 _use(request.caches) if request.HasField("caches") else None,
+                request.signed,
             )
-            pending = bytearray()
+            pending, statement = bytearray(), None
             for part in parts:
+                if isinstance(part, Signed):
+                    statement = part.message()
+                    continue
                 while len(pending) + len(part) >= CHUNK:
                     room = CHUNK - len(pending)
                     yield self._message(pending + part[:room])
@@ -65,6 +70,8 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 pending += part
             if pending:
                 yield self._message(pending)
+            if statement is not None:
+                yield dealer_pb2.DealResponse(statement=statement)
 
     def Forget(self, request: dealer_pb2.ForgetRequest, context: grpc.ServicerContext) -> dealer_pb2.ForgetResponse:
         """See dealer.proto."""

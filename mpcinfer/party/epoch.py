@@ -21,7 +21,7 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from mpcinfer.config import PROTOCOL_VERSION, Endpoint, Node
+from mpcinfer.config import PROTOCOL_VERSION, Cluster, Endpoint, Node
 from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
 from mpcinfer.party.passing import Passing, Unwatched
 from mpcinfer.protocol.session import KeyChain, epoch_binding, session_keys
@@ -58,6 +58,9 @@ class Epoch:
     # corrections: what the last party passes on to its witness, and where a witness has them from
     passing: Callable[[bytes], Unwatched] = Unwatched
     passed: Callable[[bytes, int, float], bytearray] | None = None
+    # whose signatures count, and what share of the dealer's tapes is audited
+    cluster: Cluster | None = field(default=None, repr=False)
+    audit_rate: float = 0.0
     _dealing: Any = field(default=None, repr=False)
 
     @property
@@ -239,6 +242,7 @@ class Former:
         binding = epoch_binding(session, dealer_nonce, ordered)
         _log.info("epoch %s: all %d parties and the dealer are connected", binding.hex()[:8], cluster.n)
         epoch = Epoch(session, epoch_mesh, key, stub, channels, threading.Event(), binding)
+        epoch.cluster, epoch.audit_rate = cluster, limits.dealer_audit_rate
         if watching is not None and self._index == cluster.n - 1:
             epoch.passing = partial(Passing, mesh_pb2_grpc.MeshServiceStub(channels[-1]), session)
         if self._index == 0:

@@ -143,7 +143,7 @@ async def generate(
         model.weights,
         lambda ctx: step(model.program, ctx, holdings, new, caches, choice, before),
     )
-    session.grow(done.caches, new)
+    session.grow(done.caches, new, tape.kept)
     session.token = done.token
     if done.counts is not None:
         session.counts, session.counted = done.counts, session.length
@@ -170,11 +170,12 @@ async def _tape(
     slot = session.slot
     ahead, slot.ahead = slot.ahead, None
     if ahead is not None:
-        fetched = await by.taken(part, ahead)
-        if ahead.digest == session.use().digest(digest):
+        fetched = await by.taken(part, ahead, slot)
+        if fetched is not None and ahead.digest == session.use().digest(digest):
             return fetched, ahead.seconds
-        slot.skip(ahead.rows)  # the text has taken another turn; the dealer has given these rows masks
-    return await by.deal(part, tape, plan, digest, session.model.weights, session.use()), 0.0
+        # it was audited, or the text has taken another turn; the dealer has given these rows masks
+        slot.skip(ahead.rows)
+    return await by.deal(part, tape, plan, digest, session.model.weights, session), 0.0
 
 
 def gone() -> AbortedError:

@@ -17,7 +17,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpcinfer.config import Limits
-from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, TamperingError, UnavailableError
+from mpcinfer.errors import (
+    AbortedError,
+    AgreementError,
+    MpcInferError,
+    ProtocolError,
+    TamperingError,
+    UnavailableError,
+)
 from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
 from mpcinfer.party.audit import Audit
 from mpcinfer.party.catalogue import Catalogue
@@ -153,10 +160,10 @@ class Lane:
             self._ready.notify_all()
 
     def _agree(self, epoch: Epoch) -> None:
-        """On who takes part, and on which models all hold."""
-        secret = secrets.token_bytes(32)
-        log = self._audit.head.to_json()
-        own = json.dumps({"models": self._catalogue.inventory(), "secret": secret.hex(), "log": log}).encode()
+        """On who takes part, on which models all hold, and on how often the dealer is audited."""
+        secret, rate = secrets.token_bytes(32), self._limits.dealer_audit_rate
+        said = {"models": self._catalogue.inventory(), "secret": secret.hex(), "log": self._audit.head.to_json()}
+        own = json.dumps({**said, "dealer_audit_rate": rate}).encode()
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
             epoch.manifest = self._manifest.agree(epoch)
@@ -171,6 +178,11 @@ class Lane:
             drawn.append(bytes.fromhex(said["secret"]))
             if "witness" in said:
                 held[f"{peer}'s witness"] = said["witness"]["models"]
+            if any(each["dealer_audit_rate"] != rate for each in (said, said.get("witness", said))):
+                raise AgreementError(
+                    f"parties {self.index} and {peer}, or their witnesses, audit the dealer at different rates: "
+                    "give all the same `dealer_audit_rate`"
+                )
         epoch.secret = secret_of(epoch.id, drawn)
         held.pop(self._name, None)
         self._catalogue.agree(self._name, held)

@@ -21,6 +21,7 @@ from mpcinfer.graph.program import Program
 from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Model
 from mpcinfer.protocol.cache import CacheUse, RowStore, joined
+from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.types import Cached, Shared
 
 Runs = tuple[tuple[int, int], ...]
@@ -37,11 +38,23 @@ class Slot:
     # what is on its way for the step that should come next, and whose step was the last one
     ahead: Ahead | None = field(default=None, repr=False)
     last: bytes = b""
+    # where the rows' masks came from: [first, end), for audits of the dealer
+    masks: list[tuple[int, int, KeptMasks]] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
         """How many rows have been appended to each cache."""
         return next(iter(self.shares.values())).count
+
+    def mask(self, cache: str, runs: Runs) -> list[torch.Tensor]:
+        """This party's shares of the masks of these rows of a cache, in parts."""
+        parts = []
+        for first, end in runs:
+            for start, stop, masks in self.masks:
+                low, high = max(first, start), min(end, stop)
+                if low < high:
+                    parts.append(masks.share(cache)[..., low - start : high - start, :])
+        return parts
 
     def skip(self, rows: int) -> None:
         """Leave out the numbers of rows whose masks will never be used."""
@@ -105,9 +118,10 @@ class Session:
             for c in self.model.program.caches
         }
 
-    def grow(self, grown: list[Cached], tokens: Shared) -> None:
-        """Take in what a step has appended, for these tokens."""
+    def grow(self, grown: list[Cached], tokens: Shared, masks: KeptMasks) -> None:
+        """Take in what a step has appended, for these tokens, under these masks."""
         first, new = self.slot.count, tokens.shape[1]
+        self.slot.masks.append((first, first + new, masks))
         for cache in grown:
             self.slot.shares[cache.name].append(cache.share[..., -new:, :])
             self.slot.masked[cache.name].append(cache.masked[..., -new:, :])

@@ -84,6 +84,7 @@ class ShadowFormer(Former):
         binding = epoch_binding(session, joined.nonce, nonces)
         _log.info("epoch %s: with party %d", binding.hex()[:8], self._index)
         epoch = Epoch(session, shadow, KeyChain(joined.key), stub, channels, threading.Event(), binding)
+        epoch.cluster, epoch.audit_rate = cluster, limits.dealer_audit_rate
         epoch.passed = lambda tape, size, timeout: self._passed(epoch, tape, size, timeout)
         return epoch
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
+from mpcinfer.party.sacrifice import Coin, audit
+from mpcinfer.party.session import Session, Slot
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
 from mpcinfer.party.vouching import Vouching, merged_ballots
@@ -229,11 +232,21 @@ class Stepping:
         plan: Plan,
         digest: bytes,
         weights: dict[str, Weight],
-        use: CacheUse | None = None,
+        session: Session | None = None,
     ) -> Tape:
-        """Fetch a tape at all parties. A failure ends the epoch: the dealer may have forgotten it, or burn the tape."""
-        seconds = self._limits.step_timeout_s
-        return await self._fetched(part, lambda: fetch(part.epoch, tape, plan, digest, weights, seconds, use))
+        """Fetch a tape at all parties, and another one for each that is audited.
+
+        A failure ends the epoch: the dealer may have forgotten it, or burn the tape.
+        """
+        while True:
+            use = session.use() if session is not None else None
+            work = partial(fetch, part.epoch, tape, plan, digest, weights, self._limits.step_timeout_s, use)
+            fetched = await self._fetched(part, work, slot=session.slot if session is not None else None)
+            if fetched is not None:
+                return fetched
+            if session is not None:
+                session.slot.skip(plan.rows)
+            tape = hashlib.sha256(tape).digest()[:16]
 
     def ahead(
         self,
@@ -256,9 +269,9 @@ class Stepping:
         )
         return self._ahead
 
-    async def taken(self, part: Part, ahead: Ahead) -> Tape:
-        """What was fetched ahead, the same at all parties. A failure ends the epoch, as in `deal`."""
-        return await self._fetched(part, ahead.take, ahead.id.hex())
+    async def taken(self, part: Part, ahead: Ahead, slot: Slot | None = None) -> Tape | None:
+        """What was fetched ahead, the same at all parties, or None if it was audited. A failure ends the epoch."""
+        return await self._fetched(part, ahead.take, ahead.id.hex(), slot)
 
     def settle(self) -> None:
         """Wait for what is being fetched ahead: nothing else may be asked of the dealer before it is there.
@@ -274,20 +287,33 @@ class Stepping:
         self.pool.clear()
         self._ahead = None
 
-    async def _fetched(self, part: Part, work: Callable[[], Tape], id_: str = "") -> Tape:
+    async def _fetched(
+        self, part: Part, work: Callable[[], Tape], id_: str = "", slot: Slot | None = None
+    ) -> Tape | None:
         def settled() -> Tape:
             self.settle()
             return work()
 
         tape, refusal = _tried(settled)
+        coin = Coin(part.epoch.audit_rate)
         try:
-            named = await self.vote(part, refusal, id_)
+            notes = await self.vote(part, refusal, f"{id_} {coin.commitment}" if coin.rate else id_)
         except Refused as refused:
             raise refused.__cause__ or AbortedError("a party could not get its randomness") from None
-        if len(set(named.values())) > 1:
+        named = {peer: note.partition(" ") for peer, note in notes.items()}
+        if len({name for name, _, _ in named.values()}) > 1:
             raise ProtocolError("the parties took different tapes; all of them are burnt")
         fetched: Tape = tape
-        return fetched
+        evidence, fetched.evidence = fetched.evidence, None
+        if evidence is None:
+            return fetched
+        tossed = await self.vote(part, None, coin.nonce)
+        if not coin.falls({peer: commitment for peer, (_, _, commitment) in named.items()}, tossed):
+            return fetched
+        before = part.epoch.mesh.bytes_sent
+        audit(part.epoch, evidence, slot.mask if slot is not None else None)
+        part.sent += part.epoch.mesh.bytes_sent - before
+        return None
 
     async def masked(self, part: Part, model: Model, tape: bytes) -> None:
         """Open the weights' masks, once per epoch."""
@@ -307,6 +333,8 @@ class Stepping:
             masked, _ = await self.execute(part, masks, {}, lambda ctx: mask_weights(model.program, ctx, shares))
         finally:
             model.masking_in = b""
+        for weight in masked:
+            weight.mask = partial(masks.kept.share, weight.name)
         model.weights = {w.name: w for w in masked}
         model.masked_in = epoch.id
 

@@ -9,22 +9,37 @@ import grpc
 
 from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.sacrifice import Dealt
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.correlation import Kind, Tensors
+from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
+from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import GRPC_HEADER
 from mpcinfer.wire.v1 import dealer_pb2
+
+_Received = tuple[bytearray, int, Signed | None]
 
 
 class Tape:
     """The `Source` of one run. Everything is expanded, and prepared for the weights at hand, before the run begins."""
 
-    def __init__(self, id_: bytes, shares: dict[str, tuple[Kind, Tensors]], dealer_bytes: int) -> None:
+    def __init__(
+        self,
+        id_: bytes,
+        shares: dict[str, tuple[Kind, Tensors]],
+        dealer_bytes: int,
+        kept: KeptMasks,
+        evidence: Dealt | None = None,
+    ) -> None:
+        """kept: its masks that outlive it. evidence: what an audit needs, if there may be one."""
         self.id = id_
         self._shares = shares
         self.dealer_bytes = dealer_bytes
+        self.kept = kept
+        self.evidence = evidence
 
     def draw(self, name: str, item: Kind) -> Tensors:
         """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before."""
@@ -56,26 +71,38 @@ def fetch(
     parties, index = epoch.mesh.parties, epoch.mesh.index
     last = index == parties - 1
     size = plan.correction_bytes() if last else 0
-    correction, dealer_bytes = _corrections(epoch, tape, plan, digest, size, timeout, use)
-    key = epoch.key.next(tape, use.digest(digest) if use is not None else digest)
+    correction, dealer_bytes, statement = _corrections(epoch, tape, plan, digest, size, timeout, use)
+    bound = use.digest(digest) if use is not None else digest
+    keys = epoch.key.next(tape, bound)
+    evidence = None
+    if _signed(epoch, plan):
+        evidence = Dealt(tape, bound, plan, keys, correction, weights, use, statement)
+        evidence.check(epoch)
     shares: dict[str, tuple[Kind, Tensors]] = {}
     rest = memoryview(correction)
     for batch in plan.batches:
         size = batch.correction_bytes if last else 0
-        expanded = batch.expand(key, last=last, correction=rest[:size])
+        expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=rest[:size])
         for name, member in zip(batch.names, expanded, strict=True):
             shares[name] = batch.item, batch.item.prepare(member, lambda weight: weights[weight].masked)
         rest = rest[size:]
-    return Tape(tape, shares, dealer_bytes)
+    return Tape(tape, shares, dealer_bytes, KeptMasks(keys, plan), evidence)
+
+
+def _signed(epoch: Epoch, plan: Plan) -> bool:
+    """Whether the tape may be audited: nothing can be wrong with one that consists of the parties' own seeds."""
+    return epoch.audit_rate > 0 and plan.correction_bytes() > 0
 
 
 def _corrections(
     epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, size: int, timeout: float, use: CacheUse | None
-) -> tuple[bytearray, int]:
-    """The corrections, `size` bytes, and the frame bytes in which they came."""
+) -> _Received:
+    """The corrections, `size` bytes, the frame bytes in which they came, and the dealer's word on them, if any."""
     if epoch.passed is not None:
-        return epoch.passed(tape, size, timeout), 0
-    request = dealer_pb2.DealRequest(session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest)
+        return epoch.passed(tape, size, timeout), 0, None
+    request = dealer_pb2.DealRequest(
+        session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest, signed=_signed(epoch, plan)
+    )
     if use is not None:
         numbers = [number for run in use.runs for number in run]
         request.caches.CopyFrom(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count))
@@ -90,8 +117,8 @@ def _corrections(
     return received
 
 
-def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: float) -> tuple[bytearray, int]:
-    received, at, frames = bytearray(size), 0, 0
+def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: float) -> _Received:
+    received, at, frames, statement = bytearray(size), 0, 0, None
     account, began = epoch.mesh.account, time.perf_counter()
     call, passing = epoch.dealer.Deal(request, timeout=timeout), None
     try:
@@ -107,6 +134,8 @@ def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: 
                 received[at : at + len(chunk)] = chunk
                 at += len(chunk)
                 frames += part.ByteSize() + GRPC_HEADER
+                if part.HasField("statement"):
+                    statement = Signed.of(part.statement)
     except grpc.RpcError as error:
         if epoch.mesh.broken:
             raise AbortedError(
@@ -120,4 +149,4 @@ def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: 
         account.dealer_bytes += frames
     if at != size:
         raise ProtocolError("the dealer sent another amount than the plan asks for")
-    return received, frames
+    return received, frames, statement

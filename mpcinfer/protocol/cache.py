@@ -43,8 +43,9 @@ class RowStore:
     def skip(self, count: int) -> None:
         """Give the next numbers to no rows."""
         if self._rows is None:
-            raise ProtocolError("a cache that never had rows has none to leave out")
-        self.append(self._rows.new_zeros((*self._rows.shape[:-2], count, self._rows.shape[-1])))
+            self.count += count
+        else:
+            self.append(self._rows.new_zeros((*self._rows.shape[:-2], count, self._rows.shape[-1])))
 
     def read(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The rows of these runs, one after the other: [*S, m, d]; a view if it is one run."""

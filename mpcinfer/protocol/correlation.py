@@ -62,6 +62,16 @@ class Kind(ABC):
     # free fields that mask nothing: what derived fields are drawn with
     unopened: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def kept(self) -> bool:
+        """Whether its masks outlive the tape: they come from another key."""
+        return self.lasting or self.growing
+
+    @property
+    def operand(self) -> str:
+        """The weight or the cache whose kept mask this is, or whose kept mask its derived fields are linear in."""
+        return str(getattr(self, "weight", "") or getattr(self, "cache", ""))
+
     @abstractmethod
     def free(self) -> dict[str, Field]:
         """Uniform masks, by name."""
@@ -80,7 +90,7 @@ class Kind(ABC):
 
     def batched(self, count: int) -> Kind | None:
         """One correlation that is `count` of these, side by side along a new axis of each field; None if none is."""
-        if self.lasting or self.growing or not hasattr(self, "shape"):
+        if self.kept or self.operand or not hasattr(self, "shape"):
             return None
         return dataclasses.replace(self, shape=(count, *self.shape))  # type: ignore[type-var]
 

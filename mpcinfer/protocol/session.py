@@ -15,21 +15,37 @@ from dataclasses import dataclass, field
 from mpcinfer.ring import prg
 
 
+@dataclass(frozen=True)
+class TapeKeys:
+    """One party's two keys of a tape: none can be derived from the other.
+
+    passing: of all that masks something in one run. kept: of masks that outlive the tape, those of weights and of rows
+    of caches. So a tape can be opened for an audit, and what it gave to keep stays closed.
+    """
+
+    passing: bytes = field(repr=False)
+    kept: bytes = field(repr=False)
+
+    def of(self, kept: bool) -> bytes:
+        """The key of a correlation whose masks are kept, or of another one."""
+        return self.kept if kept else self.passing
+
+
 @dataclass
 class KeyChain:
     """The key of one party and the dealer for one session, at the place of the next tape."""
 
     _key: bytes = field(repr=False)
 
-    def next(self, tape: bytes, plan_digest: bytes) -> bytes:
-        """The key under which this tape's streams are named; both ends take tapes in the same order.
+    def next(self, tape: bytes, plan_digest: bytes) -> TapeKeys:
+        """The keys under which this tape's streams are named; both ends take tapes in the same order.
 
         Another plan for the same tape would have another key. The chain forgets what it was: keys of earlier tapes
         cannot be derived from it.
         """
-        key = prg.derive(self._key, "tape", tape, plan_digest)
+        passing, kept = (prg.derive(self._key, name, tape, plan_digest) for name in ("tape", "kept"))
         self._key = prg.derive(self._key, "next")
-        return key
+        return TapeKeys(passing, kept)
 
     def export(self) -> bytes:
         """What it goes on from: for the witness of its party alone."""

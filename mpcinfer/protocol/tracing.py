@@ -61,6 +61,16 @@ class Plan:
         return batches(self.entries)
 
     @cached_property
+    def kept(self) -> dict[str, tuple[str, Kind]]:
+        """The entries whose masks outlive a tape, by the weight or the cache that they mask."""
+        return {item.operand: (name, item) for name, item in self.entries if item.kept}
+
+    @property
+    def rows(self) -> int:
+        """How many rows of each cache a tape gives masks."""
+        return max((item.shape[-2] for _, item in self.kept.values() if item.growing), default=0)  # type: ignore[attr-defined]
+
+    @cached_property
     def expanded_bytes(self) -> int:
         """What a tape of it takes of a party's memory."""
         fields_ = [f for _, item in self.entries for fields in fields_of(item) for f in fields.values()]

@@ -157,15 +157,19 @@ class Public:
 
 
 class Weight(Sealed):
-    """A model weight: this party's share and the public F = W + B, opened once per deployment under the dealt B."""
+    """A model weight: this party's share and the public F = W + B, opened once per deployment under the dealt B.
 
-    __slots__ = ("frac_bits", "masked", "name", "share")
+    mask: gives this party's share of B, for audits of the dealer.
+    """
+
+    __slots__ = ("frac_bits", "mask", "masked", "name", "share")
 
     def __init__(self, name: str, share: torch.Tensor, masked: torch.Tensor, frac_bits: int) -> None:
         self.name = name
         self.share = share
         self.masked = masked
         self.frac_bits = frac_bits
+        self.mask: Callable[[], torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -183,7 +183,7 @@ def test_no_call_takes_a_tensor() -> None:
     """What parties may tell the dealer: ids, digests, plans and numbers of rows; no message has room for a share."""
     allowed = {
         "JoinRequest": {"session", "index", "nonce", "public_key", "cluster_digest", "protocol_version"},
-        "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches"},
+        "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches", "signed"},
         "CacheUse": {"slot", "runs", "count"},
         "ForgetRequest": {"session", "slots"},
         "DealerStatusRequest": set(),

@@ -13,6 +13,9 @@ import torch
 from mpcinfer.errors import BusyError, ConflictError, ContextLengthError, MpcInferError, NotFoundError
 from mpcinfer.graph.program import Cache
 from mpcinfer.party.session import Session, Sessions, first_rows, row_bytes
+from mpcinfer.protocol.evidence import KeptMasks
+from mpcinfer.protocol.session import TapeKeys
+from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Cached, Shared
 
 CACHES = (Cache("keys", (1, 2, 0, 4), 16, "k", 100), Cache("values", (1, 2, 0, 4), 16, "v", 100))
@@ -24,6 +27,8 @@ def model(id_: bytes = b"d" * 32) -> Any:
 
 
 MODEL = model()
+
+MASKS = KeptMasks(TapeKeys(bytes(32), bytes(32)), Plan(()))
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Texts:
             Cached(c.name, torch.cat([old.share, rows], 2), torch.cat([old.masked, -rows], 2), 128, 16)
             for c, old in ((c, before[c.name]) for c in CACHES)
         ]
-        session.grow(grown, Shared(new))
+        session.grow(grown, Shared(new), MASKS)
 
     def end(self, *names: str) -> list[bytes]:
         return self.sessions.forget([name.encode() * 16 for name in names])

@@ -80,7 +80,7 @@ class FakeDealer:
 
 
 def corrections(tape: bytes) -> bytes:
-    keys = [KeyChain(key).next(tape, DIGEST) for key in KEYS]
+    keys = [KeyChain(key).next(tape, DIGEST).passing for key in KEYS]
     parts = [part for batch in PLAN.batches for part in batch.deal(keys, {}.__getitem__)]
     return b"".join(map(bytes, parts))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mpcinfer.protocol.session import KeyChain, session_keys
+from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
 
 FACTS: dict[str, Any] = {
     "index": 0,
@@ -19,7 +19,7 @@ FACTS: dict[str, Any] = {
 SECRET, TAPE, DIGEST = b"k" * 32, b"t" * 16, b"x" * 32
 
 
-def first(**changed: Any) -> bytes:
+def first(**changed: Any) -> TapeKeys:
     facts = FACTS | changed
     return session_keys(facts.pop("secret", SECRET), **facts).next(TAPE, DIGEST)
 
@@ -44,7 +44,8 @@ def test_both_ends_derive_the_same() -> None:
     ids=str,
 )
 def test_everything_fresh_changes_the_keys(change: dict[str, Any]) -> None:
-    assert first(**change) != first()
+    one, other = first(**change), first()
+    assert len({one.passing, one.kept, other.passing, other.kept}) == 4
 
 
 def test_nonces_alone_are_no_key() -> None:
@@ -53,7 +54,9 @@ def test_nonces_alone_are_no_key() -> None:
 
 
 def test_tapes_and_plans_have_keys_of_their_own() -> None:
-    assert len({KeyChain(SECRET).next(t, d) for t in (TAPE, b"T" * 16) for d in (DIGEST, b"X" * 32)}) == 4
+    keys = [KeyChain(SECRET).next(t, d) for t in (TAPE, b"T" * 16) for d in (DIGEST, b"X" * 32)]
+    assert len({key for each in keys for key in (each.passing, each.kept)}) == 8
+    assert all(key.hex() not in repr(each) for each in keys for key in (each.passing, each.kept))
 
 
 def test_a_chain_forgets() -> None:

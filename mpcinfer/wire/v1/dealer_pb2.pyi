@@ -1,3 +1,4 @@
+from mpcinfer.wire.v1 import trust_pb2 as _trust_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -71,20 +72,22 @@ class JoinResponse(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., party_nonces: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class DealRequest(_message.Message):
-    __slots__ = ("session", "index", "tape", "plan_digest", "plan", "caches")
+    __slots__ = ("session", "index", "tape", "plan_digest", "plan", "caches", "signed")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TAPE_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CACHES_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     index: int
     tape: bytes
     plan_digest: bytes
     plan: bytes
     caches: CacheUse
-    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., caches: _Optional[_Union[CacheUse, _Mapping]] = ...) -> None: ...
+    signed: bool
+    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., caches: _Optional[_Union[CacheUse, _Mapping]] = ..., signed: bool = ...) -> None: ...
 
 class CacheUse(_message.Message):
     __slots__ = ("slot", "runs", "count")
@@ -109,10 +112,12 @@ class ForgetResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DealResponse(_message.Message):
-    __slots__ = ("chunk",)
+    __slots__ = ("chunk", "statement")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
     chunk: bytes
-    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
+    statement: _trust_pb2.Signed
+    def __init__(self, chunk: _Optional[bytes] = ..., statement: _Optional[_Union[_trust_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class DealerStatusRequest(_message.Message):
     __slots__ = ()
