@@ -136,10 +136,10 @@ def test_what_was_fetched_ahead_is_skipped_if_the_text_takes_another_turn(cluste
     # the step that is being done goes on to its end
     wait_for(lambda: not any(len(p.inbox) or p.lane._busy for p in cluster.parties.values()))
     session = cluster.parties[0].lane._sessions._sessions[first.session]
-    written = session.length
-    assert cluster.parties[0].lane._sessions.ahead() == 1
+    wait_for(lambda: cluster.parties[0].lane._sessions.ahead() == 1)
     fork = write(caller, [9, 8], 3, first.session, 4)
     assert right(fork.rest()[:-1], [*text[:4], 9, 8])
+    written = session.length  # only now: a step that had begun when its caller went is finished
     # two new rows and two tokens' rows, and the one that was never written: its mask is not another row's
     assert list(slots(cluster).values()) == [written + 1 + 2 + 2]
     assert {s.slot.count for p in cluster.parties.values() for s in p.lane._sessions._sessions.values()} == {
