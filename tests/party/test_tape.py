@@ -86,7 +86,7 @@ def corrections(tape: bytes) -> bytes:
 
 
 def epoch(dealer: FakeDealer, broken: bool = False) -> Epoch:
-    mesh: Any = SimpleNamespace(index=dealer.index, parties=2, broken=broken, account=Account())
+    mesh: Any = SimpleNamespace(index=dealer.index, parties=2, broken=broken, alone=False, account=Account())
     return Epoch(b"s" * 16, mesh, KeyChain(KEYS[dealer.index]), dealer, [], threading.Event())
 
 
