@@ -103,13 +103,26 @@ def _top(
 
 
 @app.command()
-def party(config: NodePath, stop_at_eof: StopAtEof = False) -> None:
-    """Run a party until it is told to stop."""
+def party(
+    config: NodePath,
+    stop_at_eof: StopAtEof = False,
+    witness_of: Annotated[
+        int | None, typer.Option(help="Run the witness of this party, which the node file must be for.")
+    ] = None,
+) -> None:
+    """Run a party, or the witness of one, until it is told to stop."""
     from mpcinfer.party.server import serve
 
     node = _node(config, stop_at_eof)
-    if not node.role.startswith("party/"):
+    if node.role == "dealer":
         raise ConfigError(f"{config} is for {node.role}, not for a party; use `mpcinfer dealer`")
+    # Which of the two this host is decides whom it must not be run by: nobody starts one for the other unawares.
+    if witness_of is None and node.role.startswith("witness/"):
+        raise ConfigError(
+            f"{config} is for {node.role}: start it with --witness-of {node.cluster.endpoint(node.role).index}"
+        )
+    if witness_of is not None and node.role != f"witness/{witness_of}":
+        raise ConfigError(f"{config} is for {node.role}, not for witness/{witness_of}")
     serve(node)
 
 
@@ -149,6 +162,7 @@ def up(
     owner: Annotated[list[str] | None, typer.Option(help="Name of a model owner (default: owner).")] = None,
     client: Annotated[list[str] | None, typer.Option(help="Name of a data owner (default: client).")] = None,
     base_port: Annotated[int | None, typer.Option(min=1, max=65000, help="Party I listens at this port + I.")] = None,
+    witnesses: Annotated[bool, typer.Option("--witnesses", help="A witness for each party of a new cluster.")] = False,
     ready_file: Annotated[Path | None, typer.Option(help="A file to write when all are ready.")] = None,
 ) -> None:
     """Run a whole cluster on this machine, each member a process of its own, until Ctrl-C. For trying things out."""
@@ -156,10 +170,12 @@ def up(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: an exception here, which stops them all
     owners, clients = owner or ["owner"], client or ["client"]
-    local = LocalCluster(directory, parties=parties, owners=owners, clients=clients, base_port=base_port)
+    local = LocalCluster(
+        directory, parties=parties, owners=owners, clients=clients, base_port=base_port, witnesses=witnesses
+    )
     try:
         with local:
-            for endpoint in (local.cluster.dealer, *local.cluster.parties):
+            for endpoint in local.cluster.members:
                 print(f"{endpoint.role} at {endpoint.address}, log {local.logs[endpoint.role]}")
             for role in [*(f"owner/{name}" for name in owners), *(f"client/{name}" for name in clients)]:
                 print(f"{role}: {local.identity(role)}")

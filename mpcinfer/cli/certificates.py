@@ -28,7 +28,7 @@ def certs_init(
 
 @certs_app.command("request")
 def certs_request(
-    role: Annotated[str, typer.Argument(help="party/I, dealer, owner/NAME or client/NAME.")],
+    role: Annotated[str, typer.Argument(help="party/I, witness/I, dealer, owner/NAME or client/NAME.")],
     cluster_name: Annotated[str, typer.Option("--cluster-name", help="The cluster's name.")],
     directory: Annotated[Path, typer.Option(help="Where to put the key and the request.")] = HERE,
 ) -> None:
@@ -69,13 +69,25 @@ def certs_cluster(
     name: Annotated[str, typer.Argument(help="The cluster's name.")],
     party: Annotated[list[str], typer.Option(help="HOST:PORT=FILE, its certificate or request; party 0 first.")],
     dealer: Annotated[str, typer.Option(help="HOST:PORT=FILE of the dealer.")],
+    witness: Annotated[
+        list[str] | None, typer.Option(help="I:HOST:PORT=FILE of the witness of party I, if it has one.")
+    ] = None,
     ca: Annotated[Path, typer.Option(help="The CA's certificate.")] = Path("ca.pem"),
     out: Annotated[Path, typer.Option(help="The cluster file to write.")] = CLUSTER,
 ) -> None:
-    """Write the cluster file, which pins the key of each party and of the dealer."""
+    """Write the cluster file, which pins the key of each party, of the dealer, and of witnesses if there are any."""
     from mpcinfer.client.certs import write_cluster_file
 
-    print(write_cluster_file(out, name, ca, parties=[_entry(p) for p in party], dealer=_entry(dealer)))
+    witnesses = dict(_witness(each) for each in witness or ())
+    parties = [_entry(each) for each in party]
+    print(write_cluster_file(out, name, ca, parties=parties, dealer=_entry(dealer), witnesses=witnesses))
+
+
+def _witness(text: str) -> tuple[int, tuple[str, Path]]:
+    index, colon, entry = text.partition(":")
+    if not colon or not index.isdecimal():
+        raise ConfigError(f"{text!r} is not I:HOST:PORT=FILE, for example 0:10.0.0.6:7100=witness-0.pem")
+    return int(index), _entry(entry)
 
 
 def _entry(text: str) -> tuple[str, Path]:

@@ -38,7 +38,7 @@ _PORTS = range(20000, 32000)
 
 
 class LocalCluster:
-    """A dealer and n parties as separate processes. A context manager: started and ready inside, stopped after it.
+    """A dealer, n parties and maybe witnesses as processes. A context manager: ready inside, stopped after it.
 
     `directory`, `cluster_path`, `cluster`; `logs` is where each role's output goes; `identity("client/client")` is
     what to connect with.
@@ -55,6 +55,7 @@ class LocalCluster:
         limits: Mapping[str, float] | None = None,
         log_level: str = "info",
         via: Callable[[str, int], int] | None = None,
+        witnesses: bool = False,
     ) -> None:
         """Make in `directory` what is missing of keys, certificates and TOML files; start nothing yet.
 
@@ -62,7 +63,8 @@ class LocalCluster:
         (default: a temporary one, removed at `stop`). parties: 2 by default. base_port: party I listens there + I,
         the dealer after them (default: ports that are free now). limits: the [limits] of new node files. via: told a
         role and a port of 127.0.0.1 that it will listen on, says by which port others reach it; for what stands in
-        between, such as the slower network of a benchmark.
+        between, such as the slower network of a benchmark. witnesses: one for each party of a new cluster; an existing
+        one has those that it was made with.
         ConfigError if the directory holds something else, IdentityError if its certificates cannot be used.
         """
         self._temporary = directory is None
@@ -73,11 +75,11 @@ class LocalCluster:
         self._ports: dict[str, list[str]] = {}  # what node files say of ports, where that is not in the cluster file
         try:
             if not self.cluster_path.exists():
-                self._make(parties or 2, base_port, via)
+                self._make(parties or 2, base_port, via, witnesses)
             self.cluster = Cluster.load(self.cluster_path)
             if parties not in (None, self.cluster.n):
                 raise ConfigError(f"{self.directory} holds a cluster of {self.cluster.n} parties, not {parties}")
-            self._roles = ["dealer", *(endpoint.role for endpoint in self.cluster.parties)]
+            self._roles = ["dealer", *(endpoint.role for endpoint in self.cluster.holders)]
             for role in self._roles:
                 self._write_node_file(role, limits or {}, log_level)
             people = [*(f"owner/{name}" for name in owners), *(f"client/{name}" for name in clients)]
@@ -191,10 +193,12 @@ class LocalCluster:
 
     def _spawn(self, role: str) -> None:
         config = self.directory / f"{certs.file_stem(role)}.toml"
-        kind = role.partition("/")[0]
+        kind, _, index = role.partition("/")
+        # which of the two it is, a witness must be told
+        what = ["party", "--witness-of", index] if kind == "witness" else [kind]
         # A fresh interpreter, not a fork: nothing of this process, which may hold a model, is in its memory. It stops
         # when its standard input ends, that is also when this process is killed.
-        command = [sys.executable, "-P", "-m", "mpcinfer", kind, "--config", str(config), "--stop-at-eof"]
+        command = [sys.executable, "-P", "-m", "mpcinfer", *what, "--config", str(config), "--stop-at-eof"]
         log = self.logs[role]
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as output:
@@ -221,18 +225,24 @@ class LocalCluster:
         process.kill()
         _reap(process)
 
-    def _make(self, parties: int, base_port: int | None, via: Callable[[str, int], int] | None) -> None:
+    def _make(
+        self, parties: int, base_port: int | None, via: Callable[[str, int], int] | None, witnesses: bool
+    ) -> None:
         if self.directory.exists() and any(self.directory.iterdir()):
             raise ConfigError(f"{self.directory} is not empty and holds no cluster.toml; choose another directory")
         name = "local"
         self.directory.mkdir(parents=True, exist_ok=True)
         _, ca = certs.init_ca(self.directory, name)
         roles = [*(f"party/{index}" for index in range(parties)), "dealer"]
+        roles += [f"witness/{index}" for index in range(parties if witnesses else 0)]
         ports = _free_ports(len(roles)) if base_port is None else list(range(base_port, base_port + len(roles)))
         if via is not None:
             ports = self._mapped(dict(zip(roles, ports, strict=True)), via)
         entries = [(f"127.0.0.1:{port}", self._issue(name, role)) for port, role in zip(ports, roles, strict=True)]
-        certs.write_cluster_file(self.cluster_path, name, ca, parties=entries[:-1], dealer=entries[-1])
+        watching = dict(enumerate(entries[parties + 1 :]))
+        certs.write_cluster_file(
+            self.cluster_path, name, ca, parties=entries[:parties], dealer=entries[parties], witnesses=watching
+        )
 
     def _mapped(self, ports: Mapping[str, int], via: Callable[[str, int], int]) -> list[int]:
         """By which ports the roles are reached, when they listen on `ports`, and the parties on one more each."""

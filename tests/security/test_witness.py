@@ -31,6 +31,7 @@ from mpcinfer.protocol.context import Opening
 from mpcinfer.wire import channel
 from mpcinfer.wire.mesh import OPENING
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from tests.decoders_local import captured_decoder, plain_logits, tiny_decoder, token_ids
 from tests.inprocess import Caller, InProcess, kinds, mlp, plain, random_weights, reveal, wait_for
 
 PROGRAM = mlp()
@@ -78,7 +79,7 @@ def right(answers: list[Any]) -> bool:
 
 def altered(opening: Opening, value: int) -> None:
     """This party adds (or, to bits, XORs) something to one number of its share of an opening."""
-    share = opening.masked.clone()
+    share = opening.masked.clone(memory_format=torch.contiguous_format)
     at = secrets.randbelow(share.numel())
     one = torch.tensor(value - (1 << 64) if value >> 63 else value)
     share.view(-1)[at] = opening.ring.add(share.view(-1)[at], one.to(share.dtype))
@@ -159,6 +160,34 @@ def test_some_parties_may_have_witnesses(tmp_path: Path, watched: tuple[int, ...
         caller = running.caller()
         caller.deploy(PROGRAM, WEIGHTS)
         assert right(caller.infer(X))
+
+
+def test_a_language_model_writes_with_witnesses_and_a_spoilt_token_is_not_released(
+    cluster: InProcess, monkeypatch: Patch
+) -> None:
+    model, text = tiny_decoder(layers=1), token_ids(6)
+    captured = captured_decoder(model)
+    assert kinds(cluster.caller().deploy(captured.program, dict(captured.weights), "lm")) == ["DeployResponse"] * 4
+    with Connection(cluster.keys.cluster, cluster.keys.identity("client/bob")) as connection:
+        client = Client(connection)
+        assert len(client.generate("lm", text, max_new_tokens=3, stream=False).tokens) == 3
+        wait, pieces = cluster.new_epoch(), []
+        answer = client.generate("lm", text, max_new_tokens=8)
+
+        def spoil(batch: list[Opening]) -> None:
+            if len(pieces) == 2 and (found := next((o for o in batch if o.ring.bits == 64), None)) is not None:
+                altered(found, HIGH)
+
+        Deviation(monkeypatch, cluster.parties[0], spoil)
+        with pytest.raises(TamperingError, match="Suspect: party 0"):
+            for piece in answer:
+                pieces.append(piece.token)
+        # the third was on its way while the second was read
+        assert 2 <= len(pieces) <= 3
+        for k, token in enumerate(pieces):
+            logits = plain_logits(model, [*text, *pieces[:k]])
+            assert float(logits.max() - logits[token]) < 5e-3
+        wait()
 
 
 # --- parties that deviate ----------------------------------------------------------------------------------------
