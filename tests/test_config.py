@@ -108,6 +108,39 @@ def test_wrong_cluster_files(directory: Path, old: str, new: str, message: str) 
         load_cluster(directory, CLUSTER.replace(old, new))
 
 
+WITNESS = f'''
+[[witness]]
+of = 1
+address = "127.0.0.1:7111"
+key = "{PINS[3]}"
+'''
+
+
+def test_witnesses(directory: Path) -> None:
+    assert load_cluster(directory, CLUSTER).witnesses == ()
+    cluster = load_cluster(directory, CLUSTER + WITNESS)
+    assert [(e.role, e.index) for e in cluster.holders] == [("party/0", 0), ("party/1", 1), ("witness/1", 1)]
+    assert cluster.endpoint("witness/1").key_pin == PINS[3]
+    with pytest.raises(ConfigError, match="has no 'witness/0'; it has .* dealer, witness/1"):
+        cluster.endpoint("witness/0")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("of = 1\n", "", "'of' is missing"),
+        ("of = 1", "of = 2", "of one party each"),
+        ("of = 1", "of = -1", "of one party each"),
+        (PINS[3], PINS[1], "its own key"),
+        ("7111", "7101", "its own address"),
+        (WITNESS, WITNESS + WITNESS.replace("7111", "7112").replace(PINS[3], f"sha256:{9:064x}"), "of one party each"),
+    ],
+)
+def test_wrong_witnesses(directory: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_cluster(directory, CLUSTER + WITNESS.replace(old, new))
+
+
 def test_party_must_be_an_array_of_tables(directory: Path) -> None:
     with pytest.raises(ConfigError, match="expected a table"):
         load_cluster(

@@ -50,7 +50,10 @@ class Vouching:
         said = {index: self._opened(index, message) for index, message in told.items()}
         for index, statements in said.items():
             _check_work(own, index, list(statements.values()))
-        check_traffic({index: {role: each["traffic"] for role, each in said[index].items()} for index in said})
+        try:
+            check_traffic({index: {role: each["traffic"] for role, each in said[index].items()} for index in said})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TamperingError(f"somebody vouches for nothing that can be compared. {_REMEDY}") from error
 
     def _opened(self, index: int, message: bytes) -> dict[str, dict[str, Any]]:
         """What a party and its witness say, by role: exactly those, both signed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from mpcinfer.wire.mesh import CONTROL, OPENING, Link, Merge, Mesh
+from mpcinfer.wire.mesh import CONTROL, MAX_MESSAGE, OPENING, Link, Merge, Mesh
 from mpcinfer.wire.traffic import Traffic
 
 
@@ -92,7 +92,8 @@ class ShadowMesh(Mesh):
         self.rounds += kind == OPENING
         began = time.perf_counter()
         self.traffic.sent(kind, payload)
-        found = {peer: self._link.receive(kind) for peer in self._peers}
+        most = max(len(payload), MAX_MESSAGE)
+        found = {peer: self._link.receive(kind, most) for peer in self._peers}
         for peer, received in found.items():
             self.traffic.received(peer, kind, received)
         self.account.rounds += kind == OPENING

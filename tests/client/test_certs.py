@@ -121,3 +121,20 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write"):
         certs.init_ca(tmp_path / "file" / "ca", "local")
+
+
+def test_witnesses_are_pinned_like_parties(home: Path) -> None:
+    _, request = certs.request(home / "hosts", "local", "witness/1")
+    path = certs.write_cluster_file(
+        home / "watched.toml",
+        "local",
+        home / "ca" / "ca.pem",
+        parties=[(f"127.0.0.1:{7100 + i}", home / f"hosts/party-{i}.csr") for i in range(2)],
+        dealer=("127.0.0.1:7109", home / "hosts/dealer.csr"),
+        witnesses={1: ("127.0.0.1:7111", request)},
+    )
+    cluster = Cluster.load(path)
+    assert [e.role for e in cluster.holders] == ["party/0", "party/1", "witness/1"]
+    assert cluster.witness(0) is None and cluster.witness(1) == cluster.witnesses[0]
+    assert cluster.witnesses[0].key_pin == key_pin(request.read_bytes())
+    assert cluster.digest() != Cluster(cluster.name, cluster.ca_pem, cluster.parties, cluster.dealer).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -605,3 +606,45 @@ def test_seeds_stay_out_of_logs(dealer: Dealer, caplog: pytest.LogCaptureFixture
         session.asks(tape(), [PLAN, plan_of(MASK)])
     for key in session.keys:
         assert key.hex()[:16] not in caplog.text and repr(key)[2:20] not in caplog.text
+
+
+# --- witnesses -----------------------------------------------------------------------------------------------------
+
+
+def test_a_witness_has_its_party_s_key_once_and_before_the_first_tape(dealer: Dealer) -> None:
+    session = Session(dealer).join()
+    key, nonce, nonces = dealer.witness(session.id, 1, 5)
+    assert (key, nonce, nonces) == (session.keys[1], session.dealer_nonces[0], session.nonces)
+    with pytest.raises(ConflictError):
+        dealer.witness(session.id, 1, 5)
+    session.asks(tape(), PLAN)
+    with pytest.raises(AbortedError, match="too late"):
+        dealer.witness(session.id, 0, 5)
+
+
+def test_a_witness_waits_for_the_parties_and_is_not_served_in_another_session(dealer: Dealer) -> None:
+    with pytest.raises(DeadlineError):
+        dealer.witness(tape(), 0, 0.05)
+    first = Session(dealer).join()
+    Session(dealer).join()
+    with pytest.raises(AbortedError):
+        dealer.witness(first.id, 0, 5)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_last_party_s_witness_is_told_the_digest_of_its_corrections(n: int) -> None:
+    dealer = Dealer(n, CLUSTER, witnessed=True)
+    session, id_ = Session(dealer).join(), tape()
+    asked = started(lambda: dealer.corrected(session.id, id_, 20), lambda: True)
+    corrections = session.asks(id_, PLAN)[-1]
+    assert asked.result(20) == hashlib.sha256(corrections).digest()
+    with pytest.raises(DeadlineError):
+        dealer.corrected(session.id, id_, 0.05)  # once
+    with pytest.raises(AbortedError):
+        dealer.corrected(tape(), id_, 5)
+
+
+def test_without_witnesses_nothing_is_kept_for_them(dealer: Dealer) -> None:
+    session = Session(dealer).join()
+    session.asks(tape(), PLAN)
+    assert dealer._session is not None and not dealer._session.corrected
