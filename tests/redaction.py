@@ -29,18 +29,15 @@ REDUCING = {"len", "type", "id", "count", "in_bytes"}
 
 
 def hidden_fields(sources: Iterable[str]) -> set[str]:
-    """The fields that dataclasses keep out of their own repr."""
-    found = set()
+    """The fields that classes keep out of their own repr, but for names that others show: those say too little."""
+    hidden, shown = set(), set()
     for source in sources:
-        for node in ast.walk(ast.parse(source)):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(node.value, ast.Call)
-            ):
-                if any(k.arg == "repr" and getattr(k.value, "value", True) is False for k in node.value.keywords):
-                    found.add(node.target.id)
-    return found
+        classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+        for node in [node for each in classes for node in each.body if isinstance(node, ast.AnnAssign)]:
+            options = node.value.keywords if isinstance(node.value, ast.Call) else []
+            hides = any(k.arg == "repr" and getattr(k.value, "value", True) is False for k in options)
+            (hidden if hides else shown).add(ast.unparse(node.target))
+    return hidden - shown
 
 
 def leaks(source: str, hidden: Iterable[str] = ()) -> Iterator[str]:
