@@ -26,6 +26,7 @@ from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, Model
 from mpcinfer.cli.output import load_array, print_json, print_table, shapes, write_array
 from mpcinfer.cli.owner import deploy, explain
 from mpcinfer.cli.parties import pin, status
+from mpcinfer.cli.receipts import ReceiptFile, ReceiptSalts, audit_app, save, verify_receipt
 from mpcinfer.cli.serving import proxy
 from mpcinfer.cli.writing import chat, embed, generate
 from mpcinfer.config import Node
@@ -51,6 +52,8 @@ app.command()(embed)
 app.command()(proxy)
 app.command()(status)
 app.command()(pin)
+app.command()(verify_receipt)
+app.add_typer(audit_app, name="audit")
 
 
 def main() -> None:
@@ -253,6 +256,8 @@ def infer(
     timeout: Annotated[float, typer.Option(help="Seconds.")] = 60.0,
     audit: AuditFile = None,
     audit_rate: AuditRate = RATE,
+    receipt: ReceiptFile = None,
+    receipt_salts: ReceiptSalts = False,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
     as_json: Json = False,
@@ -267,6 +272,7 @@ def infer(
         set_audit(data_owner, audit, audit_rate)
         answer = data_owner.infer(name, *arrays, version=version, timeout=timeout)
         cost = data_owner.last_cost
+        save(data_owner.last_receipt, receipt, receipt_salts)
     outputs = answer if isinstance(answer, tuple) else (answer,)
     files = []
     if out is not None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -18,12 +18,14 @@ import typer
 from mpcinfer.cli.auditing import RATE, AuditFile, AuditRate, set_audit
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json
 from mpcinfer.cli.output import in_bytes, in_seconds, print_json
+from mpcinfer.cli.receipts import ReceiptFile, ReceiptSalts, save
 from mpcinfer.errors import InputError, MpcInferError
 
 if TYPE_CHECKING:
     from mpcinfer.client.data import Client
     from mpcinfer.client.generation import Generation, Message, Piece, Prompt, Settings, Writer
     from mpcinfer.client.proxy.backend import TextClient
+    from mpcinfer.trust.receipt import Receipt
 
 Name = Annotated[str, typer.Argument(help="The model.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
@@ -54,6 +56,8 @@ def generate(
     timeout: Timeout = 600.0,
     audit: AuditFile = None,
     audit_rate: AuditRate = RATE,
+    receipt: ReceiptFile = None,
+    receipt_salts: ReceiptSalts = False,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
     as_json: Json = False,
@@ -68,6 +72,7 @@ def generate(
     with connected(cluster, identity) as client:
         set_audit(cast("Client", client), audit, audit_rate)
         answer = _write(client, name, text, settings, timeout, aloud=not as_json)
+    save(answer.receipt, receipt, receipt_salts)
     if as_json:
         print_json({"text": answer.text, "finish": answer.finish, "tokens": answer.tokens, **answer.spent.summary()})
     if answer.finish == "cancelled":
@@ -171,6 +176,7 @@ class Written:
     tokens: list[int]
     finish: str
     spent: Spent
+    receipt: Receipt | None = field(repr=False)
 
 
 def _write(writer: Writer, name: str, prompt: Prompt, settings: Settings, timeout: float, *, aloud: bool) -> Written:
@@ -191,7 +197,9 @@ def _write(writer: Writer, name: str, prompt: Prompt, settings: Settings, timeou
     if aloud:
         stopped = "[stopped] " if generation.finish == "cancelled" else ""
         print(f"{stopped}{spent.line()}", file=sys.stderr)
-    return Written(generation.text, list(generation.tokens), generation.finish or "cancelled", spent)
+    return Written(
+        generation.text, list(generation.tokens), generation.finish or "cancelled", spent, generation.receipt
+    )
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mpcinfer.trust.receipt import Receipt
+
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message]
 Finish = Literal["stop", "length", "cancelled"]
@@ -54,7 +56,8 @@ class Generation(Protocol):
     """An answer being written: iterate over it; leaving early or `cancel` ends it at the parties too.
 
     prompt_tokens, and `sent` (for each party the bytes of the share of the prompt that it was sent), are there from
-    the beginning; `text`, `tokens` and `finish` (None while it is written) grow.
+    the beginning; `text`, `tokens` and `finish` (None while it is written) grow, and `receipt` is of as
+    much as is written.
     """
 
     id: str
@@ -65,6 +68,7 @@ class Generation(Protocol):
     text: str
     tokens: list[int]
     finish: Finish | None
+    receipt: Receipt | None
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces as they arrive; raises the typed errors of `mpcinfer.errors`."""

@@ -67,7 +67,7 @@ class Log:
     path: Path
     party: str
     entries: list[dict[str, Any]] = field(repr=False)
-    heads: list[tuple[str, Head]] = field(repr=False)
+    heads: list[tuple[str, Head]]
 
     @property
     def head(self) -> Head:

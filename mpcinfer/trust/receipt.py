@@ -54,10 +54,14 @@ class Receipt:
         content: dict[str, Any] = {"format": FORMAT, "statements": [s.to_json() for s in self.statements]}
         return {**content, "salts": [s.hex() for s in self.salts]} if salts else content
 
+    def to_bytes(self, *, salts: bool = False) -> bytes:
+        """The content of its file."""
+        return canonical(self.to_json(salts=salts)) + b"\n"
+
     def save(self, path: Path | str, *, salts: bool = False) -> None:
         """Write it into a file. ConfigError if that fails."""
         try:
-            Path(path).write_bytes(canonical(self.to_json(salts=salts)) + b"\n")
+            Path(path).write_bytes(self.to_bytes(salts=salts))
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
@@ -73,7 +77,7 @@ class Receipt:
             statements = [Signed.from_json(each) for each in content["statements"]]
             salts = [bytes.fromhex(each) for each in content.get("salts", ())]
             receipt = Receipt.verify(statements, cluster, salts)
-            if canonical(receipt.to_json(salts="salts" in content)) + b"\n" != data:
+            if receipt.to_bytes(salts="salts" in content) != data:
                 raise ValueError("not as it was written")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SignatureError(f"{path} is no receipt, or it was changed") from error

@@ -253,6 +253,9 @@ class FakeCluster:
             "model": model.name,
             "version": model.version,
             "deployment": model.deployment_id.hex(),
+            "action": "infer",
+            "rounds": 8,
+            "openings": {"Relu": 4},
             "answers": 1,
             "manifest": digest(self.facts()).hex(),
         }

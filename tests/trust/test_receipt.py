@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import secrets
 from pathlib import Path
@@ -188,3 +189,19 @@ def test_salts_have_256_bits() -> None:
     for size in (0, 16, 31, 33):
         with pytest.raises(MpcInferError):
             check_salt(bytes(size))
+
+
+def test_the_commitments_of_the_documents() -> None:
+    """As docs/protocol.md has them for whoever has only that."""
+    page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    salt, tensor = bytes(range(32)), tensor_pb2.Tensor(shape=[1, 2], frac_bits=16, data=bytes(range(16)))
+
+    def described(purpose: bytes, *parts: bytes) -> str:
+        framed = b"".join(len(part).to_bytes(8, "little") + part for part in (purpose, *parts))
+        return hmac.digest(salt, b"mpcinfer v1 commitment\0" + framed, "sha256").hex()
+
+    parts = b"[[1,2],16,64]", b"", bytes(range(16))
+    found = described(b"salt"), described(b"upload", *parts), described(b"answer", b"", *parts)
+    assert all(each in page for each in found)
+    ours = salt_commitment(salt), upload_commitment(salt, [tensor]), answers_commitment(salt, b"", [tensor])
+    assert found == tuple(each.hex() for each in ours)

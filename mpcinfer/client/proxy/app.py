@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -30,12 +31,14 @@ from mpcinfer.client.proxy.responses import Responses
 from mpcinfer.client.proxy.shapes import Completions
 from mpcinfer.client.proxy.streaming import Answers, CallerGone, EventStream, Gate, unless_gone
 from mpcinfer.errors import ConfigError, NotFoundError
+from mpcinfer.trust.receipt import Receipt
 
 MAX_BODY = 4 << 20
 MAX_AT_ONCE = 32
 _FRESH = 2.0  # seconds that the parties' states are good for
 _GRACE = 2  # seconds for requests in flight when the proxy stops
 _MIN_TOKEN = 16
+_RECEIPTS = 256  # that are kept
 
 
 class Proxy:
@@ -49,6 +52,7 @@ class Proxy:
         self._asking = asyncio.Lock()
         self._cards: Sequence[PartyCard] = ()
         self._stale = 0.0
+        self._receipts: OrderedDict[str, list[Receipt]] = OrderedDict()
         self._page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     def routes(self) -> list[Route]:
@@ -60,6 +64,7 @@ class Proxy:
             "/api/parties": self._parties,
             "/v1/models": self._models,
             "/v1/models/{id:path}": self._model,
+            "/v1/receipts/{id}": self._receipt,
         }
         post = {
             "/v1/chat/completions": self._chat,
@@ -90,15 +95,23 @@ class Proxy:
     async def _write(
         self, request: Request, wanted: requests.Writing, shape: Completions | Responses, *, early: bool = False
     ) -> Response:
-        answers = Answers(self._backend, self.meter, self._gate, wanted)
+        answers = Answers(self._backend, self.meter, self._gate, wanted, lambda found: self._keep(shape.id, found))
+        where = {"X-Mpcinfer-Receipt": f"/v1/receipts/{shape.id}"}
         try:
             if not wanted.stream:
-                return JSONResponse(await unless_gone(request.receive, shape.whole(answers)))
+                return JSONResponse(await unless_gone(request.receive, shape.whole(answers)), headers=where)
             await unless_gone(request.receive, answers.settle(early=early))
         except BaseException:
             answers.close()
             raise
-        return EventStream(shape.stream(answers), answers.close)
+        return EventStream(shape.stream(answers), answers.close, where)
+
+    def _keep(self, id_: str, receipts: list[Receipt]) -> None:
+        """What the parties have signed about the answers to a request, until there are newer ones."""
+        if receipts:
+            self._receipts[id_] = receipts
+        while len(self._receipts) > _RECEIPTS:
+            self._receipts.popitem(last=False)
 
     async def _embed(self, request: Request) -> Response:
         wanted = requests.embedding(await self._body(request))
@@ -130,6 +143,15 @@ class Proxy:
             if card.name == name:
                 return JSONResponse(shapes.model_object(card))
         raise NotFoundError("no model of this name is deployed; GET /v1/models lists those that are")
+
+    async def _receipt(self, request: Request) -> Response:
+        found = self._receipts.get(request.path_params["id"])
+        if found is None:
+            raise NotFoundError(f"no receipt of this id: the last {_RECEIPTS} answers' are kept, once they end")
+        which = request.query_params.get("index", "0")
+        if not (which.isascii() and which.isdecimal() and int(which) < len(found)):
+            raise NotFoundError(f"index names one of the answers to this request, from 0 to {len(found) - 1}")
+        return Response(found[int(which)].to_bytes(), media_type="application/json")
 
     async def _parties(self, request: Request) -> Response:
         """Who the parties are, for the page. However many pages ask, the parties are asked once in a while."""

@@ -108,4 +108,4 @@ def route(path: str) -> str:
     """The path as it may be logged: those that there are. Any other could say anything."""
     if path in PATHS:
         return path
-    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+    return next((f"{each}{{id}}" for each in ("/v1/models/", "/v1/receipts/") if path.startswith(each)), "other")

@@ -20,7 +20,7 @@ class Responses:
     def __init__(self, request: Writing) -> None:
         self._request = request
         self._tally = Tally(request)
-        self._id, self._item = new_id("resp_"), new_id("msg_")
+        self.id, self._item = new_id("resp_"), new_id("msg_")
         self._created = int(time.time())
         self._number = 0
 
@@ -84,7 +84,7 @@ class Responses:
                 "total_tokens": prompt + written,
             }
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,

@@ -85,8 +85,9 @@ class Completions:
     def __init__(self, request: Writing, *, chat: bool, shares: bool = False) -> None:
         self._request, self._chat, self._shares = request, chat, shares
         self._tally = Tally(request)
+        self.id = new_id("chatcmpl-" if chat else "cmpl-")
         self._head = {
-            "id": new_id("chatcmpl-" if chat else "cmpl-"),
+            "id": self.id,
             "created": int(time.time()),
             "model": request.model,
         }

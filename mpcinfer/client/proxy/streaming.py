@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from mpcinfer.client.proxy.backend import Backend
 from mpcinfer.client.proxy.metrics import Clock, Meter
 from mpcinfer.client.proxy.requests import Writing
 from mpcinfer.errors import AbortedError, BusyError
+from mpcinfer.trust.receipt import Receipt
 
 _T = TypeVar("_T")
 
@@ -64,8 +65,17 @@ class Answers:
     on the prompt done.
     """
 
-    def __init__(self, backend: Backend, meter: Meter, gate: Gate, request: Writing) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        meter: Meter,
+        gate: Gate,
+        request: Writing,
+        keep: Callable[[list[Receipt]], None] = lambda receipts: None,
+    ) -> None:
+        """keep: called with the receipts of all answers when these have ended."""
         gate.enter()
+        self._keep = keep
         self._gate: Gate | None = gate
         self._backend, self._meter, self._request = backend, meter, request
         self._clock = Clock()
@@ -109,6 +119,8 @@ class Answers:
         with self._lock:
             self._cancelled = True
             running = [g for g in self._running.values() if g.finish is None]
+            receipts = [g.receipt for _, g in sorted(self._running.items()) if g.receipt is not None]
+        self._keep(receipts)
         for generation in running:
             threading.Thread(target=generation.cancel, name="cancel", daemon=True).start()
         if self._gate is not None:
@@ -187,10 +199,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], close: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
         """close: called at the end, however it comes, even if not one event was asked for."""
         self._events, self._close = events, close
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(headers={**(headers or {}), "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

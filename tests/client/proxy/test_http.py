@@ -10,12 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from mpcinfer.client.proxy.app import MAX_BODY, create_app
+from mpcinfer.client.proxy.app import MAX_BODY, Proxy, create_app
 from mpcinfer.client.proxy.guard import is_loopback, route
 from mpcinfer.errors import ConfigError
 from tests.client.proxy.conftest import serving
@@ -317,3 +318,29 @@ def test_metrics() -> None:
 def test_what_a_path_is_logged_as() -> None:
     said = {"/v1/models/x": "/v1/models/{id}", "/secret": "other", "/": "/", "/v1/models": "/v1/models"}
     assert {path: route(path) for path in said} == said
+
+
+def test_receipts_of_what_was_written_can_be_asked_for(http: httpx.Client, writer: FakeWriter) -> None:
+    """The fake parties sign nothing, so their receipt is a stand-in."""
+    receipt = SimpleNamespace(to_bytes=lambda: b'{"signed":true}\n')
+    writer.before = lambda number: setattr(writer.begun[-1], "receipt", receipt)
+    for path, body in (
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}),
+        ("/v1/completions", {"model": "tiny", "prompt": "hello", "n": 2, "stream": True}),
+        ("/v1/responses", {"model": "tiny", "input": "hello"}),
+    ):
+        answer = http.post(path, json=body)
+        where = answer.headers["x-mpcinfer-receipt"]
+        assert where.startswith("/v1/receipts/") and where.removeprefix("/v1/receipts/") in answer.text
+        assert http.get(where).content == b'{"signed":true}\n'
+        assert http.get(f"{where}?index=1").status_code == (200 if "n" in body else 404)
+    for wrong in ("/v1/receipts/none", f"{where}?index=x", f"{where}?index=-1"):
+        assert http.get(wrong).status_code == 404
+
+
+def test_only_the_last_receipts_are_kept() -> None:
+    proxy = Proxy(FakeWriter().backend())
+    for i in range(300):
+        proxy._keep(str(i), [None])  # type: ignore[list-item]
+    proxy._keep("nothing", [])
+    assert len(proxy._receipts) == 256 and "299" in proxy._receipts and "43" not in proxy._receipts

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from mpcinfer.client.generation import Finish, Piece, Prompt, Settings, StepCost
 from mpcinfer.client.proxy.backend import Backend, ModelCard, PartyCard, Text
 from mpcinfer.errors import ContextLengthError, NotFoundError
+from mpcinfer.trust.receipt import Receipt
 
 CONTEXT = 1000  # tokens, here words
 
@@ -31,6 +32,7 @@ class FakeGeneration:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    receipt: Receipt | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     cancelled_at: float = 0.0
 
