@@ -27,7 +27,7 @@ from mpcinfer.party.sacrifice import Coin, audit
 from mpcinfer.party.session import Session, Slot
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
-from mpcinfer.party.vouching import Vouching, merged_ballots
+from mpcinfer.party.vouching import Vouching, check_ballot, merged_ballots, subject
 from mpcinfer.party.waiting import Ballot, Metered, Release, Round
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.context import Context, Opening
@@ -139,7 +139,6 @@ class Stepping:
         """All parties say yes (with a note each), no, or "not here yet".
 
         upload: the commitment to what this party was sent, which must be what its witness was sent.
-
         Refused, caused by the error, if anybody says no; else Late if anybody has to wait.
         """
         own = {
@@ -149,11 +148,7 @@ class Stepping:
             "upload": upload,
         }
         answers = await Ballot(part, own)
-        joint = answers[self.index]
-        if not (joint["error"] or joint["late"]) and (refusal or late or joint["upload"] != upload):
-            raise TamperingError(
-                f"party {self.index} has voted without asking its witness. Suspect: party {self.index}"
-            )
+        check_ballot(self.index, answers[self.index], own)
         if refusal is not None:
             raise Refused from refusal
         for peer, answer in sorted(answers.items()):
@@ -206,12 +201,7 @@ class Stepping:
         part.evidence = Evidence(epoch.id, tape.id, seal, part.transcript.openings, epoch.manifest)
 
     async def release(
-        self,
-        part: Part,
-        job: Job,
-        step: dict[str, Any],
-        outputs: Sequence[tensor_pb2.Tensor] = (),
-        number: int = 0,
+        self, part: Part, job: Job, step: dict[str, Any], outputs: Sequence[tensor_pb2.Tensor] = (), number: int = 0
     ) -> bytes:
         """Go on, to let outputs leave or to commit a model, only once all parties and witnesses vouch for all before.
 
@@ -221,8 +211,7 @@ class Stepping:
         if self._vouching is None:
             return b""
         output = output_commitment(job.salt, outputs, number)
-        public = {"request": job.id.hex(), "tape": step["tape"], "deployment": step["deployment"], "number": number}
-        await Release(part, {**public, "upload": job.upload, "output": output.hex()})
+        await Release(part, subject(job, step, number, output))
         return output
 
     async def deal(

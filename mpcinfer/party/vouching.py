@@ -14,6 +14,7 @@ from typing import Any
 from mpcinfer.config import Cluster
 from mpcinfer.errors import IdentityError, ProtocolError, TamperingError
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.inbox import Job
 from mpcinfer.trust.signing import Signed, Signer, open_signed
 from mpcinfer.wire.witnessed import ShadowMesh, WitnessedMesh
 
@@ -69,6 +70,12 @@ class Vouching:
         if [statement.role for statement in statements] != roles:
             raise TamperingError(f"not all of {' and '.join(roles)} vouch for what was computed. {_REMEDY}")
         return {statement.role: statement.content for statement in statements}
+
+
+def subject(job: Job, step: Mapping[str, Any], number: int, output: bytes) -> dict[str, Any]:
+    """What is stated of a request: public facts, and two commitments that a pair has in common."""
+    public = {"request": job.id.hex(), "tape": step["tape"], "deployment": step["deployment"], "number": number}
+    return {**public, "upload": job.upload, "output": output.hex()}
 
 
 def _check_work(own: Mapping[str, Any], index: int, statements: list[dict[str, Any]]) -> None:
@@ -148,6 +155,13 @@ def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             "text": "it and its witness were sent different shares; send both the same",
         }
     return own
+
+
+def check_ballot(index: int, joint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """TamperingError if a party has voted for both of them and left out what its witness said."""
+    held_back = own["error"] or own["late"] or joint["upload"] != own["upload"]
+    if held_back and not (joint["error"] or joint["late"]):
+        raise TamperingError(f"party {index} has voted without asking its witness. Suspect: party {index}")
 
 
 def merged_inventories(party: bytes, witness: bytes) -> bytes:

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from mpcinfer.errors import ProtocolError, TamperingError
-from mpcinfer.party.vouching import Vouching, both, check_traffic, merged_ballots, merged_inventories, packed
+from mpcinfer.party.vouching import (
+    Vouching,
+    both,
+    check_ballot,
+    check_traffic,
+    merged_ballots,
+    merged_inventories,
+    packed,
+)
 from mpcinfer.trust.signing import Signed, Signer
 from mpcinfer.wire.traffic import Traffic
 from mpcinfer.wire.witnessed import ShadowMesh
@@ -172,6 +180,26 @@ def test_a_party_and_its_witness_have_one_vote(
 ) -> None:
     merged = merged_ballots(json.dumps([party]).encode(), json.dumps([witness]).encode())
     assert json.loads(merged) == [joint]
+
+
+@pytest.mark.parametrize(
+    ("own", "joint", "fair"),
+    [
+        (ballot(), ballot(), True),
+        (ballot(), ballot(late=True, upload="x"), True),
+        (ballot(), ballot(error="BusyError"), True),
+        (ballot(late=True), ballot(), False),
+        (ballot(error="BusyError"), ballot(), False),
+        (ballot(upload="x"), ballot(), False),
+        (ballot(error="BusyError"), ballot(late=True), True),
+    ],
+)
+def test_a_witness_sees_that_its_vote_was_left_out(own: dict[str, Any], joint: dict[str, Any], fair: bool) -> None:
+    if fair:
+        check_ballot(0, joint, own)
+    else:
+        with pytest.raises(TamperingError, match="Suspect: party 0"):
+            check_ballot(0, joint, own)
 
 
 def test_different_uploads_are_refused() -> None:
