@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -229,7 +230,8 @@ class Dealer:
             session = self._session
             if session is None or session_id != self._id or not session.keys:
                 raise AbortedError("the dealer does not know this session (it may have restarted); form a new one")
-            agreed = self._plan(session, digest, plan)
+            named = self._plan(session, digest, plan)
+            agreed = named if use is None else named.repeated(use.times)
             digest = use.digest(digest) if use is not None else digest
             if tape in session.spent:
                 raise ConflictError("this tape was dealt or burnt already; ask for a new one")
@@ -241,7 +243,7 @@ class Dealer:
                 self._burn(session, tape)
                 raise AgreementError("the parties named different plans for one tape; it is burnt")
             try:
-                self._check_rows(session, agreed, use)
+                self._check_rows(session, named, use)
             except (InputError, AgreementError):
                 self._burn(session, tape)
                 raise
@@ -320,7 +322,7 @@ class Dealer:
                     self._session.slots.pop(slot, None)
 
     def _check_rows(self, session: _Session, plan: Plan, use: CacheUse | None) -> None:
-        """The plan's products are of rows that the dealer has, and what it appends comes next and once."""
+        """The plan's products are of rows that the dealer has, and what it appends comes next and once a run."""
         growing = [item.cache for _, item in plan.entries if item.growing]  # type: ignore[attr-defined]
         used = {item.cache for _, item in plan.entries if hasattr(item, "cache")}
         if not used:
@@ -335,12 +337,14 @@ class Dealer:
 
     def _keep_masks(self, session: _Session, keys: list[TapeKeys], plan: Plan, use: CacheUse | None) -> None:
         caches = {} if use is None else session.slots.setdefault(use.slot, {})
-        for operand, (name, item) in plan.kept.items():
+        for name, item in plan.entries:
+            if not item.kept:
+                continue
             (value,) = free_values(item, name, [key.kept for key in keys]).values()
             if item.lasting:
-                session.fixed[plan.deployment, operand] = value
+                session.fixed[plan.deployment, item.operand] = value
             if item.growing:
-                caches.setdefault(operand, RowStore()).append(value)
+                caches.setdefault(item.operand, RowStore()).append(value)
 
     def _corrections(
         self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None, digests: Digests | None
@@ -348,9 +352,9 @@ class Dealer:
         caches = {} if use is None else session.slots.get(use.slot, {})
         new = {item.cache: item.shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
 
-        def fixed(weight: str) -> torch.Tensor:
+        def fixed(run: int, weight: str) -> torch.Tensor:
             if use is not None and weight in caches:
-                return caches[weight].read((*use.runs, (use.count, use.count + new.get(weight, 0))))
+                return caches[weight].read((*use.runs, (use.count, use.count + (run + 1) * new.get(weight, 0))))
             mask = session.fixed.get((plan.deployment, weight))
             if mask is None:
                 raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")
@@ -360,7 +364,9 @@ class Dealer:
             if session.ended:
                 raise AbortedError("this session has ended; the parties are forming a new one")
             began = time.perf_counter()
-            parts = self._dealt(batch, keys, fixed)
+            # products with caches are dealt one by one: theirs is the run of the first and only name
+            run = int(batch.names[0].partition("/")[0]) if use is not None and use.times > 1 else 0
+            parts = self._dealt(batch, keys, partial(fixed, run))
             if digests is not None:
                 digests.add(batch, parts)
             self.seconds_dealing += time.perf_counter() - began

@@ -13,7 +13,7 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.metrics import DealerMetrics
 from mpcinfer.errors import AgreementError, ForbiddenError, InputError
-from mpcinfer.protocol.cache import CacheUse
+from mpcinfer.protocol.cache import MOST_TIMES, CacheUse
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
@@ -150,6 +150,7 @@ def _use(message: dealer_pb2.CacheUse) -> CacheUse:
     numbers = list(message.runs)
     runs = tuple(zip(numbers[::2], numbers[1::2], strict=False))
     ascending = all(first < end <= message.count for first, end in runs)
-    if len(message.slot) != 16 or len(numbers) % 2 or not ascending:
+    times = message.times or 1
+    if len(message.slot) != 16 or len(numbers) % 2 or not ascending or times > MOST_TIMES:
         raise InputError("these are no rows of a cache")
-    return CacheUse(message.slot, runs, message.count)
+    return CacheUse(message.slot, runs, message.count, times)

@@ -22,7 +22,7 @@ from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
 from mpcinfer.graph.join import join_linears
 from mpcinfer.graph.layout import EMBEDDING, lay_out
 from mpcinfer.graph.probe import with_output_shapes
-from mpcinfer.graph.program import REVEALS, Cache, Constant, Input, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.program import REVEALS, Cache, Constant, Input, Node, Parameter, Program, Ref, Value
 from mpcinfer.graph.reorder import pool_before_relu
 from mpcinfer.graph.sizes import BATCH, Size
 from mpcinfer.nn import lookup, public, supported, takes_integers, yields_integers
@@ -290,7 +290,7 @@ class _Translator:
             self.results = (Ref("mpc.reveal"),)
             if reveal != "probabilities":
                 self.integers.add("mpc.reveal")
-        used = {r for node in self.nodes for r in references(node)}
+        used = {r for node in self.nodes for r in node.references}
         draft = Program(
             frac_bits=self.codec.frac_bits,
             inputs=tuple(self.inputs),
@@ -314,7 +314,7 @@ class _Translator:
         """The argument of a softmax that ends the model, which then goes: `reveal` applies its own or needs none, and
         small probabilities, unlike logits, round to ties."""
         last = next((node for node in self.nodes if node.name == result.name), None)
-        if last is None or last.op != "mpc.softmax" or any(result.name in references(node) for node in self.nodes):
+        if last is None or last.op != "mpc.softmax" or any(result.name in node.references for node in self.nodes):
             return result
         self.nodes.remove(last)
         logits: Ref = last.args[0]

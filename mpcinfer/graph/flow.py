@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mpcinfer.graph.program import Node, references
+from mpcinfer.graph.program import Node
 from mpcinfer.protocol.context import Opening
 
 
@@ -32,7 +32,7 @@ class Flow:
         self._missing: list[int] = []
         self._users: Mapping[int, list[int]] = defaultdict(list)
         for i, node in enumerate(nodes):
-            sources = {places[name] for name in references(node) if name in places}
+            sources = {places[name] for name in node.references if name in places}
             self._missing.append(len(sources))
             for source in sources:
                 self._users[source].append(i)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.graph.program import Node, Ref, references
+from mpcinfer.graph.program import Node, Ref
 
 # the functional form, which returns a tuple; its training twin has no protocol
 BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
@@ -55,7 +55,7 @@ def fold_batch_norms(
     `tensors` are the plain parameters by name. Returns new nodes, tensors and results.
     """
     tensors = dict(tensors)
-    uses = Counter(r for node in nodes for r in references(node))
+    uses = Counter(r for node in nodes for r in node.references)
     uses.update(r.name for r in results)
     by_name = {node.name: i for i, node in enumerate(nodes)}
     out: list[Node | None] = list(nodes)

@@ -10,7 +10,7 @@ import torch
 
 from mpcinfer.errors import MpcInferError, ShapeError, UnsupportedError
 from mpcinfer.graph.flow import Flow
-from mpcinfer.graph.program import Constant, Node, Program, Ref, references
+from mpcinfer.graph.program import Constant, Node, Program, Ref
 from mpcinfer.graph.sizes import solve
 from mpcinfer.nn import lookup, public
 from mpcinfer.protocol.context import Context
@@ -37,13 +37,13 @@ async def evaluated(
     values, needed = dict(values), set(wanted)
     for node in reversed(program.nodes):
         if node.name in needed:
-            needed.update(references(node))
+            needed.update(node.references)
     nodes = [node for node in program.nodes if node.name in needed]
-    uses = Counter([name for node in nodes for name in references(node)] + list(wanted))
+    uses = Counter([name for node in nodes for name in node.references] + list(wanted))
 
     def finish(node: Node, value: Any) -> None:
         values[node.name] = value
-        for name in references(node):
+        for name in node.references:
             uses[name] -= 1
             if not uses[name]:
                 values.pop(name, None)

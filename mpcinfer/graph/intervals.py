@@ -18,7 +18,7 @@ import torch
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.graph.interpret import public_constant
-from mpcinfer.graph.program import Node, Program, Ref, references
+from mpcinfer.graph.program import Node, Program, Ref
 from mpcinfer.nn import public
 from mpcinfer.protocol.types import Public
 from mpcinfer.ring.codec import FixedPoint
@@ -119,7 +119,7 @@ class Evaluation:
         # a text from its beginning: its caches have no rows yet
         values |= {c.name: Interval.of(torch.zeros(c.shape, dtype=torch.float64)) for c in self._program.caches}
         results = [r.name for r in self._program.results]
-        uses = Counter([name for node in self._program.nodes for name in references(node)] + results)
+        uses = Counter([name for node in self._program.nodes for name in node.references] + results)
         for node in self._program.nodes:
             self.node = node
             args = [self._resolved(x, values) for x in node.args]
@@ -128,7 +128,7 @@ class Evaluation:
             for x in values[node.name] if isinstance(values[node.name], list) else [values[node.name]]:
                 if isinstance(x, Interval):
                     self.need(x, self.frac_bits, self.numbers)
-            for name in references(node):
+            for name in node.references:
                 uses[name] -= 1
                 if not uses[name]:
                     values.pop(name, None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mpcinfer.graph.interpret import Holdings, check_inputs, evaluate, evaluated, public_constant, released
-from mpcinfer.graph.program import Node, Program, Ref, references
+from mpcinfer.graph.program import Node, Program, Ref
 from mpcinfer.graph.step import step
 from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.context import Context, together
@@ -143,7 +143,7 @@ class _Run:
             names = {a.name: b.name for a, b in zip(known.given, given, strict=True) if isinstance(a, Weight | Cached)}
             messages = [Counter({node.name: message.total()}) for message in known.cost.messages]
             plan = _renamed(known.plan, "", node.name, names)
-            start = max((self._ends.get(name, 0) for name in references(node)), default=0)
+            start = max((self._ends.get(name, 0) for name in node.references), default=0)
             self._ends[node.name] = self.add(plan, dataclasses.replace(known.cost, messages=messages), start)
             return _anew(known.result, {id(a): b for a, b in zip(known.given, given, strict=True)}, names)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from mpcinfer.graph.program import Node, Program, Ref, references
+from mpcinfer.graph.program import Node, Program, Ref
 
 _LINEAR = ("mpc.linear", "mpc.tied_linear")
 _ADD = "aten.add.Tensor"
@@ -24,7 +24,7 @@ def postpone_truncations(program: Program) -> Program:
     """The program with `wide` linear layers and sums, and with `frac_bits` where what comes of them is truncated."""
     users: dict[str, list[Node]] = defaultdict(list)
     for node in program.nodes:
-        for name in references(node):
+        for name in node.references:
             users[name].append(node)
     kept = {r.name for r in program.results} | {cache.result for cache in program.caches}
 
@@ -52,7 +52,7 @@ def postpone_truncations(program: Program) -> Program:
 def _takes_wide(user: Node, name: str) -> bool:
     """Whether a node takes a number with twice the fraction bits: once, and as what it adds or normalises."""
     at = [i for i, a in enumerate(user.args) if isinstance(a, Ref) and a.name == name]
-    if len(at) != references(user).count(name):
+    if len(at) != user.references.count(name):
         return False
     if user.op == _ADD:
         return len(user.args) == 2 and "alpha" not in user.kwargs and all(isinstance(a, Ref) for a in user.args)

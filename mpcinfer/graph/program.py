@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from mpcinfer.errors import InputError
@@ -34,6 +35,24 @@ class Node:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     path: str = ""
+
+    @cached_property
+    def references(self) -> tuple[str, ...]:
+        """Names it uses, with repetitions."""
+        found: list[str] = []
+
+        def visit(x: Any) -> None:
+            if isinstance(x, Ref):
+                found.append(x.name)
+            elif isinstance(x, list | tuple):
+                for item in x:
+                    visit(item)
+            elif isinstance(x, dict):
+                for item in x.values():
+                    visit(item)
+
+        visit((self.args, self.kwargs))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -175,7 +194,7 @@ class Program:
                 raise InputError(f"the program defines {name!r} twice")
             known.add(name)
         for node in self.nodes:
-            missing = [r for r in references(node) if r not in known]
+            missing = [r for r in node.references if r not in known]
             if missing or node.name in known:
                 raise InputError(f"node {node.name!r} of the program is out of order")
             known.add(node.name)
@@ -226,24 +245,6 @@ class Program:
         if not declared.frac_bits:
             return limit.is_integer() and 1 <= limit <= MAX_INDICES
         return not limit or (math.frexp(limit)[0] == 0.5 and 0 < limit <= FixedPoint(self.frac_bits).limit)
-
-
-def references(node: Node) -> list[str]:
-    """Names a node uses, with repetitions."""
-    found: list[str] = []
-
-    def visit(x: Any) -> None:
-        if isinstance(x, Ref):
-            found.append(x.name)
-        elif isinstance(x, list | tuple):
-            for item in x:
-                visit(item)
-        elif isinstance(x, dict):
-            for item in x.values():
-                visit(item)
-
-    visit((node.args, node.kwargs))
-    return found
 
 
 def _text(x: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from mpcinfer.party.tape import Tape
@@ -18,12 +18,18 @@ class Ahead:
     """
 
     def __init__(
-        self, id_: bytes, digest: bytes, fetch: Callable[[], Tape], rows: int = 0, after: Ahead | None = None
+        self,
+        id_: bytes,
+        fetch: Callable[[], Tape],
+        rows: int = 0,
+        digests: Sequence[bytes] = (b"",),
+        after: Ahead | None = None,
     ) -> None:
-        """id_: the tape's. digest: of what it is for. rows: how many of each cache it masks. after: comes first."""
+        """id_: the tape's. rows: how many of each cache it masks. digests: of what each of its runs is for. after: what
+        comes first.
+        """
         self.id = id_
-        self.digest = digest
-        self.rows = rows
+        self.rows, self.digests = rows, digests
         self.seconds = 0.0
         self._tape: Future[Tape] = Future()
         threading.Thread(target=self._run, args=(fetch, after), name="ahead", daemon=True).start()

@@ -16,13 +16,16 @@ from mpcinfer.party.actions import found
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.messages import reveal
-from mpcinfer.party.session import Session, Sessions
+from mpcinfer.party.session import Run, Session, Sessions
 from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
 from mpcinfer.party.tape import Tape
 from mpcinfer.party.transcript import Evidence
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 from mpcinfer.wire.v1 import tensor_pb2
+
+_MOST_RUNS = 4  # of a text that are dealt at a time: what more would save is little, what it takes of memory is not
+_LOW = 2  # once no more are left, the next ones are fetched
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,9 @@ async def generate(
     length, counted = session.length + new.shape[1], session.counted
     counted = counted if before is None else length
     taken, chosen = min(writing.taken + new.shape[1], writing.tokens.shape[1]), writing.chosen + (choice is not None)
-    # what the next step needs is known, unless several texts grow from the same rows in turn
-    if not writing.over(taken, chosen) and slot.last in (b"", session.id):
-        count, next_choice = writing.part(taken)
-        next_plan, next_digest = _planned(part.epoch.mesh.parties, model, length, counted, count, next_choice)
-        use = session.use_after(new.shape[1])
-        slot.ahead = by.ahead(part, next_tape, next_plan, next_digest, model.weights, use, count)
+    # what the next steps need is known, unless several texts grow from the same rows in turn
+    if slot.ahead is None and len(slot.ready) <= _LOW and slot.last in (b"", session.id):
+        _look_ahead(by, part, writing, next_tape, announced, length, counted, taken, chosen)
     slot.last = session.id
     holdings, caches = model.holdings(), session.caches(capacity(length))
     done: Stepped
@@ -163,18 +163,67 @@ def _planned(
     return model.step_plan(new, capacity(length + new), choice, fresh, parties)
 
 
+def _look_ahead(
+    by: Stepping,
+    part: Part,
+    writing: Writing,
+    tape: bytes,
+    announced: dict[str, Any],
+    length: int,
+    counted: int,
+    taken: int,
+    chosen: int,
+) -> None:
+    """Begin to fetch what the steps need that come after this one and those that all is there for.
+
+    length, counted, taken, chosen: as they will be after this step. Tokens of an answer are dealt for several at a
+    time, as long as their plan is the same: twice as many as before, since nobody knows where the answer ends.
+    """
+    session = writing.session
+    assert session is not None
+    model, slot = session.model, session.slot
+    count, choice = writing.part(taken)
+
+    def planned(step: int) -> tuple[Plan, bytes] | None:
+        """What the step needs that comes so many steps after the next one, if there is one."""
+        if writing.over(taken, chosen + step):
+            return None
+        seen = length + step if step else counted
+        return _planned(part.epoch.mesh.parties, model, length + step, seen, count, choice)
+
+    begun, times = len(slot.ready), 1
+    if (wanted := planned(begun)) is None:
+        return
+    plan, digest = wanted
+    # a prompt's parts differ, and a tape that may be audited has one run
+    if taken == writing.tokens.shape[1] and not part.epoch.audit_rate:
+        room = (announced["pool_mb"] << 20) // (4 * max(1, plan.expanded_bytes))
+        while times < min(_MOST_RUNS, 2 * slot.pace, room) and planned(begun + times) == wanted:
+            times += 1
+    slot.pace = times
+    use = session.use().after(length - session.length + begun, times)
+    slot.ahead = by.ahead(part, tape, plan, digest, model.weights, use, count)
+
+
 async def _tape(
     by: Stepping, part: Part, session: Session, tape: bytes, plan: Plan, digest: bytes
 ) -> tuple[Tape, float]:
     """The tape of a step, and the seconds it took if it was fetched ahead."""
     slot = session.slot
-    ahead, slot.ahead = slot.ahead, None
-    if ahead is not None:
+    if not slot.ready and slot.ahead is not None:
+        ahead, slot.ahead = slot.ahead, None
         fetched = await by.taken(part, ahead, slot)
-        if fetched is not None and ahead.digest == session.use().digest(digest):
-            return fetched, ahead.seconds
-        # it was audited, or the text has taken another turn; the dealer has given these rows masks
-        slot.skip(ahead.rows)
+        if fetched is None:  # it was audited
+            slot.skip(ahead.rows)
+        else:
+            seconds = ahead.seconds / len(ahead.digests)
+            runs = fetched.runs(len(ahead.digests))
+            slot.ready.extend(Run(each, digest, seconds) for each, digest in zip(runs, ahead.digests, strict=True))
+    if slot.ready:
+        if slot.ready[0].digest == session.use().digest(digest):
+            run = slot.ready.popleft()
+            return run.tape, run.seconds
+        slot.drop()
     return await by.deal(part, tape, plan, digest, session.model.weights, session), 0.0
 
 

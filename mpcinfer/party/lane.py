@@ -298,6 +298,8 @@ class Lane:
         }
         if job.action in ("infer", "generate"):
             part["deployment"] = job.content.model.id.hex()
+        if job.action == "generate":
+            part["pool_mb"] = int(self._limits.pool_mb)  # what may be dealt ahead: the same at all parties
         return part
 
     def _step(self, epoch: Epoch, step: dict[str, Any]) -> None:
@@ -307,7 +309,6 @@ class Lane:
         jobs: list[Job | None] = [None] * len(step["parts"])
         self._busy = True
         try:
-            self._by.settle()
             parts = [self._part(epoch, step["action"], each, jobs, i) for i, each in enumerate(step["parts"])]
             for job, outcome in zip(jobs, self._by.run(epoch, parts), strict=True):
                 if isinstance(outcome, Late):

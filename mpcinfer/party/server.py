@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack, suppress
 
 import grpc
@@ -151,6 +152,8 @@ def serve(node: Node) -> None:
     configure_logging(node.log_level)
     guard_memory()
     stopped = stop_signal()
+    # the lane needs the interpreter back in every round, also while another thread expands what is fetched ahead
+    sys.setswitchinterval(0.0005)
     torch.set_num_threads(1)  # one lane computes at a time, and parties of one machine share its cores
     party = Party(node)
     try:

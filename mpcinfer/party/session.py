@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,11 +20,21 @@ from mpcinfer.errors import BusyError, ConflictError, ContextLengthError, NotFou
 from mpcinfer.graph.program import Program
 from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Model
+from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.cache import CacheUse, RowStore, joined
 from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.types import Cached, Shared
 
 Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Run:
+    """The randomness of a step to come: the digest of what it is for, and the seconds that it took."""
+
+    tape: Tape = field(repr=False)
+    digest: bytes
+    seconds: float
 
 
 @dataclass
@@ -35,8 +45,11 @@ class Slot:
     shares: dict[str, RowStore] = field(repr=False)
     masked: dict[str, RowStore] = field(repr=False)
 
-    # what is on its way for the step that should come next, and whose step was the last one
+    # what is there for the next steps, what is on its way for those after them, of how many steps that was last, and
+    # whose step was the last one
+    ready: deque[Run] = field(default_factory=deque, repr=False)
     ahead: Ahead | None = field(default=None, repr=False)
+    pace: int = 0
     last: bytes = b""
     # where the rows' masks came from: [first, end), for audits of the dealer
     masks: list[tuple[int, int, KeptMasks]] = field(default_factory=list, repr=False)
@@ -55,6 +68,16 @@ class Slot:
                 if low < high:
                     parts.append(masks.share(cache)[..., low - start : high - start, :])
         return parts
+
+    def drop(self) -> None:
+        """What was fetched ahead is of no use: the text has taken another turn. Its rows have masks, and are left out.
+
+        Who asks the dealer next waits for what is on its way, if it is.
+        """
+        rows = len(self.ready) + (self.ahead.rows if self.ahead is not None else 0)
+        self.ready.clear()
+        self.ahead, self.pace = None, 0
+        self.skip(rows)
 
     def skip(self, rows: int) -> None:
         """Leave out the numbers of rows whose masks will never be used."""
@@ -96,11 +119,6 @@ class Session:
     def use(self) -> CacheUse:
         """What to tell the dealer."""
         return CacheUse(self.slot.id, self.runs, self.slot.count)
-
-    def use_after(self, new: int) -> CacheUse:
-        """The same, once a step has appended so many rows."""
-        count = self.slot.count
-        return CacheUse(self.slot.id, tuple(joined([*self.runs, (count, count + new)])), count + new)
 
     def caches(self, room: int) -> dict[str, Cached]:
         """The caches, with room for so many rows."""
@@ -150,9 +168,11 @@ class Sessions:
         return session.slot.id if session is not None else b""
 
     def ahead(self) -> int:
-        """For how many of them randomness for the next step is there, or on its way."""
+        """For how many steps of all of them randomness is there, or on its way."""
         slots = {s.slot.id: s.slot for s in self._sessions.copy().values()}
-        return sum(slot.ahead is not None for slot in slots.values())
+        return sum(
+            len(slot.ready) + (len(slot.ahead.digests) if slot.ahead is not None else 0) for slot in slots.values()
+        )
 
     def rows(self, program: Program) -> int:
         """How many rows a slot of this model may have here."""

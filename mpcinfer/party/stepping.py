@@ -247,15 +247,14 @@ class Stepping:
         use: CacheUse | None = None,
         rows: int = 0,
     ) -> Ahead:
-        """Begin to fetch a tape that is for later, which gives so many rows of caches masks.
+        """Begin to fetch a tape that is for later, each run of which gives so many rows of caches masks.
 
         One after the other if there are several, and in the same order at all parties.
         """
         seconds, epoch = self._limits.step_timeout_s, part.epoch
-        named = use.digest(digest) if use is not None else digest
-        self._ahead = Ahead(
-            tape, named, lambda: fetch(epoch, tape, plan, digest, weights, seconds, use), rows, after=self._ahead
-        )
+        runs = [digest] if use is None else [use.after(i * rows).digest(digest) for i in range(use.times)]
+        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use)
+        self._ahead = Ahead(tape, work, rows * len(runs), runs, after=self._ahead)
         return self._ahead
 
     async def taken(self, part: Part, ahead: Ahead, slot: Slot | None = None) -> Tape | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 
 import grpc
+import torch
 
 from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
 from mpcinfer.party.epoch import Epoch
@@ -51,6 +53,25 @@ class Tape:
             raise ProtocolError(f"correlation {name} is not of the kind that was planned")
         return shares
 
+    def runs(self, times: int) -> list[Tape]:
+        """The tapes of the runs of a plan that was dealt so often on one."""
+        if times == 1:
+            return [self]
+        parts: list[dict[str, tuple[Kind, Tensors]]] = [{} for _ in range(times)]
+        for name, drawn in self._shares.items():
+            run, _, own = name.partition("/")
+            parts[int(run)][own] = drawn
+        each, rest = divmod(self.dealer_bytes, times)
+        return [
+            Tape(run_id(self.id, i), part, each + (rest if i == 0 else 0), self.kept.of(i))
+            for i, part in enumerate(parts)
+        ]
+
+
+def run_id(tape: bytes, run: int) -> bytes:
+    """What names one run of a tape."""
+    return hashlib.sha256(tape + run.to_bytes(4, "big")).digest()[:16]
+
 
 def fetch(
     epoch: Epoch,
@@ -63,28 +84,35 @@ def fetch(
 ) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
 
-    use: the rows that products with caches are of.
+    use: the rows that products with caches are of, and how often the plan is to be run: then see `Tape.runs`.
 
     Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must
     end: the two ends' key chains need not be at the same place any more.
     """
     parties, index = epoch.mesh.parties, epoch.mesh.index
     last = index == parties - 1
-    size = plan.correction_bytes() if last else 0
+    whole = plan if use is None else plan.repeated(use.times)
+    size = whole.correction_bytes() if last else 0
     correction, dealer_bytes, statement = _corrections(epoch, tape, plan, digest, size, timeout, use)
     bound = use.digest(digest) if use is not None else digest
     keys = epoch.key.next(tape, bound)
     evidence = None
     if _signed(epoch, plan):
+        if whole is not plan:
+            raise ProtocolError("a tape of several runs cannot be audited")
         evidence = Dealt(tape, bound, plan, keys, correction, weights, use, statement)
         evidence.check(epoch)
     shares: dict[str, tuple[Kind, Tensors]] = {}
     rest = memoryview(correction)
-    for batch in plan.batches:
+
+    def opened(weight: str) -> torch.Tensor:
+        return weights[weight].masked
+
+    for batch in whole.batches:
         size = batch.correction_bytes if last else 0
-        expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=rest[:size])
+        expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=rest[:size], opened=opened)
         for name, member in zip(batch.names, expanded, strict=True):
-            shares[name] = batch.item, batch.item.prepare(member, lambda weight: weights[weight].masked)
+            shares[name] = batch.item, member
         rest = rest[size:]
     return Tape(tape, shares, dealer_bytes, KeptMasks(keys, plan), evidence)
 
@@ -105,7 +133,7 @@ def _corrections(
     )
     if use is not None:
         numbers = [number for run in use.runs for number in run]
-        request.caches.CopyFrom(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count))
+        request.caches.CopyFrom(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count, times=use.times))
     if digest in epoch.plans_told:
         try:
             return _receive(epoch, request, size, timeout)

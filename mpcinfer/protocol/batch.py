@@ -26,6 +26,7 @@ from mpcinfer.protocol.correlation import (
 
 # of all fields of a batch: what is worked on at a time stays in the cache
 _MOST_ELEMENTS = 1 << 17
+_MOST_IN_COMMON = 64  # of a kind whose members share an operand
 _PROBE = 1_000_003  # the extent of the new axis while it is looked for: no other axis is as long
 
 
@@ -52,14 +53,24 @@ class Batch:
             for n, share in shares.items()
         ]
 
-    def expand(self, key: bytes, *, last: bool, correction: memoryview | bytes | None = None) -> list[Tensors]:
-        """One party's shares of each member, from its tape key (and the corrections, if last)."""
+    def expand(
+        self,
+        key: bytes,
+        *,
+        last: bool,
+        correction: memoryview | bytes | None = None,
+        opened: FixedMasks | None = None,
+    ) -> list[Tensors]:
+        """One party's shares of each member, from its tape key (and the corrections, if last).
+
+        opened: gives the public F of a weight; with it the shares are prepared too.
+        """
         if len(self.names) == 1:
-            return [expand(self.item, self.names[0], key, last=last, correction=correction)]
+            alone = expand(self.item, self.names[0], key, last=last, correction=correction)
+            return [alone if opened is None else self.item.prepare(alone, opened)]
         whole, axes = _whole(self), _axes(self.item)
         free, derived = fields_of(whole)
         shares = streams(whole, self.names[0], key, free if last else {**free, **derived})
-        shares = {n: share.movedim(axes[n], 0) for n, share in shares.items()}
         if last:
             rest = memoryview(b"" if correction is None else correction)
             if len(rest) != self.correction_bytes:
@@ -68,10 +79,15 @@ class Batch:
                 )
             for n, f in fields_of(self.item)[1].items():
                 size = f.packed_bytes * len(self.names)
-                shares[n] = f.ring.unpack_rows(rest[:size], (len(self.names), f.count))
+                rows = f.ring.unpack_rows(rest[:size], (len(self.names), f.count))
+                ones = derived[n].shape
+                shape = (len(self.names), *ones[: axes[n]], *ones[axes[n] + 1 :])
+                shares[n] = rows.reshape(shape).movedim(0, axes[n])
                 rest = rest[size:]
+        if opened is not None:
+            shares = whole.prepare(shares, opened)
         shapes = {n: f.shape for fields in fields_of(self.item) for n, f in fields.items()}
-        parts = {n: share.unbind(0) for n, share in shares.items()}
+        parts = {n: share.unbind(axes[n]) for n, share in shares.items()}
         return [{n: part[i].reshape(shapes[n]) for n, part in parts.items()} for i in range(len(self.names))]
 
 
@@ -91,6 +107,8 @@ def batches(entries: Sequence[tuple[str, Kind]]) -> list[Batch]:
 @lru_cache(maxsize=4096)
 def _most(item: Kind) -> int:
     """How many of a kind are dealt together."""
+    if item.common and item.batched(2) is not None:
+        return _MOST_IN_COMMON
     count = sum(f.count for fields in fields_of(item) for f in fields.values())
     if 2 * count > _MOST_ELEMENTS or item.batched(2) is None:
         return 1

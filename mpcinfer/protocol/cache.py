@@ -17,6 +17,8 @@ from mpcinfer.protocol.types import Cached, Shared
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.products import matmul
 
+MOST_TIMES = 16  # that a plan is run from one tape
+
 
 class RowStore:
     """Rows [*S, d] numbered from 0 as they are appended; a number is never given to another row.
@@ -71,16 +73,22 @@ class CacheUse:
     """Which rows the cached products of a tape are of: public, and the same from all parties.
 
     slot: whose caches, 16 bytes. runs: their rows; what the tape appends comes after them. count: how many rows have
-    been appended to each of them before.
+    been appended to each of them before. times: how often the plan is run, each time with the rows appended before.
     """
 
     slot: bytes
     runs: tuple[tuple[int, int], ...]
     count: int
+    times: int = 1
+
+    def after(self, rows: int, times: int = 1) -> CacheUse:
+        """The same, once so many rows more have been appended."""
+        grown = tuple(joined([*self.runs, (self.count, self.count + rows)])) if rows else self.runs
+        return CacheUse(self.slot, grown, self.count + rows, times)
 
     def digest(self, plan: bytes) -> bytes:
         """SHA-256 of this and of the digest of a plan: what all parties must mean when they ask for a tape."""
-        numbers = [self.count, *(n for run in self.runs for n in run)]
+        numbers = [self.times, self.count, *(n for run in self.runs for n in run)]
         parts = [plan, self.slot, *(n.to_bytes(8, "little") for n in numbers)]
         return hashlib.sha256(b"caches" + b"".join(len(p).to_bytes(4, "little") + p for p in parts)).digest()
 

@@ -59,6 +59,8 @@ class Kind(ABC):
     lasting: ClassVar[bool] = False
     # masks of new rows of a cache: kept by the dealer, after those of the rows before
     growing: ClassVar[bool] = False
+    # all of a kind, with the same parameters, are products with one operand: read once for as many as there are
+    common: ClassVar[bool] = False
     # free fields that mask nothing: what derived fields are drawn with
     unopened: ClassVar[tuple[str, ...]] = ()
 

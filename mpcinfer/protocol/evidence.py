@@ -63,15 +63,19 @@ def statement(
 class KeptMasks:
     """A party's shares of the masks that outlive a tape: expanded anew for each audit that needs them."""
 
-    def __init__(self, keys: TapeKeys, plan: Plan) -> None:
-        self._key = keys.kept
-        self._entries = plan.kept
+    def __init__(self, keys: TapeKeys, plan: Plan, run: str = "") -> None:
+        """run: with what the names begin, where the plan was dealt several times on one tape."""
+        self._keys, self._plan, self._run = keys, plan, run
+
+    def of(self, run: int) -> KeptMasks:
+        """Those of one run of the plan."""
+        return KeptMasks(self._keys, self._plan, f"{run}/")
 
     def share(self, operand: str) -> torch.Tensor:
         """This party's share of the mask B of a weight, or of the new rows of a cache."""
-        name, item = self._entries[operand]
-        (share,) = streams(item, name, self._key, item.free()).values()
+        name, item = self._plan.kept[operand]
+        (share,) = streams(item, self._run + name, self._keys.kept, item.free()).values()
         return share
 
     def __repr__(self) -> str:
-        return f"KeptMasks({list(self._entries)})"
+        return f"KeptMasks({list(self._plan.kept)})"

@@ -35,10 +35,17 @@ class FixedProduct(Kind):
     weight: str
     x: tuple[int, ...]
     w: tuple[int, ...]
+    common: ClassVar[bool] = True
 
     def free(self) -> dict[str, Field]:
         """a masks x."""
         return {"a": Field(self.x, Z64)}
+
+    def batched(self, count: int) -> Kind | None:
+        """Rows of all, times one matrix."""
+        if self.op.name not in ("matmul", "matmul_t") or len(self.w) != 2:
+            return None
+        return FixedProduct(self.op, self.weight, (count, *self.x), self.w)
 
     def derived(self) -> dict[str, Field]:
         """c = op(a, B)."""

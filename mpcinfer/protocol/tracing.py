@@ -34,6 +34,19 @@ class Plan:
     # whose lasting masks the entries refer to (hex), or "" if none
     deployment: str = ""
 
+    def repeated(self, runs: int) -> Plan:
+        """The plan of so many runs one after the other, whose names begin with the run's number; of one, itself."""
+        if runs == 1:
+            return self
+        if runs not in self._repeated:
+            entries = tuple((f"{run}/{name}", item) for run in range(runs) for name, item in self.entries)
+            self._repeated[runs] = Plan(entries, self.deployment)
+        return self._repeated[runs]
+
+    @cached_property
+    def _repeated(self) -> dict[int, Plan]:
+        return {}
+
     def to_bytes(self) -> bytes:
         """JSON with one spelling."""
         return canonical({"deployment": self.deployment, "entries": [[n, to_json(k)] for n, k in self.entries]})

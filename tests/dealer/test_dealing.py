@@ -488,6 +488,29 @@ def test_products_are_with_the_rows_that_are_named(n: int) -> None:
     assert len(masks.unique()) == masks.numel()  # no mask of a row is that of another
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_runs_of_one_tape_each_take_in_the_rows_of_those_before(n: int) -> None:
+    session = Session(Dealer(n, CLUSTER)).join()
+    masks = grown(session, CacheUse(SLOT, (), 0))["node#0"]["b"]
+    use = CacheUse(SLOT, ((1, 2),), 2, times=3)
+    one, plan = tape(), GROW.repeated(3)
+    values = session.values(one, plan, session.asks(one, GROW, use)[-1])
+    seen = masks[1:2]
+    for run in range(3):
+        names = {name.partition("/")[2]: fields for name, fields in values.items() if name.startswith(f"{run}/")}
+        seen = torch.cat([seen, names["node#0"]["b"]])
+        assert right_products(names, seen)
+    masks = torch.cat([masks, seen[1:]])
+    assert len(masks.unique()) == masks.numel()
+    assert use.after(6) == CacheUse(SLOT, ((1, 8),), 8)
+    values = grown(session, CacheUse(SLOT, ((3, 5),), 8))
+    assert right_products(values, torch.cat([masks[3:5], values["node#0"]["b"]]))
+
+
+def test_another_number_of_runs_is_another_tape(session: Session) -> None:
+    assert refused(session, [CacheUse(SLOT, (), 0, times=2), CacheUse(SLOT, (), 0)]) == {AgreementError}
+
+
 def test_slots_have_nothing_in_common(session: Session) -> None:
     first, second = grown(session, CacheUse(SLOT, (), 0)), grown(session, CacheUse(b"t" * 16, (), 0))
     assert not (first["node#0"]["b"] == second["node#0"]["b"]).any()

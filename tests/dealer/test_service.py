@@ -18,7 +18,7 @@ from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.server import build
 from mpcinfer.dealer.service import _use
 from mpcinfer.errors import AbortedError, AgreementError, ConfigError, ForbiddenError, InputError, MpcInferError
-from mpcinfer.protocol.cache import CacheUse
+from mpcinfer.protocol.cache import MOST_TIMES, CacheUse
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.wire import channel
@@ -184,7 +184,7 @@ def test_no_call_takes_a_tensor() -> None:
     allowed = {
         "JoinRequest": {"session", "index", "nonce", "public_key", "cluster_digest", "protocol_version"},
         "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches", "signed"},
-        "CacheUse": {"slot", "runs", "count"},
+        "CacheUse": {"slot", "runs", "count", "times"},
         "ForgetRequest": {"session", "slots"},
         "DealerStatusRequest": set(),
         "WitnessRequest": {"session", "index", "cluster_digest", "protocol_version"},
@@ -214,3 +214,7 @@ def test_rows_arrive_as_they_were_meant() -> None:
     use = CacheUse(b"s" * 16, ((0, 2), (5, 9)), 9)
     numbers = [n for run in use.runs for n in run]
     assert _use(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count)) == use
+    for times in (3, MOST_TIMES):
+        assert _use(dealer_pb2.CacheUse(slot=use.slot, count=9, times=times)) == CacheUse(use.slot, (), 9, times)
+    with pytest.raises(InputError):
+        _use(dealer_pb2.CacheUse(slot=use.slot, count=9, times=MOST_TIMES + 1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpcinfer.errors import InputError, MpcInferError
 from mpcinfer.graph.plan import constants, plan_inference, plan_masks
-from mpcinfer.graph.program import Constant, Input, Node, Parameter, Program, Ref, Value, references
+from mpcinfer.graph.program import Constant, Input, Node, Parameter, Program, Ref, Value
 from mpcinfer.graph.sizes import Size
 from tests.graph.conftest import Case
 
@@ -51,8 +51,8 @@ def test_size_counts_secret_numbers() -> None:
 
 
 def test_references_with_repetitions() -> None:
-    assert references(SMALL.nodes[3]) == ["p", "p"]
-    assert references(Node("n", "op", (1, "x", None), {"k": [Ref("a"), [Ref("b")]]})) == ["a", "b"]
+    assert SMALL.nodes[3].references == ("p", "p")
+    assert Node("n", "op", (1, "x", None), {"k": [Ref("a"), [Ref("b")]]}).references == ("a", "b")
 
 
 def test_a_program_carries_plain_data_only() -> None:

@@ -136,14 +136,16 @@ def test_what_was_fetched_ahead_is_skipped_if_the_text_takes_another_turn(cluste
     # the step that is being done goes on to its end
     wait_for(lambda: not any(len(p.inbox) or p.lane._busy for p in cluster.parties.values()))
     session = cluster.parties[0].lane._sessions._sessions[first.session]
-    wait_for(lambda: cluster.parties[0].lane._sessions.ahead() == 1)
+    # a step that had begun when its caller went is finished
+    wait_for(lambda: not any(p.lane._busy for p in cluster.parties.values()))
+    written, ahead = session.length, cluster.parties[0].lane._sessions.ahead()
+    assert ahead >= 1
     fork = write(caller, [9, 8], 3, first.session, 4)
     assert right(fork.rest()[:-1], [*text[:4], 9, 8])
-    written = session.length  # only now: a step that had begun when its caller went is finished
-    # two new rows and two tokens' rows, and the one that was never written: its mask is not another row's
-    assert list(slots(cluster).values()) == [written + 1 + 2 + 2]
+    # two new rows and two tokens' rows, and those that were never written: their masks are no other rows'
+    assert list(slots(cluster).values()) == [written + ahead + 2 + 2]
     assert {s.slot.count for p in cluster.parties.values() for s in p.lane._sessions._sessions.values()} == {
-        written + 1 + 2 + 2
+        written + ahead + 2 + 2
     }
 
 
@@ -194,24 +196,50 @@ def together(cluster: InProcess) -> None:
 
 
 def test_tapes_are_fetched_ahead(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[str] = []
+    """One token's, two tokens', then four at a time; none for tokens beyond the last, or with other plans."""
+    fetched: list[int] = []
     real_deal, real_ahead = stepping.Stepping.deal, stepping.Stepping.ahead
 
     def deal(by: stepping.Stepping, *args: Any, **kwargs: Any) -> Any:
-        fetched.append("deal")
+        fetched.append(0)
         return real_deal(by, *args, **kwargs)
 
     def ahead(by: stepping.Stepping, *args: Any, **kwargs: Any) -> Any:
-        fetched.append("ahead")
-        return real_ahead(by, *args, **kwargs)
+        found = real_ahead(by, *args, **kwargs)
+        fetched.append(len(found.digests))
+        return found
 
     caller, text = cluster.caller(), token_ids(6)
     assert write(caller, text, 1).rest()[-1] is None  # opens the masks of the weights
     monkeypatch.setattr(stepping.Stepping, "deal", deal)
     monkeypatch.setattr(stepping.Stepping, "ahead", ahead)
-    found = write(caller, text, 4).rest()
-    assert right(found[:-1], text)
-    assert sorted(fetched) == ["ahead"] * 3 * cluster.n + ["deal"] * cluster.n
+    for most, runs in ((4, [0, 1, 2]), (13, [0, 1, 2, 4, 4, 1])):
+        fetched.clear()
+        *found, end = write(caller, text, most).rest()
+        assert end is None and len(found) == most and right(found, text)
+        assert sorted(fetched) == sorted(runs * cluster.n)
+    assert list(slots(cluster).values()) == [6, 6 + 3, 6 + 12]
+    text = token_ids(28, 1)  # the cache gets more room after four tokens, and a step another plan
+    fetched.clear()
+    assert right(write(caller, text, 8).rest()[:-1], text)
+    assert sorted(fetched) == sorted([0, 1, 2, 1, 2, 1] * cluster.n)
+
+
+def test_without_a_pool_each_token_is_dealt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[int] = []
+    real_ahead = stepping.Stepping.ahead
+
+    def ahead(by: stepping.Stepping, *args: Any, **kwargs: Any) -> Any:
+        found = real_ahead(by, *args, **kwargs)
+        fetched.append(len(found.digests))
+        return found
+
+    with InProcess(tmp_path, 2, replace(LIMITS, pool_mb=0)) as cluster:
+        caller, text = cluster.caller(), token_ids(6)
+        caller.deploy(CAPTURED.program, dict(CAPTURED.weights))
+        monkeypatch.setattr(stepping.Stepping, "ahead", ahead)
+        assert right(write(caller, text, 8).rest()[:-1], text)
+        assert fetched == [1] * 7 * 2
 
 
 def test_a_text_its_fork_and_its_end(cluster: InProcess) -> None:

@@ -24,9 +24,9 @@ from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.protocol.truncated_product import TruncatedProduct
-from mpcinfer.ring import sharing
+from mpcinfer.ring import prg, sharing
 from mpcinfer.ring.domain import Z64, Ring
-from mpcinfer.ring.kernels import MATMUL, MUL, Bilinear
+from mpcinfer.ring.kernels import MATMUL, MATMUL_T, MUL, Bilinear
 from tests.openings import seed
 
 BATCHED: list[Kind] = [
@@ -58,7 +58,8 @@ ALONE: list[Kind] = [
     Triple(MATMUL, (4,), (4, 3)),
     Triple(Bilinear("conv", ((1,), (0,), (1,), 1)), (1, 1, 4), (1, 1, 2)),
     WeightMask("w", (4, 3)),
-    FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
+    FixedProduct(MUL, "w", (2, 4), (2, 4)),
+    FixedProduct(MATMUL, "w", (2, 4), (2, 4, 3)),
     Truncation((1 << 16,), 16),
 ]
 MEMBERS = 5
@@ -106,6 +107,32 @@ class TestMembers:
         for wrong in (sent + b"\0", sent[:-1] if sent else b"1", None if sent else b"2"):
             with pytest.raises(ProtocolError, match="bytes where the plan asks for"):
                 of(item).expand(seed("key", 1), last=True, correction=wrong)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
+        FixedProduct(MATMUL, "w", (4,), (4, 3)),
+        FixedProduct(MATMUL_T, "w", (1, 1, 4), (3, 4)),
+    ],
+    ids=str,
+)
+def test_products_with_one_weight_are_one_product(item: FixedProduct, parties: int) -> None:
+    """Each member is prepared as if it was alone: -op(a, W) in shares, W = F - B."""
+    mask, weight = (prg.expand(seed(n), item.w, Z64) for n in "bw")
+    keys = [seed("key", i) for i in range(parties)]
+    sent = b"".join(of(item).deal(keys, lambda _: mask))
+    expanded = [
+        of(item).expand(key, last=i == parties - 1, correction=sent, opened=lambda _: weight + mask)
+        for i, key in enumerate(keys)
+    ]
+    masks = []
+    for i in range(MEMBERS):
+        a, c = (sharing.combine([party[i][n] for party in expanded], Z64) for n in "ac")
+        assert torch.equal(c, -item.op(a, weight)) and tuple(a.shape) == item.x
+        masks.append(a)
+    assert not any(torch.equal(a, b) for a, b in combinations(masks, 2))
 
 
 def test_a_swapped_axis_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,7 @@ def test_a_use_is_told_from_every_other() -> None:
         replace(use, slot=b"t" * 16),
         replace(use, slot=b"s" * 15),
         replace(use, count=13),
+        replace(use, times=2),
         replace(use, runs=((0, 3),)),
         replace(use, runs=((0, 3), (5, 8))),
         replace(use, runs=((0, 9),)),

@@ -90,14 +90,16 @@ class DealRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., caches: _Optional[_Union[CacheUse, _Mapping]] = ..., signed: bool = ...) -> None: ...
 
 class CacheUse(_message.Message):
-    __slots__ = ("slot", "runs", "count")
+    __slots__ = ("slot", "runs", "count", "times")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     slot: bytes
     runs: _containers.RepeatedScalarFieldContainer[int]
     count: int
-    def __init__(self, slot: _Optional[bytes] = ..., runs: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ...) -> None: ...
+    times: int
+    def __init__(self, slot: _Optional[bytes] = ..., runs: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., times: _Optional[int] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
     __slots__ = ("session", "slots")
