@@ -314,7 +314,7 @@ def test_a_session_that_is_forgotten_while_it_is_written_ends_its_request_only(c
     assert running.step()[0].outputs
     real = [p.lane._sessions.idle for p in cluster.parties.values()][0]
     leader = cluster.parties[0].lane._sessions
-    leader.idle = lambda new=1: [running.session]  # type: ignore[method-assign]
+    leader.idle = lambda *_: [running.session]  # type: ignore[method-assign]
     assert set(running.rest()[-1]) == {"NotFoundError"}
     leader.idle = real  # type: ignore[method-assign]
     assert held(cluster) == [set()] * cluster.n
