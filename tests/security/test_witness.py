@@ -267,11 +267,11 @@ def altered_corrections(patch: Patch, cluster: InProcess) -> None:
     """Party 1 uses other corrections than the dealer has sent, and passes the right ones on."""
     original = tape_module._corrections
 
-    def corrections(epoch: Any, *rest: Any) -> Any:
-        received, frames = original(epoch, *rest)
+    def corrections(epoch: Any, *arguments: Any) -> Any:
+        received, *rest = original(epoch, *arguments)
         if epoch is cluster.parties[1].lane._epoch and received:
             received[:] = bytes(byte ^ 1 for byte in received)  # all: of the tables, only some entries are ever read
-        return received, frames
+        return received, *rest
 
     patch.setattr(tape_module, "_corrections", corrections)
 
