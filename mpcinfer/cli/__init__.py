@@ -28,6 +28,7 @@ from mpcinfer.cli.owner import deploy, explain
 from mpcinfer.cli.parties import pin, status
 from mpcinfer.cli.receipts import ReceiptFile, ReceiptSalts, audit_app, save, verify_receipt
 from mpcinfer.cli.serving import proxy
+from mpcinfer.cli.store import store_app
 from mpcinfer.cli.writing import chat, embed, generate
 from mpcinfer.config import Node
 from mpcinfer.errors import ConfigError, DeadlineError, InputError, MpcInferError, UnavailableError
@@ -54,6 +55,7 @@ app.command()(status)
 app.command()(pin)
 app.command()(verify_receipt)
 app.add_typer(audit_app, name="audit")
+app.add_typer(store_app, name="store")
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ class Staged:
             file.write(self._header + bytes(SEAL_SIZE))
             self._append(file, LENGTH.pack(len(record)) + record)
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | bytearray) -> None:
         """Append bytes of the weights' shares; UploadError if there are more than the manifest announces."""
         with self._guard() as file:
             if self._complete:
@@ -162,7 +162,7 @@ class Staged:
             self._close()
             return Deployment(deployment_id, version, self.metadata, self.weights)
 
-    def _append(self, file: BinaryIO, data: bytes) -> None:
+    def _append(self, file: BinaryIO, data: bytes | bytearray) -> None:
         self._buffer += data
         while len(self._buffer) > CHUNK:  # not >=: a full chunk may be the last one
             self._seal_chunk(file, bytes(self._buffer[:CHUNK]), _MORE)
@@ -239,6 +239,11 @@ class Reader:
         self._left -= size
         return data
 
+    def pieces(self) -> Iterator[bytearray]:
+        """All that was not read yet, a chunk at a time."""
+        while self._left:
+            yield self.read(min(CHUNK, self._left))
+
     def verify(self) -> None:
         """Authenticate all chunks that were not read yet; nothing can be read afterwards."""
         while self._index < self._count:
@@ -250,6 +255,16 @@ class Reader:
         nonce = _nonce(self._index, _LAST if last else _MORE)
         self._chunk = memoryview(self._cipher.decrypt(nonce, sealed, self._header))
         self._index += 1
+
+
+def sealed_under(path: Path, key: bytes) -> bool:
+    """Whether a file says that it was written under this key."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+    except OSError:
+        return False
+    return len(header) == HEADER.size and HEADER.unpack(header)[2] == _key_id(key)
 
 
 def _parse(record: bytes | bytearray) -> tuple[dict[str, Any], tuple[WeightEntry, ...]]:

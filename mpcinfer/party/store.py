@@ -4,6 +4,7 @@
     <store>/staging/<request id hex>.part          an upload in progress; removed on failure and at start
     <store>/deployments/<deployment id hex>.new    committed here; whether everywhere is not known yet
     <store>/deployments/<deployment id hex>.mpc    committed by all parties
+    <store>/rotated/                               the same files under the next key, while the key is changed
 
 One file is one deployment (see `record`), and a rename makes it visible, so a crash at any point leaves all of it or
 nothing. What encryption does not detect is an old copy of a removed deployment that is put back under its own name.
@@ -13,16 +14,18 @@ The parties' agreement on deployment ids at start finds that.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from mpcinfer.errors import ConflictError, InputError, NotFoundError, StoreError
+from mpcinfer.party.keyfile import KEY_SIZE, load_key, refuse_open_mode, replace_key, stage_key
 from mpcinfer.party.record import (
     DamagedError,
     Deployment,
@@ -30,11 +33,10 @@ from mpcinfer.party.record import (
     Staged,
     WeightEntry,
     reading,
+    sealed_under,
     sync_directory,
     writing,
 )
-
-KEY_SIZE = 32
 
 
 class Store:
@@ -62,6 +64,7 @@ class Store:
             for leftover in (directory / "staging").glob("*.part"):
                 with writing(leftover):
                     leftover.unlink()
+            self._settle_rotation()
             self._list()
         except BaseException:
             self._unlock()
@@ -76,17 +79,36 @@ class Store:
         """
         lock = _lock(directory)
         try:
-            key = _load_key(key_path, directory)
+            key = load_key(key_path, new=not any((directory / "deployments").iterdir()))
         except BaseException:
             os.close(lock)
             raise
         return cls(directory, key, lock=lock)
 
+    @classmethod
+    def rotate_key(cls, directory: Path, key_path: Path) -> int:
+        """Put everything under a fresh key, which replaces the one in the file `key_path`: how many deployments.
+
+        A crash leaves the old key with the old files, or the new key with files that the next opening puts in their
+        place. The errors are those of `open`, and StoreError, before anything is changed, for a damaged file.
+        """
+        key_path = key_path.resolve()  # a link stays one
+        if not key_path.exists():
+            raise StoreError(f"store key {key_path} is missing: restore it; a store cannot be re-encrypted without")
+        with cls.open(directory, key_path) as store:
+            if store.damaged:
+                raise StoreError(f"nothing was changed: {next(iter(store.damaged.values()))}")
+            key = stage_key(key_path)
+            for deployment in store.deployments():
+                store._rotate(deployment, key)
+            replace_key(key_path)  # from here on the new files hold
+            store._key = key
+            store._settle_rotation()
+            return len(store._deployments)
+
     def stage(self, request_id: bytes, metadata: Mapping[str, Any], weights: Sequence[WeightEntry]) -> Staged:
         """Start an upload. `metadata` is JSON; the bytes to write are those of the weights without a seed, in order."""
-        path = self.directory / "staging" / f"{_hex(request_id, 'request')}.part"
-        manifest = [(e.name, e.shape, e.frac_bits, e.seed and e.seed.hex()) for e in weights]
-        record = json.dumps({"metadata": dict(metadata), "weights": manifest}, allow_nan=False).encode()
+        path, record = self._part(_hex(request_id, "request")), _record(metadata, weights)
         with self._mutex:
             if self._lock_file is None:
                 raise ConflictError(f"store {self.directory} is closed")
@@ -152,6 +174,51 @@ class Store:
             for entry in reader.weights:
                 yield entry, None if entry.seed is not None else reader.read(entry.size)
 
+    def _rotate(self, deployment: Deployment, key: bytes) -> None:
+        """Write a deployment under the next key beside the one that holds."""
+        path = self._path(deployment.id, deployment.pending)
+        with reading(path), open(path, "rb") as file:
+            reader = Reader(file, self._key, deployment.id)
+            self._write(deployment, reader.pieces(), self._rotated / path.name, key)
+
+    def _write(self, deployment: Deployment, pieces: Iterable[bytearray], target: Path, key: bytes) -> None:
+        """A deployment's file, whole and on the disk, with these bytes for the weights that have no seed."""
+        part = self._part(secrets.token_hex(16))
+        staged = Staged(part, key, _record(deployment.metadata, deployment.weights), forget=lambda: None)
+        size, digest = 0, hashlib.sha256()
+        try:
+            for piece in pieces:
+                staged.write(piece)
+                size += len(piece)
+                digest.update(piece)
+            staged.finish(size, digest.digest())
+            staged.commit(target, deployment.id, deployment.version)
+        finally:
+            staged.discard()
+
+    def _settle_rotation(self) -> None:
+        """Finish or undo a change of the key: of two files of a deployment that one holds which is under this key."""
+        committed = self.directory / "deployments"
+        for path in sorted(self._rotated.iterdir()):
+            if sealed_under(path, self._key):
+                with writing(path):
+                    path.rename(committed / path.name)
+        # under a key that is none of the two, nothing may be lost
+        if (left := list(self._rotated.iterdir())) and all(sealed_under(p, self._key) for p in committed.iterdir()):
+            for path in left:
+                with writing(path):
+                    path.unlink()
+        with writing(self.directory):
+            for changed in (committed, self._rotated):
+                sync_directory(changed)
+
+    @property
+    def _rotated(self) -> Path:
+        return self.directory / "rotated"
+
+    def _part(self, name: str) -> Path:
+        return self.directory / "staging" / f"{name}.part"
+
     def remove(self, deployment_id: bytes) -> None:
         """Delete a deployment, damaged or not; NotFoundError if there is none."""
         paths = [self._path(deployment_id, pending) for pending in (False, True)]
@@ -204,25 +271,25 @@ class Store:
             os.close(lock)
 
 
+def _record(metadata: Mapping[str, Any], weights: Sequence[WeightEntry]) -> bytes:
+    manifest = [(e.name, e.shape, e.frac_bits, e.seed and e.seed.hex()) for e in weights]
+    return json.dumps({"metadata": dict(metadata), "weights": manifest}, allow_nan=False).encode()
+
+
 def _hex(identifier: bytes, what: str) -> str:
     if not 1 <= len(identifier) <= 64:  # it becomes a file name
         raise InputError(f"a {what} id has 1 to 64 bytes, not {len(identifier)}")
     return identifier.hex()
 
 
-def _refuse_open_mode(path: Path, mode: int, remedy: str) -> None:
-    if mode & 0o077:
-        raise StoreError(f"{path} is open to other users (mode {mode & 0o777:o}): run `chmod {remedy} {path}`")
-
-
 def _lock(directory: Path) -> int:
     """Make the store's directories and lock them; the lock goes with the process, however it ends."""
     with writing(directory):
-        for path in (directory, directory / "staging", directory / "deployments"):
+        for path in (directory, *(directory / name for name in ("staging", "deployments", "rotated"))):
             if not path.exists():
                 path.mkdir(mode=0o700, parents=True)
                 sync_directory(path.parent)
-            _refuse_open_mode(path, path.stat().st_mode, "700")
+            refuse_open_mode(path, path.stat().st_mode, "700")
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,31 +305,3 @@ def _lock(directory: Path) -> int:
             os.close(lock)
             raise
     return lock
-
-
-def _load_key(path: Path, directory: Path) -> bytes:
-    if not path.exists():
-        if any((directory / "deployments").iterdir()):
-            raise StoreError(
-                f"store key {path} is missing, but {directory} holds deployments: restore the key from a backup, "
-                f"or empty {directory / 'deployments'} and deploy the models again"
-            )
-        with writing(path), open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as created:
-            created.write(secrets.token_hex(KEY_SIZE) + "\n")
-            created.flush()
-            os.fsync(created.fileno())
-            sync_directory(path.parent)
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(4 * KEY_SIZE).strip()
-    except OSError as error:
-        raise StoreError(f"store key {path} cannot be read: {error.strerror}") from error
-    _refuse_open_mode(path, mode, "600")
-    try:
-        key = bytes.fromhex(text.decode("ascii"))
-    except ValueError:
-        key = b""
-    if len(key) != KEY_SIZE:  # chained to nothing: the cause would quote the key
-        raise StoreError(f"store key {path} does not hold {2 * KEY_SIZE} hex digits: restore it from a backup")
-    return key

@@ -647,7 +647,7 @@ def test_files_are_0600_and_directories_0700(directory: Path, tmp_path: Path, lo
         deploy(store)
         store.stage(b"other", METADATA, [])
         paths = [directory, key_path, *directory.rglob("*")]
-        assert len(paths) == 7
+        assert len(paths) == 8
         for path in paths:
             assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
