@@ -240,11 +240,11 @@ def remove_model(
     from mpcinfer.client.owner import ModelOwner
 
     with ModelOwner.connect(cluster, identity) as model_owner:
-        removed = model_owner.remove(name, version)
+        removed, parties = model_owner.remove(name, version), model_owner.parties
     if as_json:
-        print_json({"removed": removed})
+        print_json({"removed": removed, "confirmed_by": parties})
     else:
-        print(f"removed {removed} version{'' if removed == 1 else 's'} of {name}")
+        print(f"removed {removed} version{'' if removed == 1 else 's'} of {name}, confirmed by all {parties} parties")
 
 
 @app.command()

@@ -76,6 +76,11 @@ class ModelOwner:
         """
         return cls(Connection.to(cluster, identity, roles=("owner",), timeout=timeout, pin=pin))
 
+    @property
+    def parties(self) -> int:
+        """How many parties hold a share of each model."""
+        return self._connection.cluster.n
+
     def deploy(
         self,
         model: nn.Module | ExportedProgram,
@@ -205,11 +210,12 @@ class ModelOwner:
     def remove(self, name: str, version: int = 0) -> int:
         """Remove a version of a model (0: all versions) from all parties: how many were removed.
 
-        NotFoundError if there is none.
+        Every party has confirmed it once this returns. NotFoundError if there is none, AgreementError if the parties
+        confirm different numbers.
         """
         request = party_pb2.RemoveModelRequest(request_id=secrets.token_bytes(16), name=name, version=version)
         answers = self._connection.call("RemoveModel", [request] * self._connection.cluster.n, timeout=LIST_TIMEOUT)
-        return max(int(answer.removed) for answer in answers)
+        return _confirmed("removed", name, [answer.removed for answer in answers])
 
     def grant(self, name: str, terms: Terms, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
         """Replace what is granted for a version of one's model (0: all versions), from the next request on.
@@ -269,6 +275,14 @@ class ModelOwner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _confirmed(what: str, name: str, counts: Sequence[int]) -> int:
+    """How many versions all parties say that they have done it to."""
+    if len(set(counts)) > 1 or not counts[0]:
+        said = ", ".join(f"party {index} {count}" for index, count in enumerate(counts))
+        raise AgreementError(f"the parties have {what} different numbers of versions of {name!r}: {said}; try again")
+    return counts[0]
 
 
 def _bytes(encoded: torch.Tensor) -> memoryview:

@@ -139,10 +139,24 @@ async def remove(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step:
     if not deployments:
         raise Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
     for deployment in deployments:
-        catalogue.remove(deployment)
-        by.pool.forget(deployment)
+        forget(by, part, deployment)
+
+    def erase() -> None:
+        for deployment in deployments:
+            catalogue.remove(deployment)
+
+    await by.agreed(part, erase)  # a party's answer says that it is gone everywhere
     _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
     return len(deployments)
+
+
+def forget(by: Stepping, part: Part, deployment: bytes) -> None:
+    """A model is gone, or has other shares: what was dealt for it and the texts that it writes are of no use."""
+    by.settle()
+    by.pool.forget(deployment)
+    slots = by.sessions.forget(by.sessions.of_model(deployment))
+    if by.index == 0 and not part.epoch.mesh.shadow:
+        part.epoch.forget(slots)
 
 
 async def set_grant(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> None:

@@ -106,6 +106,11 @@ class Model:
         """The plan for opening the weights' masks."""
         return plan_masks(self.program, parties=parties, deployment=self.id.hex())[0]
 
+    def forget(self) -> None:
+        """What is secret of it leaves memory, and what was traced for it, whoever still refers to it."""
+        self.shares, self.weights, self.planner, self.masked_in = None, {}, None, b""
+        self.plans.clear()
+
     def holdings(self) -> dict[str, Shared | Weight | Public]:
         """What the interpreter needs."""
         if self.constants is None:
@@ -275,12 +280,13 @@ class Catalogue:
     def remove(self, deployment: bytes) -> None:
         """Delete a deployment, damaged or not, from the store and from memory; fine if there is none."""
         with self._lock:
-            self._models.pop(deployment, None)
+            with suppress(NotFoundError):  # first: what is on the disk stays known
+                self._store.remove(deployment)
+            self._grants.remove(deployment)
+            if (model := self._models.pop(deployment, None)) is not None:
+                model.forget()
             self._unserved.pop(deployment, None)
             self._unreadable.discard(deployment)
-            self._grants.remove(deployment)
-            with suppress(NotFoundError):
-                self._store.remove(deployment)
 
     def stage_grant(self, name: str, version: int, owner: str, signed: Signed) -> tuple[Model, Granted]:
         """Check what is to replace an owner's grant, and put it on the disk; it does not hold yet."""

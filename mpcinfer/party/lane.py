@@ -27,9 +27,10 @@ from mpcinfer.errors import (
 )
 from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
 from mpcinfer.party.audit import Audit
+from mpcinfer.party.batch import memory_of, slot_of
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
-from mpcinfer.party.generation import Writing, generate, gone
+from mpcinfer.party.generation import generate, gone
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.metrics import PartyMetrics
@@ -83,7 +84,7 @@ class Lane:
         self._inbox = inbox
         self._catalogue = catalogue
         self._sessions = sessions
-        self._by = Stepping(index, catalogue, policy, limits, vouching)
+        self._by = Stepping(index, catalogue, sessions, policy, limits, vouching)
         self._limits = limits
         self._metrics = metrics
         self._manifest = manifest
@@ -229,17 +230,17 @@ class Lane:
 
         Models whose masks are open, texts that grow from rows of their own, and as many as there is memory for.
         """
-        jobs, rest, slots, used = [job], [], {_slot(self._sessions, job)}, 0
+        jobs, rest, slots, used = [job], [], {slot_of(self._sessions, job)}, 0
         while job.action in ("infer", "generate") and len(jobs) < self._limits.max_batch:
             other = self._inbox.next(0)
             if other is None:
                 break
-            slot = _slot(self._sessions, other)
+            slot = slot_of(self._sessions, other)
             fits = other.action == job.action and other.content.model.masked_in == epoch.id and slot not in slots
             if not (fits and job.content.model.masked_in == epoch.id):
                 rest.append(other)
                 break
-            used = (used or _memory(epoch, job)) + _memory(epoch, other)
+            used = (used or memory_of(epoch, job)) + memory_of(epoch, other)
             if used > self._limits.batch_mb << 20:
                 rest.append(other)
                 break
@@ -373,27 +374,3 @@ def _heads(told: Mapping[int, bytes]) -> dict[str, Head]:
     found = {f"party/{peer}": Head.from_json(each["log"]) for peer, each in said.items()}
     witnesses = {f"witness/{peer}": each["witness"] for peer, each in said.items() if "witness" in each}
     return found | {role: Head.from_json(each["log"]) for role, each in witnesses.items()}
-
-
-def _slot(sessions: Sessions, job: Job) -> bytes:
-    """Where a text's rows are, and two must not grow at once; for anything else its own id."""
-    if job.action != "generate":
-        return job.id
-    writing: Writing = job.content
-    return sessions.slot(job.id) or sessions.slot(writing.parent) or job.id
-
-
-def _memory(epoch: Epoch, job: Job) -> int:
-    """What a request's tape takes, in bytes, as far as it is known before it is looked at closely."""
-    content = job.content
-    if job.action not in ("infer", "generate") or content.model.masked_in != epoch.id:
-        return 0
-    try:
-        if job.action == "infer":
-            plan, _ = content.model.plan(tuple(x.shape for x in content.inputs), epoch.mesh.parties)
-        else:
-            plan, _ = content.plan(epoch.mesh.parties)
-    except Exception:  # its own part of the step will say so, where that is this request's failure only
-        return 0
-    size: int = plan.expanded_bytes
-    return size

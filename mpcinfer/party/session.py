@@ -256,6 +256,10 @@ class Sessions:
         kept = {s.slot.id for s in self._sessions.values()}
         return sorted({s.slot.id for s in gone} - kept)
 
+    def of_model(self, deployment: bytes) -> list[bytes]:
+        """The sessions of a model."""
+        return sorted(s.id for s in self._sessions.values() if s.model.id == deployment)
+
     def clear(self) -> None:
         """The epoch has ended, and with it the masks of all rows."""
         self._sessions.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from mpcinfer.party.inbox import Job
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.sacrifice import Coin, audit
-from mpcinfer.party.session import Session, Slot
+from mpcinfer.party.session import Session, Sessions, Slot
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
-from mpcinfer.party.vouching import Vouching, check_ballot, merged_ballots, subject
+from mpcinfer.party.vouching import Vouching, check_ballot, count, subject
 from mpcinfer.party.waiting import Ballot, Metered, Release, Round
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.context import Context, Opening
@@ -36,7 +35,6 @@ from mpcinfer.protocol.types import Shared, Weight
 from mpcinfer.trust.commitment import output_commitment
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import COMPARED
-from mpcinfer.wire.mesh import read_json
 from mpcinfer.wire.v1 import tensor_pb2
 
 
@@ -77,11 +75,18 @@ class Stepping:
     """How this party takes part in steps."""
 
     def __init__(
-        self, index: int, catalogue: Catalogue, policy: Policy, limits: Limits, vouching: Vouching | None = None
+        self,
+        index: int,
+        catalogue: Catalogue,
+        sessions: Sessions,
+        policy: Policy,
+        limits: Limits,
+        vouching: Vouching | None = None,
     ) -> None:
         """vouching: where the cluster has witnesses."""
         self.index = index
         self.policy = policy
+        self.sessions = sessions
         self._catalogue = catalogue
         self._limits = limits
         self._vouching = vouching
@@ -112,7 +117,7 @@ class Stepping:
             while waiting:
                 ballots = {i: w for i, w in waiting.items() if isinstance(w, Ballot)}
                 if ballots:
-                    found = _count(epoch, list(ballots.values()))
+                    found = count(epoch, list(ballots.values()))
                     for (i, _), answers in zip(ballots.items(), found, strict=True):
                         resume(i, answers)
                     continue
@@ -346,21 +351,6 @@ def tapes(step: dict[str, Any], count: int) -> list[bytes]:
     """Ids of the tapes of a step, from the one party 0 drew."""
     base = bytes.fromhex(step["tape"])
     return [hashlib.sha256(base + bytes([i])).digest()[:16] for i in range(count)]
-
-
-def _count(epoch: Epoch, ballots: list[Ballot]) -> list[dict[int, Any]]:
-    """One control message to every peer for all who vote: everybody's answers to each, this party's included."""
-    before = epoch.mesh.bytes_sent
-    raw = epoch.mesh.consult(json.dumps([ballot.own for ballot in ballots]).encode(), merged_ballots)
-    found = {peer: read_json(answers, f"party {peer}") for peer, answers in raw.items()}
-    for peer, answers in found.items():
-        if not isinstance(answers, list) or len(answers) != len(ballots):
-            raise ProtocolError(f"party {peer} votes on something else")
-    each, rest = divmod(epoch.mesh.bytes_sent - before, len(ballots))
-    for ballot in ballots:
-        ballot.part.sent += each
-    ballots[0].part.sent += rest
-    return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))]
 
 
 def _shared_round(epoch: Epoch, rounds: list[Round]) -> list[torch.Tensor]:

@@ -15,7 +15,9 @@ from mpcinfer.config import Cluster
 from mpcinfer.errors import IdentityError, ProtocolError, TamperingError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
+from mpcinfer.party.waiting import Ballot
 from mpcinfer.trust.signing import Signed, Signer, open_signed
+from mpcinfer.wire.mesh import read_json
 from mpcinfer.wire.witnessed import ShadowMesh, WitnessedMesh
 
 _PURPOSE = "witness"
@@ -155,6 +157,21 @@ def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             "text": "it and its witness were sent different shares; send both the same",
         }
     return own
+
+
+def count(epoch: Epoch, ballots: list[Ballot]) -> list[dict[int, Any]]:
+    """One control message to every peer for all who vote: everybody's answers to each, this party's included."""
+    before = epoch.mesh.bytes_sent
+    raw = epoch.mesh.consult(json.dumps([ballot.own for ballot in ballots]).encode(), merged_ballots)
+    found = {peer: read_json(answers, f"party {peer}") for peer, answers in raw.items()}
+    for peer, answers in found.items():
+        if not isinstance(answers, list) or len(answers) != len(ballots):
+            raise ProtocolError(f"party {peer} votes on something else")
+    each, rest = divmod(epoch.mesh.bytes_sent - before, len(ballots))
+    for ballot in ballots:
+        ballot.part.sent += each
+    ballots[0].part.sent += rest
+    return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))]
 
 
 def check_ballot(index: int, joint: Mapping[str, Any], own: Mapping[str, Any]) -> None:

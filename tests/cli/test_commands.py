@@ -151,8 +151,10 @@ def test_models(shell: Shell, world: FakeCluster) -> None:
 
 
 def test_removing_models(shell: Shell, world: FakeCluster) -> None:
-    assert shell("models", "rm", "same", "--version", 1).out == "removed 2 versions of same\n"
-    assert shell("models", "rm", "same", "--json").json == {"removed": 2}
+    assert (
+        shell("models", "rm", "same", "--version", 1).out == "removed 2 versions of same, confirmed by all 2 parties\n"
+    )
+    assert shell("models", "rm", "same", "--json").json == {"removed": 2, "confirmed_by": 2}
     assert [removal.version for removal in world.parties[0].removals] == [1, 0]
 
 

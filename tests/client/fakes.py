@@ -140,7 +140,7 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
     def RemoveModel(self, request: Any, context: Any) -> Any:
         self._begin("RemoveModel", context)
         self.removals.append(request)
-        return party_pb2.RemoveModelResponse(removed=2)
+        return party_pb2.RemoveModelResponse(removed=self.world.removed_at(self.index))
 
 
 class FakeCluster:
@@ -150,6 +150,7 @@ class FakeCluster:
         self.n = n
         self.function = function
         self.version_at: Callable[[int], int] = lambda index: 1
+        self.removed_at: Callable[[int], int] = lambda index: 2
         self.tamper: Callable[[int, list[Any]], list[Any]] = lambda index, outputs: outputs
         self._meeting = threading.Condition()
         self._requests: dict[bytes, dict[int, Any]] = {}

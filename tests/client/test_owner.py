@@ -219,6 +219,12 @@ def test_removing(world: FakeCluster, owner: ModelOwner) -> None:
         owner.remove("m")
 
 
+def test_all_parties_must_confirm_a_removal(world: FakeCluster, owner: ModelOwner) -> None:
+    world.removed_at = lambda index: 2 - index
+    with pytest.raises(AgreementError, match="party 0 2, party 1 1.*try again"):
+        owner.remove("m")
+
+
 def test_listing(world: FakeCluster, owner: ModelOwner) -> None:
     world.deploy(info("m", [], [], version=2), info("m", [], []))
     assert [model.key for model in owner.models()] == [("m", "owner/o", 1), ("m", "owner/o", 2)]
