@@ -10,7 +10,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 # What a label may hold: kinds of things that are written in the code, classes of errors, indices of parties.
 LABELS = {
-    "action": {"infer", "generate", "deploy", "remove", "fill", "models", "vocabulary", "end_session"},
+    "action": {
+        "infer",
+        "generate",
+        "deploy",
+        "remove",
+        "grant",
+        "refresh",
+        "fill",
+        "models",
+        "vocabulary",
+        "end_session",
+    },
     "call": {"join", "deal", "forget"},
     "kind": {"openings", "control", "prompt", "written"},
     "le": None,  # of a histogram: a number

@@ -28,7 +28,7 @@ from mpcinfer.cli.owner import deploy, explain
 from mpcinfer.cli.parties import pin, status
 from mpcinfer.cli.receipts import ReceiptFile, ReceiptSalts, audit_app, save, verify_receipt
 from mpcinfer.cli.serving import proxy
-from mpcinfer.cli.store import store_app
+from mpcinfer.cli.store import refresh, store_app
 from mpcinfer.cli.writing import chat, embed, generate
 from mpcinfer.config import Node
 from mpcinfer.errors import ConfigError, DeadlineError, InputError, MpcInferError, UnavailableError
@@ -46,6 +46,7 @@ app.command()(deploy)
 app.command()(canaries)
 app.command()(grant)
 app.command()(revoke)
+app.command()(refresh)
 app.add_typer(models_app, name="models")
 app.command()(generate)
 app.command()(chat)

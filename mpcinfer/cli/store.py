@@ -1,4 +1,4 @@
-"""`mpcinfer store`: what a party's operator does with its store while the party is stopped."""
+"""Stored shares: `mpcinfer refresh` makes them anew, `mpcinfer store rotate-key` what one party encrypts them with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpcinfer.cli.options import Json
+from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, ModelVersion
 from mpcinfer.cli.output import print_json
 from mpcinfer.config import Node
 from mpcinfer.errors import ConfigError
@@ -36,3 +36,22 @@ def rotate_key(
         print_json({"deployments": count, "store_key": str(node.store_key)})
     else:
         print(f"{count} deployment{'' if count == 1 else 's'} under the new key in {node.store_key}")
+
+
+def refresh(
+    name: Annotated[str, typer.Argument(help="The model; for a party's operator maybe OWNER/NAME.")],
+    version: ModelVersion = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = 1800.0,
+    cluster: ClusterPath = CLUSTER,
+    identity: IdentityPath = None,
+    as_json: Json = False,
+) -> None:
+    """Have the parties make their shares of a model anew. Its owner may ask for it, and each party with its own key."""
+    from mpcinfer.client.owner import ModelOwner
+
+    with ModelOwner.connect(cluster, identity) as asking:
+        count, parties = asking.refresh(name, version, timeout=timeout), asking.parties
+    if as_json:
+        print_json({"refreshed": count, "confirmed_by": parties})
+    else:
+        print(f"refreshed {count} version{'' if count == 1 else 's'} of {name}, confirmed by all {parties} parties")

@@ -217,6 +217,16 @@ class ModelOwner:
         answers = self._connection.call("RemoveModel", [request] * self._connection.cluster.n, timeout=LIST_TIMEOUT)
         return _confirmed("removed", name, [answer.removed for answer in answers])
 
+    def refresh(self, name: str, version: int = 0, *, timeout: float = DEPLOY_TIMEOUT) -> int:
+        """Have the parties make the shares of a version of a model (0: all versions) anew: of how many they have.
+
+        The model stays what it is, with its grant; shares stolen before are of no use with others stolen after.
+        Whoever connects with a party's key may ask for it too, of any owner's model. NotFoundError if there is none.
+        """
+        request = party_pb2.RefreshModelRequest(request_id=secrets.token_bytes(16), name=name, version=version)
+        answers = self._connection.call("RefreshModel", [request] * self.parties, timeout=timeout)
+        return _confirmed("refreshed", name, [answer.refreshed for answer in answers])
+
     def grant(self, name: str, terms: Terms, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
         """Replace what is granted for a version of one's model (0: all versions), from the next request on.
 

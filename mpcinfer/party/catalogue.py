@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from mpcinfer.errors import GrantError, InputError, MpcInferError, NotFoundError, StoreError
 from mpcinfer.graph.plan import Planner, constants, plan_masks
-from mpcinfer.graph.program import Parameter, Program
+from mpcinfer.graph.program import Program
 from mpcinfer.graph.sizes import BATCH, solve
 from mpcinfer.nn.sampling import Choice
 from mpcinfer.party.grants import Granted, Grants
@@ -108,8 +108,13 @@ class Model:
 
     def forget(self) -> None:
         """What is secret of it leaves memory, and what was traced for it, whoever still refers to it."""
-        self.shares, self.weights, self.planner, self.masked_in = None, {}, None, b""
+        self.renew()
+        self.planner = None
         self.plans.clear()
+
+    def renew(self) -> None:
+        """Its shares are read from the disk again, and its weights' masks opened anew, before it is used again."""
+        self.shares, self.weights, self.masked_in = None, {}, b""
 
     def holdings(self) -> dict[str, Shared | Weight | Public]:
         """What the interpreter needs."""
@@ -126,7 +131,7 @@ class _Unserved:
     version: int
     owner: str
     terms: Terms | None
-    damaged: tuple[int | str, ...]
+    damaged: tuple[int | str, ...]  # if nobody's is, and none is missing, their generations differ
     missing: tuple[int | str, ...]
 
     def visible(self, viewer: str) -> bool:
@@ -138,6 +143,10 @@ class _Unserved:
         if self.damaged:
             parties = " and ".join(map(str, self.damaged))
             return StoreError(f"{what}: the stored copy of party {parties} is damaged; {remedy}")
+        if not self.missing:
+            return StoreError(
+                f"{what}: the parties' shares are of different generations; restore the newer, or {remedy}"
+            )
         return NotFoundError(f"{what}: party {' and '.join(map(str, self.missing))} does not hold it; {remedy}")
 
 
@@ -182,7 +191,7 @@ class Catalogue:
         """What the other parties need to know: by deployment id in hex, what is held, and what cannot be used."""
         with self._lock:
             return {
-                "models": {m.id.hex(): _line(m) for m in self._models.values()},
+                "models": {m.id.hex(): _line(m, self._store.fresh(m.id)) for m in self._models.values()},
                 "damaged": [*self._store.damaged, *(i.hex() for i in self._unreadable)],
             }
 
@@ -198,18 +207,20 @@ class Catalogue:
             known: dict[str, list[Any]] = {}
             for inventory in inventories.values():
                 known |= inventory["models"]
-            for i, (name, version, _, owner, _) in known.items():
+            for i, (name, version, _, owner, *_) in known.items():
                 damaged = [peer for peer, inv in inventories.items() if i in inv["damaged"]]
                 missing = [peer for peer, inv in inventories.items() if i not in inv["models"] and peer not in damaged]
                 confirmed = any(not inv["models"].get(i, (0, 0, True))[2] for inv in inventories.values())
-                statements = [inv["models"][i][4] for inv in inventories.values() if i in inv["models"]]
+                lines = [inv["models"][i] for inv in inventories.values() if i in inv["models"]]
+                statements = [line[4] for line in lines]
                 own = self._models.get(bytes.fromhex(i))
                 if own is not None:
                     self._take_newest(own, statements)
-                if not damaged and not missing:
-                    if own is not None and own.deployment.pending:
+                if not damaged and not missing and own is not None:
+                    if own.deployment.pending:
                         self.confirm(own)
-                    continue
+                    if self._one_generation(own, [(line[5], line[6]) for line in lines]):
+                        continue
                 if own is not None and own.deployment.pending and missing and not confirmed:
                     _log.warning("model %s version %d was not deployed everywhere; removing it", name, version)
                     self.remove(own.id)
@@ -260,6 +271,47 @@ class Catalogue:
         """Whether this party knows a deployment as that of somebody else."""
         with self._lock:
             return deployment in self._models and self._models[deployment].owner != owner
+
+    def refreshable(self, name: str, version: int, owner: str) -> list[Model]:
+        """The versions (0: all) of a name (empty: of any) that are served, of an owner (empty: of any), by id.
+
+        NotFoundError if there are none.
+        """
+        found = [m for m in self.models() if owner in ("", m.owner) and version in (0, m.version)]
+        found = [m for m in found if not name or called(m, name)]
+        if not found:
+            raise NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
+        return sorted(found, key=lambda m: m.id)
+
+    def stage_refresh(self, model: Model, generation: str, shares: Iterable[bytes]) -> None:
+        """Put other shares of a model on the disk; they do not hold yet."""
+        self._store.refresh(model.id, generation, shares)
+
+    def drop_refresh(self, model: Model) -> None:
+        """Not all parties have staged theirs."""
+        self._store.drop_fresh(model.id)
+
+    def commit_refresh(self, model: Model) -> None:
+        """All parties have staged theirs: they hold from now on."""
+        with self._lock:
+            model.deployment = self._store.take_fresh(model.id)
+            model.renew()
+
+    def _one_generation(self, model: Model, held: Sequence[tuple[str, str]]) -> bool:
+        """Settle a refresh that broke off, from all parties' generations and those that wait to replace them.
+
+        Who has committed knows that all have staged. Whether all have shares that belong together now.
+        """
+        current = sorted({generation for generation, _ in held})
+        if len(current) == 1:
+            self.drop_refresh(model)
+            return True
+        for generation in current:
+            if all(generation == now or (waiting and generation == waiting) for now, waiting in held):
+                if model.deployment.generation != generation:
+                    self.commit_refresh(model)
+                return True
+        return False
 
     def next_version(self, name: str, owner: str) -> int:
         """The version a new deployment gets under its owner's name, as far as this party knows."""
@@ -330,10 +382,10 @@ def called(model: Model | _Unserved, name: str) -> bool:
     return model.name == own and (not slash or model.owner == f"owner/{owner}")
 
 
-def _line(model: Model) -> list[Any]:
+def _line(model: Model, fresh: str) -> list[Any]:
     """What the other parties are told of a model."""
     grant = model.granted.signed.to_json() if model.granted is not None else None
-    return [model.name, model.version, model.deployment.pending, model.owner, grant]
+    return [model.name, model.version, model.deployment.pending, model.owner, grant, model.deployment.generation, fresh]
 
 
 def _tensor(entry: WeightEntry, data: bytearray | None) -> torch.Tensor:
@@ -344,13 +396,3 @@ def _tensor(entry: WeightEntry, data: bytearray | None) -> torch.Tensor:
     if not data:
         return torch.empty(entry.shape, dtype=torch.int64)
     return torch.frombuffer(data, dtype=torch.int64).reshape(entry.shape)
-
-
-def check_manifest(program: Program, weights: Sequence[WeightEntry]) -> None:
-    """InputError unless the uploaded weights are exactly the program's parameters, in order."""
-
-    def line(w: Parameter | WeightEntry) -> tuple[str, tuple[int, ...], int]:
-        return w.name, tuple(w.shape), w.frac_bits
-
-    if [line(p) for p in program.parameters] != [line(w) for w in weights]:
-        raise InputError("the uploaded weights are not the program's parameters")

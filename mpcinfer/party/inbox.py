@@ -26,7 +26,7 @@ class Job:
     """
 
     id: bytes
-    action: str  # "infer", "generate", "deploy", "remove" or "grant"
+    action: str  # "infer", "generate", "deploy", "remove", "grant" or "refresh"
     caller: str
     facts: dict[str, Any]
     content: Any = field(repr=False)

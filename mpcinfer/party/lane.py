@@ -36,6 +36,7 @@ from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
+from mpcinfer.party.refresh import refresh
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
 from mpcinfer.party.transcript import secret_of
@@ -50,7 +51,13 @@ _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
 _QUIET_SECONDS = 0.05  # without a request, before something is fetched for one that may come
 _FLUSH_SECONDS = 0.5
-_ACTIONS: dict[str, Callable[..., Any]] = {"infer": infer, "deploy": deploy, "remove": remove, "grant": set_grant}
+_ACTIONS: dict[str, Callable[..., Any]] = {
+    "infer": infer,
+    "deploy": deploy,
+    "remove": remove,
+    "grant": set_grant,
+    "refresh": refresh,
+}
 
 
 class Lane:

@@ -14,7 +14,7 @@ from mpcinfer.wire.mesh import Account, Mesh
 from mpcinfer.wire.metrics import Figures, result_of
 
 # Of steps. Party 0 announces what a step is: anything else it might say must not become a label.
-_ACTIONS = ("infer", "generate", "deploy", "remove", "grant", "fill")
+_ACTIONS = ("infer", "generate", "deploy", "remove", "grant", "refresh", "fill")
 
 
 @dataclass

@@ -78,6 +78,11 @@ class Deployment:
     weights: tuple[WeightEntry, ...]
     pending: bool = False
 
+    @property
+    def generation(self) -> str:
+        """Which refresh made these shares, at all parties; empty for those that the owner has sent."""
+        return str(self.metadata.get("generation", ""))
+
 
 class Staged:
     """An upload in progress: `write` its bytes, `finish`, then `Store.commit` or `discard`. Any failure discards it."""

@@ -172,6 +172,11 @@ class Stepping:
         await self.vote(part, refusal)
         return value
 
+    async def voted(self, part: Part, work: Callable[[], str]) -> dict[int, str]:
+        """Do something that may fail here; if it succeeded everywhere, what all say that it has yielded."""
+        note, refusal = _tried(work)
+        return await self.vote(part, refusal, note or "")
+
     async def execute(
         self,
         part: Part,

@@ -4,6 +4,7 @@
     <store>/staging/<request id hex>.part          an upload in progress; removed on failure and at start
     <store>/deployments/<deployment id hex>.new    committed here; whether everywhere is not known yet
     <store>/deployments/<deployment id hex>.mpc    committed by all parties
+    <store>/deployments/<deployment id hex>.fresh  other shares of it, until all parties have theirs (see `refresh`)
     <store>/rotated/                               the same files under the next key, while the key is changed
 
 One file is one deployment (see `record`), and a rename makes it visible, so a crash at any point leaves all of it or
@@ -38,6 +39,8 @@ from mpcinfer.party.record import (
     writing,
 )
 
+_KINDS = ("mpc", "new", "fresh")
+
 
 class Store:
     """One party's deployments, encrypted under `key` (32 bytes). Safe to use from several threads of one process.
@@ -61,6 +64,7 @@ class Store:
             self._mutex = threading.Lock()
             self._staged: dict[bytes, Staged] = {}
             self._deployments: dict[bytes, Deployment] = {}
+            self._fresh: dict[bytes, Deployment] = {}
             for leftover in (directory / "staging").glob("*.part"):
                 with writing(leftover):
                     leftover.unlink()
@@ -99,8 +103,10 @@ class Store:
             if store.damaged:
                 raise StoreError(f"nothing was changed: {next(iter(store.damaged.values()))}")
             key = stage_key(key_path)
-            for deployment in store.deployments():
-                store._rotate(deployment, key)
+            for deployment in store._deployments.values():
+                store._rotate(deployment, store._path(deployment.id, _kind(deployment)), key)
+            for deployment in store._fresh.values():
+                store._rotate(deployment, store._path(deployment.id, "fresh"), key)
             replace_key(key_path)  # from here on the new files hold
             store._key = key
             store._settle_rotation()
@@ -124,7 +130,7 @@ class Store:
 
         A `pending` one waits for `confirm` or `remove`, also across a restart.
         """
-        target = self._path(deployment_id, pending)
+        target = self._path(deployment_id, "new" if pending else "mpc")
         if not 1 <= version < 1 << 32:
             raise InputError(f"version {version} is not between 1 and 2^32 - 1")
         with self._mutex:
@@ -146,7 +152,7 @@ class Store:
             if deployment.pending:
                 path = self._path(deployment_id)
                 with writing(path):
-                    self._path(deployment_id, pending=True).rename(path)
+                    self._path(deployment_id, "new").rename(path)
                     sync_directory(path.parent)
                 self._deployments[deployment_id] = deployment = replace(deployment, pending=False)
             return deployment
@@ -167,21 +173,57 @@ class Store:
                 raise StoreError(str(known))
             if (deployment := self._deployments.get(deployment_id)) is None:
                 raise NotFoundError(f"no deployment {deployment_id.hex()} in this party's store")
-        path = self._path(deployment_id, deployment.pending)
+        path = self._path(deployment_id, _kind(deployment))
         with reading(path), open(path, "rb") as file:
             Reader(file, self._key, deployment_id).verify()
             reader = Reader(file, self._key, deployment_id)
             for entry in reader.weights:
                 yield entry, None if entry.seed is not None else reader.read(entry.size)
 
-    def _rotate(self, deployment: Deployment, key: bytes) -> None:
-        """Write a deployment under the next key beside the one that holds."""
-        path = self._path(deployment.id, deployment.pending)
+    def fresh(self, deployment_id: bytes) -> str:
+        """The generation of the shares that wait to replace those of a deployment; empty if none do."""
+        with self._mutex:
+            waiting = self._fresh.get(deployment_id)
+        return waiting.generation if waiting is not None else ""
+
+    def refresh(self, deployment_id: bytes, generation: str, shares: Iterable[bytes]) -> None:
+        """Put another share of each weight on the disk; the old ones hold until `take_fresh`, also across a restart."""
+        self.drop_fresh(deployment_id)
+        with self._mutex:
+            current = self._deployments[deployment_id]
+        metadata, weights = (
+            {**current.metadata, "generation": generation},
+            [replace(w, seed=None) for w in current.weights],
+        )
+        fresh = replace(current, metadata=metadata, weights=tuple(weights))
+        self._write(fresh, shares, self._path(deployment_id, "fresh"), self._key)
+        with self._mutex:
+            self._fresh[deployment_id] = fresh
+
+    def take_fresh(self, deployment_id: bytes) -> Deployment:
+        """All parties have other shares on the disk: they replace the old ones, whose file is gone."""
+        with self._mutex:
+            path = self._path(deployment_id)
+            with writing(path):
+                self._path(deployment_id, "fresh").rename(path)
+                sync_directory(path.parent)
+            self._deployments[deployment_id] = self._fresh.pop(deployment_id)
+            return self._deployments[deployment_id]
+
+    def drop_fresh(self, deployment_id: bytes) -> None:
+        """Not all parties have other shares: the old ones stay. Fine if there are no others."""
+        path = self._path(deployment_id, "fresh")
+        with self._mutex, writing(path):
+            path.unlink(missing_ok=True)
+            self._fresh.pop(deployment_id, None)
+
+    def _rotate(self, deployment: Deployment, path: Path, key: bytes) -> None:
+        """Write a deployment under the next key beside the file that holds."""
         with reading(path), open(path, "rb") as file:
             reader = Reader(file, self._key, deployment.id)
             self._write(deployment, reader.pieces(), self._rotated / path.name, key)
 
-    def _write(self, deployment: Deployment, pieces: Iterable[bytearray], target: Path, key: bytes) -> None:
+    def _write(self, deployment: Deployment, pieces: Iterable[bytes | bytearray], target: Path, key: bytes) -> None:
         """A deployment's file, whole and on the disk, with these bytes for the weights that have no seed."""
         part = self._part(secrets.token_hex(16))
         staged = Staged(part, key, _record(deployment.metadata, deployment.weights), forget=lambda: None)
@@ -221,13 +263,14 @@ class Store:
 
     def remove(self, deployment_id: bytes) -> None:
         """Delete a deployment, damaged or not; NotFoundError if there is none."""
-        paths = [self._path(deployment_id, pending) for pending in (False, True)]
+        paths = [self._path(deployment_id, kind) for kind in _KINDS]
         with self._mutex:
             with writing(paths[0]):
                 exists = any(path.exists() for path in paths)
                 for path in paths:
                     path.unlink(missing_ok=True)
                 sync_directory(paths[0].parent)
+            self._fresh.pop(deployment_id, None)
             listed = self._deployments.pop(deployment_id, None) or self.damaged.pop(deployment_id.hex(), None)
         if not exists and not listed:
             raise NotFoundError(f"no deployment {deployment_id.hex()} in this party's store")
@@ -245,13 +288,13 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _path(self, deployment_id: bytes, pending: bool = False) -> Path:
-        suffix = "new" if pending else "mpc"
-        return self.directory / "deployments" / f"{_hex(deployment_id, 'deployment')}.{suffix}"
+    def _path(self, deployment_id: bytes, kind: str = "mpc") -> Path:
+        return self.directory / "deployments" / f"{_hex(deployment_id, 'deployment')}.{kind}"
 
     def _list(self) -> None:
         files = self.directory / "deployments"
-        for path in sorted([*files.glob("*.mpc"), *files.glob("*.new")]):
+        for path in sorted(path for kind in _KINDS for path in files.glob(f"*.{kind}")):
+            fresh = path.suffix == ".fresh"
             try:
                 with reading(path), open(path, "rb") as file:
                     deployment_id = bytes.fromhex(path.stem)
@@ -259,16 +302,21 @@ class Store:
                         raise DamagedError("its name is not in lower case")
                     reader = Reader(file, self._key, deployment_id)
                     reader.verify()
-                self._deployments[deployment_id] = Deployment(
+                (self._fresh if fresh else self._deployments)[deployment_id] = Deployment(
                     deployment_id, reader.version, reader.metadata, reader.weights, pending=path.suffix == ".new"
                 )
             except StoreError as error:
-                self.damaged[path.stem] = error
+                if not fresh:  # the shares that hold may be whole; that these are missed shows if they are needed
+                    self.damaged[path.stem] = error
 
     def _unlock(self) -> None:
         lock, self._lock_file = self._lock_file, None
         if lock is not None:
             os.close(lock)
+
+
+def _kind(deployment: Deployment) -> str:
+    return "new" if deployment.pending else "mpc"
 
 
 def _record(metadata: Mapping[str, Any], weights: Sequence[WeightEntry]) -> bytes:

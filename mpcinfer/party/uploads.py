@@ -7,15 +7,14 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import grpc
 
 from mpcinfer.config import Limits
 from mpcinfer.errors import BusyError, InputError, UploadError
-from mpcinfer.graph.program import Program
-from mpcinfer.party.catalogue import check_manifest
+from mpcinfer.graph.program import Parameter, Program
 from mpcinfer.party.grants import Grants
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.record import WeightEntry
@@ -109,3 +108,13 @@ class Uploads:
         if len(header.vocabulary) > _MOST_VOCABULARY:
             raise UploadError(f"the vocabulary is larger than {_MOST_VOCABULARY >> 20} MiB")
         return header, program, entries
+
+
+def check_manifest(program: Program, weights: Sequence[WeightEntry]) -> None:
+    """InputError unless the uploaded weights are exactly the program's parameters, in order."""
+
+    def line(w: Parameter | WeightEntry) -> tuple[str, tuple[int, ...], int]:
+        return w.name, tuple(w.shape), w.frac_bits
+
+    if [line(p) for p in program.parameters] != [line(w) for w in weights]:
+        raise InputError("the uploaded weights are not the program's parameters")

@@ -291,6 +291,11 @@ def test_a_whole_cluster_from_the_command_line(tmp_path: Path, shell: Shell) -> 
             assert shell("grant", "m", "--until", "soon", *cluster).code == 2
             assert shell("grant", "m", "--everybody", "--json", *cluster).json["grants"][0]["serial"] == 4
             assert shell("infer", "m", "x.npy", *cluster).code == 0
+            done = shell("refresh", "m", *cluster, "--identity", "owner/owner")
+            assert done.out == "refreshed 1 version of m, confirmed by all 2 parties\n"
+            operator = ("--identity", tmp_path / "c" / "party-1")
+            assert shell("refresh", "owner/m", "--json", *cluster, *operator).json["refreshed"] == 1
+            assert shell("infer", "m", "x.npy", *cluster).code == 0
             assert shell("models", "rm", "m", *cluster).code == 0
         finally:
             process.send_signal(signal.SIGTERM)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mpcinfer.errors import InputError, NotFoundError, StoreError
-from mpcinfer.party.catalogue import Catalogue, Model, check_manifest
+from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.grants import Grants
 from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.store import Store
+from mpcinfer.party.uploads import check_manifest
 from mpcinfer.ring.domain import Z64
 from tests.inprocess import mlp
 from tests.members import Members

@@ -222,7 +222,7 @@ def test_waiting_is_counted_even_if_it_ends_badly(cluster: InProcess, monkeypatc
     monkeypatch.setattr(mesh, "account", account)
     link = mesh.links[1]
 
-    def receive(kind: int) -> Any:
+    def receive(kind: int, most: int) -> Any:
         time.sleep(0.02)
         raise BusyError("no answer")
 

@@ -15,7 +15,7 @@ from mpcinfer.party.record import WeightEntry
 from mpcinfer.party.store import Store
 from tests.party.test_store import deploy, read_all, upload
 
-IDS = [bytes([i]) * 16 for i in (1, 2)]
+IDS = [bytes([i]) * 16 for i in (1, 2, 3)]
 
 CRASHING_ROTATION = """
 import os, sys
@@ -47,12 +47,15 @@ def key_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def directory(tmp_path: Path, key_path: Path) -> Path:
-    """A store with two deployments, one of them pending, and what else a party keeps there."""
+    """A store with three deployments, one pending, one with other shares waiting, and what else a party keeps there."""
     directory = tmp_path / "store"
     with Store.open(directory, key_path) as store:
         deploy(store, IDS[0])
         upload(store, [WeightEntry("w", (2,), 16)], b"x" * 16)
         store.commit(b"request", IDS[1], 2, pending=True)
+        upload(store, [WeightEntry("w", (2,), 16)], b"x" * 16)
+        store.commit(b"request", IDS[2], 3)
+        store.refresh(IDS[2], "next", [b"y" * 16])
     (directory / "audit.log").write_text("a line")
     (directory / "budgets.sqlite").write_text("a count")
     return directory
@@ -63,13 +66,13 @@ def contents(directory: Path, key_path: Path) -> list[object]:
     with Store.open(directory, key_path) as store:
         assert not store.damaged
         assert not list((directory / "rotated").iterdir())
-        return [(d, read_all(store, d.id)) for d in store.deployments()]
+        return [(d, read_all(store, d.id), store.fresh(d.id)) for d in store.deployments()]
 
 
 def opened_by(directory: Path, key: bytes) -> int:
     """How many files a key opens."""
     with Store(directory, key) as store:
-        return len(store.deployments())
+        return len(store.deployments()) + sum(store.fresh(i) != "" for i in IDS)
 
 
 def key_in(path: Path) -> bytes:
@@ -78,8 +81,8 @@ def key_in(path: Path) -> bytes:
 
 def test_all_models_load_under_the_new_key_and_none_under_the_old(directory: Path, key_path: Path) -> None:
     before, old = contents(directory, key_path), key_in(key_path)
-    assert opened_by(directory, old) == 2
-    assert Store.rotate_key(directory, key_path) == 2
+    assert opened_by(directory, old) == 4
+    assert Store.rotate_key(directory, key_path) == 3
     assert key_in(key_path) != old
     assert stat.S_IMODE(key_path.stat().st_mode) == 0o600
     assert contents(directory, key_path) == before
@@ -87,6 +90,9 @@ def test_all_models_load_under_the_new_key_and_none_under_the_old(directory: Pat
     assert (directory / "audit.log").read_text() == "a line"
     assert (directory / "budgets.sqlite").read_text() == "a count"
     assert not list(key_path.parent.glob("*.new"))
+    with Store.open(directory, key_path) as store:
+        assert store.take_fresh(IDS[2]).generation == "next"
+        assert [data for _, data in read_all(store, IDS[2])] == [b"y" * 16]
 
 
 def test_a_crash_before_any_step_leaves_one_key_for_all_and_another_try(directory: Path, key_path: Path) -> None:
@@ -103,7 +109,7 @@ def test_a_crash_before_any_step_leaves_one_key_for_all_and_another_try(director
         if not code:
             break
     assert states == {(9, True), (9, False), (0, False)}  # crashes on both sides of the change, then none
-    assert Store.rotate_key(directory, key_path) == 2
+    assert Store.rotate_key(directory, key_path) == 3
     assert contents(directory, key_path) == before
 
 
@@ -114,7 +120,7 @@ def test_a_third_key_loses_nothing_of_a_change_that_was_cut_short(
     monkeypatch.setattr(Store, "_settle_rotation", lambda store: None)  # a crash as soon as the key has changed
     Store.rotate_key(directory, key_path)
     monkeypatch.undo()
-    assert len(list((directory / "rotated").iterdir())) == 2
+    assert len(list((directory / "rotated").iterdir())) == 4
     assert opened_by(directory, bytes(32)) == 0
     assert contents(directory, key_path) == before
 

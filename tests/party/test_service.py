@@ -167,6 +167,8 @@ def test_a_deadline_that_is_too_short(cluster: InProcess) -> None:
         ("Deploy", "dealer"),
         ("RemoveModel", "client/bob"),
         ("RemoveModel", "dealer"),
+        ("RefreshModel", "client/bob"),
+        ("RefreshModel", "dealer"),
         ("ListModels", "dealer"),
     ],
 )
@@ -176,6 +178,7 @@ def test_roles(cluster: InProcess, caller: Caller, method: str, role: str) -> No
         "Infer": list(caller.inferences(X)),
         "Deploy": [iter(u) for u in caller.deploys(PROGRAM, WEIGHTS)],
         "RemoveModel": [party_pb2.RemoveModelRequest(request_id=bytes(16), name="m")] * 2,
+        "RefreshModel": [party_pb2.RefreshModelRequest(request_id=bytes(16), name="m")] * 2,
         "ListModels": [party_pb2.ListModelsRequest()] * 2,
     }
     answers = other.at_all(method, requests[method])

@@ -169,7 +169,7 @@ class PartyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RefreshModel(self, request, context):
-        """Role owner. Stored shares are made anew from fresh randomness, of a model or of all this owner's models.
+        """Role owner, or party for any owner's models. Stored shares are made anew from fresh randomness.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
