@@ -21,6 +21,7 @@ from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.metrics import Figures, MetricsServer
 
 _log = logging.getLogger(__name__)
+_TELLING_SECONDS = 1.0
 _PLAIN = (str, int, float, Path, MpcInferError)
 
 
@@ -64,7 +65,10 @@ class Server:
 
     def stop(self) -> None:
         """Refuse new calls, let running ones finish within the grace period, then return."""
-        self.health.enter_graceful_shutdown()
+        # grpc_health can wait for a watcher that waits for it; such a watcher learns it from the connection's end
+        telling = threading.Thread(target=self.health.enter_graceful_shutdown, name="health", daemon=True)
+        telling.start()
+        telling.join(_TELLING_SECONDS)
         self._server.stop(self._grace).wait()
         self._executor.shutdown(wait=False, cancel_futures=True)
         if self.metrics is not None:
