@@ -71,7 +71,7 @@ def table(title: str) -> list[list[str]]:
 def test_every_block_for_a_host_is_a_step() -> None:
     """No typing error in a marker makes a block silently untested."""
     blocks = re.findall(r"^```(\S*)(.*)$", PAGE.read_text(), re.MULTILINE)
-    assert [kind for kind, rest in blocks if kind not in ("sh", "text", "ini", "")] == []
+    assert [kind for kind, rest in blocks if kind not in ("sh", "text", "ini", "toml", "")] == []
     assert sum(kind == "sh" for kind, _ in blocks) == sum(bool(step.script) for step in steps()) > 20
     assert {step.host for step in steps()} == set(ADDRESSES)
     allowed = [{"start"}, {"retry"}, {"restart"}, {"stop"}, set()]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpcinfer import Client, ModelOwner
+from mpcinfer import Budget, Client, ModelOwner, Terms
 from mpcinfer.client.local import LocalCluster
 
 ROOT = Path(__file__).parents[2]
@@ -155,8 +155,10 @@ def test_the_python_client_refuses_a_party_with_another_key(
 
 
 def test_the_python_client_says_what_is_wrong(
-    cluster: LocalCluster, bare: dict[str, str], x: np.ndarray, tmp_path: Path
+    cluster: LocalCluster, model: nn.Module, bare: dict[str, str], x: np.ndarray, tmp_path: Path
 ) -> None:
+    with ModelOwner.connect(cluster.cluster_path, cluster.identity("owner/owner")) as owner:
+        owner.deploy(model, torch.zeros(1, 8), name="few", grant=Terms(budgets=(Budget("queries", 1, 60),)))
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "narrow.npy", x[:, :3])
     np.save(tmp_path / "nan.npy", x * np.nan)
@@ -168,10 +170,9 @@ def test_the_python_client_says_what_is_wrong(
         done = standalone(bare, cluster, cluster.cluster_path, name, tmp_path / f"{file}.npy")
         assert done.returncode == 1 and message in done.stderr
     # A party's own words, with the class of the error from the trailing metadata.
-    stem = cluster.directory / "party-0"
-    done = python(bare, PYTHON_CLIENT, cluster.cluster_path, f"{stem}.key", f"{stem}.pem", "mlp", tmp_path / "x.npy")
+    done = standalone(bare, cluster, cluster.cluster_path, "few", tmp_path / "x.npy")
     assert done.returncode == 1
-    assert done.stderr.startswith("ForbiddenError: party/0 may not do this")
+    assert done.stderr.startswith("BudgetError: client/") and "has 1 left of 1 queries per minute" in done.stderr
 
 
 # --- Node --------------------------------------------------------------------------------------------------------
