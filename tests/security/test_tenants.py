@@ -21,7 +21,7 @@ import mpcinfer.party.stepping as stepping
 from mpcinfer.config import Limits
 from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.correlation import fields_of
-from mpcinfer.protocol.session import KeyChain
+from mpcinfer.protocol.session import KeyChain, TapeKeys
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64
 from mpcinfer.wire.v1 import party_pb2
@@ -37,6 +37,11 @@ X = torch.linspace(-2, 2, 12).reshape(3, 4)
 TENANTS = {"client/bob": "m", "client/carol": "n"}
 LOAD = 4  # requests of each, at once
 LIMITS = Limits(step_timeout_s=60, connect_timeout_s=10, stop_grace_s=5, max_waiting_requests=32)
+
+
+def _same_keys(self: KeyChain, tape: bytes, digest: bytes) -> TapeKeys:
+    """The planted fault: a key chain that stays where it is."""
+    return TapeKeys(prg.derive(self._key, "tape"), prg.derive(self._key, "kept"))
 
 
 class Transcripts:
@@ -59,14 +64,14 @@ class Transcripts:
                     here._take("opened", opening.ring, value)
             return values
 
-        def drawn(self: Tape, id_: bytes, shares: Any, dealer_bytes: int) -> None:
-            begin(self, id_, shares, dealer_bytes)
+        def drawn(self: Tape, id_: bytes, shares: Any, *more: Any) -> None:
+            begin(self, id_, shares, *more)
             for item, tensors in shares.values():
                 free, derived = fields_of(item)
                 for name, tensor in tensors.items():
                     here._take("drawn", {**free, **derived}[name].ring, tensor)
 
-        def key(self: KeyChain, tape: bytes, digest: bytes) -> bytes:
+        def key(self: KeyChain, tape: bytes, digest: bytes) -> TapeKeys:
             found = following(self, tape, digest)
             here.strings["tape"].append(tape)
             return found
@@ -145,7 +150,7 @@ def test_nothing_is_shared(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_key_that_serves_two_requests_is_noticed(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KeyChain, "next", lambda self, tape, digest: prg.derive(self._key, "tape"))
+    monkeypatch.setattr(KeyChain, "next", _same_keys)
     transcripts = Transcripts(monkeypatch)
     load(cluster, transcripts)
     load(cluster, transcripts)
