@@ -36,7 +36,10 @@ def test_deploying_a_function(shell: Shell, world: FakeCluster, monkeypatch: pyt
     Path("recipe.py").write_text(BUILD)
     Path("helper.py").write_text("SIZE = 3\n")
     done = shell("deploy", "recipe.py:build", "--name", "m", "--reveal", "argmax")
-    assert done.code == 0 and done.out == "deployed m version 1 (8 secret parameters)\n"
+    assert done.code == 0 and done.out.splitlines() == [
+        "deployed m version 1 (8 secret parameters)",
+        "granted to all clients of the cluster; no budget; no expiry",
+    ]
     assert json.loads(world.parties[0].uploads[0][0].program)["reveal"] == "argmax"
     done = shell("deploy", "recipe:build", "--name", "m", "--json", "--frac-bits", 12)
     assert done.code == 0 and (done.json["name"], done.json["version"]) == ("m", 1)
