@@ -288,11 +288,9 @@ class Stepping:
     async def _fetched(
         self, part: Part, work: Callable[[], Tape], id_: str = "", slot: Slot | None = None
     ) -> Tape | None:
-        def settled() -> Tape:
-            self.settle()
-            return work()
-
-        tape, refusal = _tried(settled)
+        # if what was fetched before has failed the others learn it from the links: they may wait for this party's share
+        self.settle()
+        tape, refusal = _tried(work)
         coin = Coin(part.epoch.audit_rate)
         try:
             notes = await self.vote(part, refusal, f"{id_} {coin.commitment}" if coin.rate else id_)
