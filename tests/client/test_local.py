@@ -139,7 +139,7 @@ def test_a_model_is_deployed_and_evaluated(local: LocalCluster, model: torch.nn.
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "role",
-    ["party/1", pytest.param("party/0", marks=pytest.mark.slow), pytest.param("dealer", marks=pytest.mark.slow)],
+    [pytest.param(role, marks=pytest.mark.slow) for role in ("party/0", "party/1", "dealer")],
 )
 def test_what_was_killed_is_noticed_and_started_again(local: LocalCluster, model: torch.nn.Module, role: str) -> None:
     pid = local.pid(role)

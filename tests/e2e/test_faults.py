@@ -269,6 +269,7 @@ def test_a_party_killed_during_an_upload(cluster: LocalCluster, role: str) -> No
         assert alice.remove("big") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_store_file(cluster: LocalCluster) -> None:
     with owner(cluster) as alice:
         damaged = alice.deploy(network(3), X, name="spoilt").deployment_id
@@ -289,6 +290,7 @@ def test_a_damaged_store_file(cluster: LocalCluster) -> None:
         assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_port_in_use_and_a_store_in_use(cluster: LocalCluster) -> None:
     def start(role: str, **environment: str) -> str:
         kind, config = role.partition("/")[0], cluster.directory / f"{certs.file_stem(role)}.toml"
@@ -445,6 +447,7 @@ def test_messages_that_cannot_be(cluster: LocalCluster) -> None:
     caller.close()
 
 
+@pytest.mark.slow
 def test_a_corrupted_and_a_truncated_upload(cluster: LocalCluster) -> None:
     caller, program = raw(cluster, "owner/alice"), mlp()
     for cut in (True, False):

@@ -254,7 +254,7 @@ def test_a_text_may_be_taken_in_only(scene: Scene) -> None:
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["party/1", pytest.param("dealer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("role", [pytest.param(role, marks=pytest.mark.slow) for role in ("party/1", "dealer")])
 def test_a_process_that_dies_in_the_middle(scene: Scene, bob: Client, role: str) -> None:
     text = token_ids(8, 8)
     answer = bob.generate("tiny", text, max_new_tokens=80, timeout=60)
@@ -313,6 +313,7 @@ def test_no_share_and_no_token_leaves_memory(scene: Scene, bob: Client) -> None:
     assert "tiny" in said and not both.in_text(said)
 
 
+@pytest.mark.slow
 def test_too_many_at_a_time_are_told_so(scene: Scene, bob: Client) -> None:
     running = [bob.generate("tiny", [i, 2, 3], max_new_tokens=60) for i in range(SESSIONS)]
     try:

@@ -71,6 +71,7 @@ def epochs(local: LocalCluster) -> list[str]:
     return re.findall(r"epoch ([0-9a-f]{8}): all", local.logs["party/0"].read_text())
 
 
+@pytest.mark.slow
 def test_masks_change_with_every_restart_in_the_middle_of_a_request(local: LocalCluster, opened: Path) -> None:
     n = local.cluster.n
     stem = local.identity("client/client")

@@ -248,6 +248,7 @@ def test_no_plaintext_while_a_model_is_uploaded(scene: Scene) -> None:
     assert_clean(scene.during_upload)
 
 
+@pytest.mark.slow
 def test_no_plaintext_while_requests_run(scene: Scene) -> None:
     last = f"party/{scene.parties - 1}"
     in_flight = 0

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mpcinfer.graph.capture import Captured, capture
 
 
-@pytest.fixture(params=[2, 3], ids="n={}".format)
+@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="n={}".format)
 def parties(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 

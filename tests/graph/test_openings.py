@@ -170,6 +170,7 @@ def below_rows(mask: torch.Tensor, ring: Ring) -> torch.Tensor:
     return mask % (ROWS - 1) if ring == Ring(4) else mask
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_one_bit_short_shows(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty_masks(monkeypatch, change=one_bit_short)
     with pytest.raises(AssertionError, match="not uniform"):

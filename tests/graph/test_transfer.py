@@ -37,6 +37,7 @@ def assert_inside(results: list[torch.Tensor], intervals: list[Interval], names:
 
 
 @pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.slow
 def test_operators_stay_inside_up_to_the_limit_of_their_inputs(group: str) -> None:
     """Over shares and in float64. Nothing wraps around, or it would be far outside."""
     cases, model, captured = prepared(group)

@@ -5,6 +5,6 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture(params=[2, 3], ids="n={}".format)
+@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="n={}".format)
 def parties(request: pytest.FixtureRequest) -> int:
     return int(request.param)
