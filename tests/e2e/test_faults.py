@@ -234,6 +234,7 @@ def test_a_party_killed_in_the_middle_of_a_request(cluster: LocalCluster) -> Non
     assert {role for role in pids if cluster.pid(role) != pids[role]} == {"party/1"}
 
 
+@pytest.mark.slow
 def test_a_dealer_killed_in_the_middle_of_a_request(cluster: LocalCluster) -> None:
     pids = {role: cluster.pid(role) for role in cluster.logs}
     with stopped(cluster, "dealer"):

@@ -123,6 +123,7 @@ def test_nobody_is_named_and_nothing_else_is_shown(scene: Scene) -> None:
         assert f"metrics at http://127.0.0.1:{scene.ports[role]}/metrics" in scene.cluster.last_lines(role, 10_000)
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_gives_its_port_back(scene: Scene) -> None:
     scene.cluster.restart("party/1")
     assert scene.scraped("party/1")["ready"] == 1 and scene.scraped("party/0")["epochs_total"] == 2

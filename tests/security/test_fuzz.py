@@ -269,7 +269,7 @@ def fuzz(one: Callable[[Draw], object], examples: int, seconds: float, seed: int
 
 
 SLOW = pytest.param(40, SLOW_SECONDS, marks=[pytest.mark.slow, pytest.mark.timeout(SLOW_SECONDS * 2 + 300)])
-FAST = pytest.param(90, 0.0)
+FAST = pytest.param(40, 0.0)
 # those that begin a session with valid contents end the epoch, which takes a second to form anew
 CALLS = [rpc for rpc in RPCS if rpc != CONNECT]
 

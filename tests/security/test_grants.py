@@ -117,6 +117,7 @@ def test_not_yet_valid_and_expired(cluster: InProcess) -> None:
             assert right(answers)
 
 
+@pytest.mark.slow
 def test_one_partys_clock_is_enough_to_refuse(cluster: InProcess) -> None:
     deployed(cluster, Terms(not_after=NOON + 20))
     for late in cluster.parties:
@@ -374,6 +375,7 @@ def test_a_rate_is_a_budget_of_a_minute(cluster: InProcess) -> None:
 
 
 @pytest.mark.parametrize("edited", [0, 1])
+@pytest.mark.slow
 def test_one_partys_counts_deleted(cluster: InProcess, edited: int) -> None:
     deployed(cluster, Terms(budgets=(Budget("queries", 1, 86400),)))
     bob = cluster.caller("client/bob")
