@@ -11,7 +11,11 @@ import pytest
 CHILD = """
 import ctypes, logging, os, resource, sys
 user, swap, plant = int(sys.argv[1]), sys.argv[2] == "swap", sys.argv[3]
+import pathlib, tempfile
 import mpcinfer.wire.memory as memory
+swaps = pathlib.Path(tempfile.mkstemp()[1])
+swaps.write_text("Filename Type Size Used Priority\\n" + "/dev/sdb1 partition 1 0 -2\\n" * (swap and plant != "no swap"))
+memory._SWAPS = swaps
 from mpcinfer.wire.server import configure_logging
 configure_logging("info")
 if user:
@@ -52,6 +56,7 @@ def test_memory_is_locked_where_that_is_allowed() -> None:
     assert int(said.split()[-1]) >= 8 << 10, "what was written since is not locked"
     assert "swap" not in log
     assert int(child(swap="none")[0].split()[-1]) == 0
+    assert int(child(plant="no swap")[0].split()[-1]) == 0  # nothing to keep it out of
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes another user's limits")
