@@ -14,7 +14,8 @@ user, swap, plant = int(sys.argv[1]), sys.argv[2] == "swap", sys.argv[3]
 import pathlib, tempfile
 import mpcinfer.wire.memory as memory
 swaps = pathlib.Path(tempfile.mkstemp()[1])
-swaps.write_text("Filename Type Size Used Priority\\n" + "/dev/sdb1 partition 1 0 -2\\n" * (swap and plant != "no swap"))
+lines = ["Filename Type Size Used Priority", "/dev/sdb1 partition 1 0 -2"]
+swaps.write_text("\\n".join(lines[:1] if plant == "no swap" else lines))
 memory._SWAPS = swaps
 from mpcinfer.wire.server import configure_logging
 configure_logging("info")
