@@ -142,7 +142,7 @@ def minilm(tiny: bool = False) -> Workload:
         return encoder("MiniLM-L6, 8 tokens", Encoder(config, nn.Identity()), list(range(8)), 2)
     loaded = sentence_encoder()
     assert loaded.tokenizer is not None and isinstance(loaded.module, Encoder)
-    ids = Tokenizer.load(loaded.tokenizer, TOKENS).ids(PROMPT).tolist()
+    ids = Tokenizer.load(loaded.tokenizer, CONTEXT).ids(PROMPT).tolist()[:TOKENS]
     return encoder(f"MiniLM-L6, {TOKENS} tokens", loaded.module, ids, 12)
 
 
