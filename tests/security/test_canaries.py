@@ -267,10 +267,9 @@ def test_differences_would_be_seen(wire: Wire, monkeypatch: pytest.MonkeyPatch) 
     assert "form" in distinguished(wire)
 
 
+@pytest.mark.parametrize("wire", ["generate"], indirect=True)
 def test_what_is_kept_of_a_text_is_not_what_a_canary_begins_with(wire: Wire) -> None:
     """A text that is known to the parties from before would be no canary."""
-    if not wire.model.context:
-        pytest.skip("of texts")
     client = Client(wire)  # type: ignore[arg-type]
     for _ in client.generate("m", [1, 2], max_new_tokens=4):
         pass
