@@ -58,7 +58,8 @@ class Tape:
         if times == 1:
             return [self]
         parts: list[dict[str, tuple[Kind, Tensors]]] = [{} for _ in range(times)]
-        for name, drawn in self._shares.items():
+        shares, self._shares = self._shares, {}  # from here on only the runs give them away
+        for name, drawn in shares.items():
             run, _, own = name.partition("/")
             parts[int(run)][own] = drawn
         each, rest = divmod(self.dealer_bytes, times)

@@ -14,7 +14,8 @@ import torch
 from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.tape import Tape, fetch
-from mpcinfer.protocol.session import KeyChain
+from mpcinfer.protocol.evidence import KeptMasks
+from mpcinfer.protocol.session import KeyChain, TapeKeys
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.ring.sharing import combine
@@ -194,3 +195,17 @@ def test_errors_of_the_dealer_keep_their_class() -> None:
 
 def test_keys_stay_out_of_representations() -> None:
     assert repr(KEYS[0]) not in repr(epoch(FakeDealer(0)))
+
+
+def test_what_the_runs_of_a_tape_have_the_tape_has_no_more() -> None:
+    item = Truncation((1,), 16)
+    shares = {f"{run}/node#0": (item, {"r": torch.tensor([run])}) for run in range(3)}
+    whole = Tape(TAPE, shares, 10, KeptMasks(TapeKeys(b"p" * 32, b"k" * 32), Plan((("node#0", item),))))
+    runs = whole.runs(3)
+    assert [int(run.draw("node#0", item)["r"]) for run in runs] == [0, 1, 2]
+    assert len({run.id for run in runs} | {TAPE}) == 4 and [run.dealer_bytes for run in runs] == [4, 3, 3]
+    for run in runs:
+        with pytest.raises(ProtocolError, match="drawn before"):
+            run.draw("node#0", item)
+    with pytest.raises(ProtocolError, match="not on this tape"):
+        whole.draw("0/node#0", item)
