@@ -283,9 +283,9 @@ class Catalogue:
             raise NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
         return sorted(found, key=lambda m: m.id)
 
-    def stage_refresh(self, model: Model, generation: str, shares: Iterable[bytes]) -> None:
-        """Put other shares of a model on the disk; they do not hold yet."""
-        self._store.refresh(model.id, generation, shares)
+    def stage_refresh(self, model: Model, generation: str, shares: Iterable[bytes]) -> bytes:
+        """Put other shares of a model on the disk, which do not hold yet: the SHA-256 of all."""
+        return self._store.refresh(model.id, generation, shares)
 
     def drop_refresh(self, model: Model) -> None:
         """Not all parties have staged theirs."""

@@ -40,7 +40,7 @@ from mpcinfer.party.refresh import refresh
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
 from mpcinfer.party.transcript import secret_of
-from mpcinfer.party.vouching import Vouching, merged_inventories
+from mpcinfer.party.vouching import Vouching, check_voice, merged_inventories
 from mpcinfer.trust.chain import Head
 from mpcinfer.wire.mesh import read_json
 
@@ -170,18 +170,21 @@ class Lane:
     def _agree(self, epoch: Epoch) -> None:
         """On who takes part, on which models all hold, and on how often the dealer is audited."""
         secret, rate = secrets.token_bytes(32), self._limits.dealer_audit_rate
-        said = {"models": self._catalogue.inventory(), "secret": secret.hex(), "log": self._audit.head.to_json()}
-        own = json.dumps({**said, "dealer_audit_rate": rate}).encode()
+        own = {
+            "models": self._catalogue.inventory(),
+            "secret": secret.hex(),
+            "log": self._audit.head.to_json(),
+            "dealer_audit_rate": rate,
+        }
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
             epoch.manifest = self._manifest.agree(epoch)
-            told = epoch.mesh.consult(own, merged_inventories)
+            told = self._told(epoch, own)
         finally:
             watchdog.cancel()
         held: dict[int | str, Any] = {}
         drawn = []
-        for peer, message in sorted(told.items()):
-            said = read_json(message, f"party {peer}")
+        for peer, said in sorted(told.items()):
             held[peer] = said["models"]
             drawn.append(bytes.fromhex(said["secret"]))
             if "witness" in said:
@@ -195,6 +198,14 @@ class Lane:
         held.pop(self._name, None)
         self._catalogue.agree(self._name, held)
         self._audit.met("epoch", _heads(told), epoch=epoch.id.hex())
+
+    def _told(self, epoch: Epoch, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """What each party says of itself, and in it what its witness does."""
+        raw = epoch.mesh.consult(json.dumps(own).encode(), merged_inventories)
+        told = {peer: read_json(message, f"party {peer}") for peer, message in raw.items()}
+        if epoch.mesh.shadow:
+            check_voice(self.index, told[self.index], json.loads(json.dumps(own)))
+        return told
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -271,7 +282,7 @@ class Lane:
         """The parties write down how far each other's audit logs are: what was written until here stays as it is."""
         watchdog = epoch.mesh.limited(self._limits.connect_timeout_s)
         try:
-            told = epoch.mesh.consult(json.dumps({"log": self._audit.head.to_json()}).encode(), merged_inventories)
+            told = self._told(epoch, {"log": self._audit.head.to_json()})
         finally:
             watchdog.cancel()
         self._audit.met("logs", _heads(told))
@@ -375,9 +386,8 @@ class Lane:
             job.fail(error if isinstance(error, MpcInferError) else incident(error))
 
 
-def _heads(told: Mapping[int, bytes]) -> dict[str, Head]:
+def _heads(said: Mapping[int, Mapping[str, Any]]) -> dict[str, Head]:
     """How far the logs are, by role, as all have said."""
-    said = {peer: json.loads(message) for peer, message in told.items()}
     found = {f"party/{peer}": Head.from_json(each["log"]) for peer, each in said.items()}
     witnesses = {f"witness/{peer}": each["witness"] for peer, each in said.items() if "witness" in each}
     return found | {role: Head.from_json(each["log"]) for role, each in witnesses.items()}

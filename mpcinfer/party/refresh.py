@@ -4,24 +4,29 @@ Each pair of parties agrees on a key that nobody else has, the dealer included (
 the lower of the two adds what it expands to, the other one subtracts it. All write what they get beside what they
 hold, and put it in its place once all have written it: `Catalogue.agree` settles what breaks off in between. Shares of
 different refreshes do not fit, so each has a name, made of what all have sent, that the parties compare.
+
+A witness is told the private key of its party, and checks that the party goes by it. Before anything is written all
+vouch for the keys that were sent, and a party and its witness then compare what they have made of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from mpcinfer.errors import AgreementError
+from mpcinfer.errors import AgreementError, TamperingError
 from mpcinfer.party.actions import forget
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.stepping import Part, Refused, Stepping
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64
+from mpcinfer.trust.commitment import commitment
 
 _log = logging.getLogger(__name__)
 
@@ -32,27 +37,38 @@ async def refresh(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step
     owner = job.caller if job.caller.startswith("owner/") else ""
     models: list[Model] = await by.agreed(part, lambda: catalogue.refreshable(name, version, owner))
     for model in models:
-        await _refreshed(by, catalogue, part, model)
+        await _refreshed(by, catalogue, part, job, step, model)
         _log.info("shares of model %s version %d refreshed for %s", model.name, model.version, job.caller)
     return len(models)
 
 
-async def _refreshed(by: Stepping, catalogue: Catalogue, part: Part, model: Model) -> None:
-    private = X25519PrivateKey.generate()
-    told = await by.vote(part, None, f"{model.id.hex()} {private.public_key().public_bytes_raw().hex()}")
+async def _refreshed(
+    by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any], model: Model
+) -> None:
+    secret = part.epoch.mesh.confide(secrets.token_bytes(32))
+    private = X25519PrivateKey.from_private_bytes(secret)
+    own = f"{model.id.hex()} {private.public_key().public_bytes_raw().hex()}"
+    told = await by.vote(part, None, own)
     generation = hashlib.sha256(" ".join(told[i] for i in sorted(told)).encode()).hexdigest()
+    # before anything is staged: what has broken off later may be committed on somebody's word that all have done so
+    await by.release(part, job, {**step, "deployment": model.id.hex()})
 
-    def stage() -> str:
+    def stage() -> bytes:
+        if told[by.index] != own:  # at a witness
+            raise TamperingError(
+                f"party {by.index} has announced another key than it gave its witness. Suspect: party {by.index}"
+            )
         keys = {}
         for peer, text in told.items():
             if peer != by.index:
                 public = X25519PublicKey.from_public_bytes(bytes.fromhex(text.partition(" ")[2]))
                 keys[peer] = prg.extract(private.exchange(public), bytes.fromhex(generation), b"refresh")
-        catalogue.stage_refresh(model, generation, _fresh(catalogue, model, by.index, keys))
-        return generation
+        return catalogue.stage_refresh(model, generation, _fresh(catalogue, model, by.index, keys))
 
     try:
-        if len(set((await by.voted(part, stage)).values())) > 1:
+        digest = await by.agreed(part, stage)
+        held = commitment(prg.derive(secret, "commitment"), b"refresh", digest).hex()
+        if len(set((await by.vote(part, None, generation, upload=held)).values())) > 1:
             raise Refused from AgreementError("the parties have agreed on different keys; nothing was changed")
     except Refused:
         catalogue.drop_refresh(model)

@@ -16,7 +16,7 @@ import grpc
 
 from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
-from mpcinfer.errors import AbortedError, BusyError, DeadlineError, InputError, ShapeError, UnsupportedError
+from mpcinfer.errors import AbortedError, BusyError, DeadlineError, InputError, ShapeError
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.nn.sampling import Choice
 from mpcinfer.party.accounts import Accounts
@@ -234,11 +234,6 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
     ) -> party_pb2.RefreshModelResponse:
         """See party.proto."""
         with self._admitted("refresh", context, "owner/", "party/", about=request) as (peer, _):
-            if self._cluster.witnesses:
-                raise UnsupportedError(
-                    "shares cannot be refreshed where there are witnesses, which would not hold the new ones: deploy "
-                    "the model again"
-                )
             facts = {"name": request.name, "version": request.version}
             refreshed: int = self._run(context, Job(request.request_id, "refresh", peer.role, facts, None))
             self._audit.write("refresh", outcome="ok", who=peer.role, model=request.name, versions=refreshed)

@@ -186,8 +186,11 @@ class Store:
             waiting = self._fresh.get(deployment_id)
         return waiting.generation if waiting is not None else ""
 
-    def refresh(self, deployment_id: bytes, generation: str, shares: Iterable[bytes]) -> None:
-        """Put another share of each weight on the disk; the old ones hold until `take_fresh`, also across a restart."""
+    def refresh(self, deployment_id: bytes, generation: str, shares: Iterable[bytes]) -> bytes:
+        """Put another share of each weight on the disk; the old ones hold until `take_fresh`, also across a restart.
+
+        The SHA-256 of the new ones.
+        """
         self.drop_fresh(deployment_id)
         with self._mutex:
             current = self._deployments[deployment_id]
@@ -196,9 +199,10 @@ class Store:
             [replace(w, seed=None) for w in current.weights],
         )
         fresh = replace(current, metadata=metadata, weights=tuple(weights))
-        self._write(fresh, shares, self._path(deployment_id, "fresh"), self._key)
+        digest = self._write(fresh, shares, self._path(deployment_id, "fresh"), self._key)
         with self._mutex:
             self._fresh[deployment_id] = fresh
+        return digest
 
     def take_fresh(self, deployment_id: bytes) -> Deployment:
         """All parties have other shares on the disk: they replace the old ones, whose file is gone."""
@@ -223,8 +227,8 @@ class Store:
             reader = Reader(file, self._key, deployment.id)
             self._write(deployment, reader.pieces(), self._rotated / path.name, key)
 
-    def _write(self, deployment: Deployment, pieces: Iterable[bytes | bytearray], target: Path, key: bytes) -> None:
-        """A deployment's file, whole and on the disk, with these bytes for the weights that have no seed."""
+    def _write(self, deployment: Deployment, pieces: Iterable[bytes | bytearray], target: Path, key: bytes) -> bytes:
+        """A deployment's file, whole and on the disk, with these bytes, whose SHA-256 it is, for what has no seed."""
         part = self._part(secrets.token_hex(16))
         staged = Staged(part, key, _record(deployment.metadata, deployment.weights), forget=lambda: None)
         size, digest = 0, hashlib.sha256()
@@ -235,6 +239,7 @@ class Store:
                 digest.update(piece)
             staged.finish(size, digest.digest())
             staged.commit(target, deployment.id, deployment.version)
+            return digest.digest()
         finally:
             staged.discard()
 

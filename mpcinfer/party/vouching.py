@@ -154,7 +154,7 @@ def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         return {
             **own,
             "error": "AgreementError",
-            "text": "it and its witness were sent different shares; send both the same",
+            "text": "it and its witness have different shares; whoever sends shares sends both the same",
         }
     return own
 
@@ -179,6 +179,12 @@ def check_ballot(index: int, joint: Mapping[str, Any], own: Mapping[str, Any]) -
     held_back = own["error"] or own["late"] or joint["upload"] != own["upload"]
     if held_back and not (joint["error"] or joint["late"]):
         raise TamperingError(f"party {index} has voted without asking its witness. Suspect: party {index}")
+
+
+def check_voice(index: int, joint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """At the witness of a party: TamperingError unless the party has told all others what this one has said."""
+    if joint.get("witness") != own:
+        raise TamperingError(f"party {index} has misquoted its witness to the others. Suspect: party {index}")
 
 
 def merged_inventories(party: bytes, witness: bytes) -> bytes:

@@ -44,6 +44,11 @@ class WitnessedMesh(Mesh):
             payload = merge(payload, self._witness.receive(CONTROL))
         return super().consult(payload, merge)
 
+    def confide(self, secret: bytes) -> bytes:
+        """See `Mesh`: no other party is told, so it is not part of what all compare."""
+        self._tell(CONTROL, secret)
+        return secret
+
     def announce(self, payload: bytes) -> None:
         """See `Mesh`."""
         super().announce(payload)
@@ -105,6 +110,10 @@ class ShadowMesh(Mesh):
         self._link.send(CONTROL, payload)
         joint = self._link.receive(CONTROL)
         return {self.index: joint, **self.exchange(joint, CONTROL)}
+
+    def confide(self, secret: bytes) -> bytes:
+        """See `Mesh`: what the party has drawn; whoever calls this checks that the party goes by it."""
+        return self._link.receive(CONTROL)
 
     def announced(self) -> bytes:
         """See `Mesh`; of party 0, what it has announced itself."""

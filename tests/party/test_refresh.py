@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,9 @@ def test_every_share_is_another_one_and_the_model_is_the_same(cluster: InProcess
     assert right(caller.infer(x), x)
 
 
-# votes: the request, which models, the keys, whether all have staged, whether all have committed
+# votes: the request, which models, the keys, whether all have staged, what they have staged, whether all have committed
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize("skip", [2, 3, 4])
+@pytest.mark.parametrize("skip", [pytest.param(2, marks=pytest.mark.slow), 3, 4, 5])
 def test_a_refresh_that_breaks_off_leaves_one_generation(
     cluster: InProcess, caller: Caller, dies: int, skip: int
 ) -> None:
@@ -214,11 +213,3 @@ def test_texts_begin_anew(cluster: InProcess) -> None:
     assert test_generation.write(caller, [7], 1, first.session, 4).rest() == [["NotFoundError"] * cluster.n]
     again = test_generation.write(caller, token_ids(6), 2).rest()
     assert test_generation.right(again[:-1], token_ids(6))
-
-
-def test_witnesses_stand_in_the_way(tmp_path: Path) -> None:
-    with InProcess(tmp_path, 2, replace(LIMITS, pool_mb=0), witnesses=[0]) as cluster:
-        caller = cluster.caller()
-        caller.deploy(PROGRAM, WEIGHTS)
-        answers = refresh(caller)
-        assert kinds(answers) == ["UnsupportedError"] * 3 and "where there are witnesses" in str(answers[0])
