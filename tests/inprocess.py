@@ -18,7 +18,8 @@ import grpc
 import torch
 
 from mpcinfer.client import certs
-from mpcinfer.config import Cluster, Issuer, Limits, Node
+from mpcinfer.config import Cluster, Limits, Node
+from mpcinfer.config.issuer import Issuer
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.server import build
 from mpcinfer.errors import MpcInferError

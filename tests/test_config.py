@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpcinfer.config import Cluster, Endpoint, Limits, Node, check_role, split_address
+from mpcinfer.config import Cluster, Endpoint, Limits, Node
+from mpcinfer.config.reading import check_role, split_address
 from mpcinfer.errors import ConfigError
 from mpcinfer.wire.identity import create_ca
 

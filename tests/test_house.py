@@ -142,7 +142,7 @@ TOLD = {
     ("chat.py", "error.message"): "a syntax error of a template, which is public",
     ("chat.py", "message"): "what a template says to the data owner's own process",
     ("data.py", "answer"): "a size",
-    ("config.py", "self.content"): "the unknown keys of a configuration file",
+    ("reading.py", "self.content"): "the unknown keys of a configuration file",
     ("channel.py", "error.verify_message"): "why OpenSSL refuses a certificate",
     ("export.py", "error"): "torch.export to the model's owner, about his own module",
     ("graph.py", "error"): "onnx to the model's owner, about his own file",

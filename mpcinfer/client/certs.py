@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from mpcinfer.config import Cluster, Endpoint, check_role
+from mpcinfer.config import Cluster, Endpoint
+from mpcinfer.config.reading import check_role
 from mpcinfer.errors import ConfigError, ConflictError, IdentityError
 from mpcinfer.wire.identity import claimed_role, create_ca, create_request, key_pin, sign_request
 

@@ -18,7 +18,8 @@ from typing import Any
 import grpc
 import jwt
 
-from mpcinfer.config import Cluster, Issuer
+from mpcinfer.config import Cluster
+from mpcinfer.config.issuer import Issuer
 from mpcinfer.errors import ConfigError, ForbiddenError, IdentityError, SignatureError, UnavailableError
 from mpcinfer.wire.identity import Peer, peer_of
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpcinfer.canonical import canonical
 from mpcinfer.errors import AgreementError, BusyError, ConflictError, InputError, ProtocolError
-from mpcinfer.protocol.correlation import canonical
 
 _LATE_SECONDS = 3.0  # how much later than at party 0 a request may arrive at another
 

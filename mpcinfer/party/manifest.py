@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 
 from mpcinfer.config import Node
-from mpcinfer.errors import InputError, SignatureError
+from mpcinfer.errors import InputError, ProtocolError, SignatureError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.vouching import both, packed
 from mpcinfer.trust import evidence, facts
@@ -14,6 +13,7 @@ from mpcinfer.trust.facts import Facts
 from mpcinfer.trust.manifest import NONCE_BYTES, introduce, introduced, state
 from mpcinfer.trust.signing import Signed, Signer
 from mpcinfer.wire.identity import Identity
+from mpcinfer.wire.mesh import read_json
 
 
 class PartyManifest:
@@ -39,10 +39,10 @@ class PartyManifest:
             witness = self._cluster.witness(index)
             roles = [f"party/{index}", *([witness.role] if witness is not None else [])]
             try:
-                shown = [Signed.from_json(each) for each in json.loads(message)]
+                shown = [Signed.from_json(each) for each in read_json(message, f"party {index}")]
                 for role, signed in zip(roles, shown, strict=True):
                     known[role] = introduced(signed, self._cluster, role, epoch.binding)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, ProtocolError) as error:
                 raise SignatureError(f"not all of {', '.join(roles)} show signed facts; run one release") from error
         self._digest = facts.digest([known[endpoint.role] for endpoint in self._cluster.holders])
         return self._digest

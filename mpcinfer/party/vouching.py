@@ -63,9 +63,9 @@ class Vouching:
         witness = self._cluster.witness(index)
         roles = [f"party/{index}", *([witness.role] if witness is not None else [])]
         try:
-            signed = [Signed.from_json(each) for each in json.loads(message)]
+            signed = [Signed.from_json(each) for each in read_json(message, f"party {index}")]
             statements = [open_signed(each, self._cluster, _PURPOSE) for each in signed]
-        except (ValueError, TypeError, IdentityError) as error:
+        except (ValueError, TypeError, ProtocolError, IdentityError) as error:
             raise TamperingError(
                 f"what party {index} or its witness states is not signed by them. {_REMEDY}"
             ) from error
@@ -129,15 +129,15 @@ def packed(signed: list[Signed]) -> bytes:
 def both(party: bytes, witness: bytes) -> bytes:
     """The statements of a party and its witness, in this order."""
     try:
-        return json.dumps([*json.loads(party), *json.loads(witness)]).encode()
-    except (ValueError, TypeError) as error:
+        return json.dumps([*read_json(party, "a party"), *read_json(witness, "its witness")]).encode()
+    except TypeError as error:
         raise ProtocolError("a witness states nothing that can be read") from error
 
 
 def merged_ballots(party: bytes, witness: bytes) -> bytes:
     """One vote of a party and its witness for each request: no if either says no, not yet if either has to wait."""
     try:
-        pairs = zip(json.loads(party), json.loads(witness), strict=True)
+        pairs = zip(read_json(party, "a party"), read_json(witness, "its witness"), strict=True)
         return json.dumps([_merged(own, other) for own, other in pairs]).encode()
     except (ValueError, TypeError, KeyError) as error:
         raise ProtocolError("a witness votes on something else than its party") from error
@@ -190,6 +190,6 @@ def check_voice(index: int, joint: Mapping[str, Any], own: Mapping[str, Any]) ->
 def merged_inventories(party: bytes, witness: bytes) -> bytes:
     """What a party holds, and beside it what its witness does."""
     try:
-        return json.dumps({**json.loads(party), "witness": json.loads(witness)}).encode()
-    except (ValueError, TypeError) as error:
+        return json.dumps({**read_json(party, "a party"), "witness": read_json(witness, "its witness")}).encode()
+    except TypeError as error:
         raise ProtocolError("a witness says of its models what cannot be read") from error

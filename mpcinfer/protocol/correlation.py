@@ -10,7 +10,6 @@ sent, and no code here or in the dealer knows any particular kind.
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,11 +153,6 @@ def _plain(name: str, value: Any) -> Any:
     if name == "op":
         return Bilinear(value["name"], _plain("", value["args"]))
     return tuple(_plain("", v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def canonical(data: Any) -> bytes:
-    """JSON with one spelling, for digests."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 
 class Correlation(Sealed):

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from mpcinfer.canonical import canonical
 from mpcinfer.errors import InputError, ProtocolError
 from mpcinfer.protocol.batch import Batch, batches
 from mpcinfer.protocol.context import Context, Opening, drive
-from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, canonical, fields_of, from_json, to_json
+from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, fields_of, from_json, to_json
 from mpcinfer.protocol.types import Mask, Weight
 
 _SEPARATORS = re.compile("[/#]")

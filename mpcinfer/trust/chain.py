@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpcinfer.canonical import canonical
 from mpcinfer.errors import StoreError, TamperingError
-from mpcinfer.trust.signing import canonical
 
 _LINE = b"mpcinfer v1 audit line\0"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import mpcinfer
+from mpcinfer.canonical import canonical
 from mpcinfer.config import PROTOCOL_VERSION, Cluster
 from mpcinfer.errors import ManifestError
-from mpcinfer.trust.signing import Signer, Statement, canonical
+from mpcinfer.trust.signing import Signer, Statement
 
 _LONGEST = 300
 

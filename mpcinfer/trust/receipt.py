@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpcinfer.canonical import canonical
 from mpcinfer.config import Cluster
 from mpcinfer.errors import ConfigError, SignatureError, TamperingError
 from mpcinfer.trust.chain import Head
 from mpcinfer.trust.commitment import answers_commitment, salt_commitment, upload_commitment
-from mpcinfer.trust.signing import Signed, canonical, open_signed
+from mpcinfer.trust.signing import Signed, open_signed
 from mpcinfer.wire.v1 import tensor_pb2
 
 PURPOSE = "receipt"

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509 import load_pem_x509_certificate
 
+from mpcinfer.canonical import canonical
 from mpcinfer.config import Cluster
 from mpcinfer.errors import SignatureError
 from mpcinfer.wire.identity import Identity, check_certificate
@@ -137,11 +138,6 @@ def open_signed(signed: Signed, cluster: Cluster, purpose: str, *, past: bool = 
     except (InvalidSignature, ValueError, RecursionError) as error:
         raise SignatureError(f"the signature of {peer.role} does not hold: the {purpose} was changed") from error
     return Statement(peer.role, peer.pin, signed.key, content)
-
-
-def canonical(content: Any) -> bytes:
-    """JSON with one spelling."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _message(purpose: str, payload: bytes) -> bytes:

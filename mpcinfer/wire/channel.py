@@ -21,7 +21,8 @@ import grpc
 import grpc.aio
 
 from mpcinfer import errors
-from mpcinfer.config import Cluster, Endpoint, split_address
+from mpcinfer.config import Cluster, Endpoint
+from mpcinfer.config.reading import split_address
 from mpcinfer.errors import ConfigError, IdentityError, InputError, MpcInferError, UnavailableError
 from mpcinfer.wire.identity import Identity, dns_name, peer_from_certificate
 from mpcinfer.wire.tls import tls_context

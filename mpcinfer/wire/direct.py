@@ -18,7 +18,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from mpcinfer.config import Cluster, Endpoint, split_address
+from mpcinfer.config import Cluster, Endpoint
+from mpcinfer.config.reading import split_address
 from mpcinfer.errors import ConfigError, IdentityError, MpcInferError, UnavailableError
 from mpcinfer.wire.frames import CHUNK
 from mpcinfer.wire.identity import Identity, dns_name, peer_from_certificate

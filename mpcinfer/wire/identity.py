@@ -25,7 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mpcinfer.config import Cluster, check_name, check_role
+from mpcinfer.config import Cluster
+from mpcinfer.config.reading import check_name, check_role
 from mpcinfer.errors import ConfigError, ForbiddenError, IdentityError
 
 _SCHEME = "spiffe://"

@@ -19,7 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mpcinfer.config import split_address
+from mpcinfer.config.reading import split_address
 from mpcinfer.errors import ConfigError, MpcInferError
 
 _log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import pytest
 from mpcinfer.client import cluster as module
 from mpcinfer.client.cluster import Connection
 from mpcinfer.client.status import cluster_status, wait_until_ready
+from mpcinfer.config import PROTOCOL_VERSION
 from mpcinfer.errors import (
     AbortedError,
     AgreementError,
@@ -48,7 +49,10 @@ def test_every_party_is_called(worlds: FakeCluster) -> None:
 @pytest.mark.parametrize(
     ("says", "message"),
     [
-        ({"protocol_version": 2}, "speaks protocol version 2, this program version 1"),
+        (
+            {"protocol_version": PROTOCOL_VERSION + 1},
+            f"speaks protocol version {PROTOCOL_VERSION + 1}, this program version {PROTOCOL_VERSION}",
+        ),
         ({"cluster_digest": bytes(32)}, "another cluster file"),
         ({"index": 0}, "says it is party/0 of 2"),
         ({"parties": 3}, "says it is party/1 of 3"),

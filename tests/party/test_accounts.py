@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from mpcinfer.config import Issuer
+from mpcinfer.config.issuer import Issuer
 from mpcinfer.errors import ConfigError, ForbiddenError, IdentityError, SignatureError, UnavailableError
 from mpcinfer.party import accounts
 from mpcinfer.party.accounts import Accounts

@@ -207,8 +207,15 @@ def test_different_uploads_are_refused() -> None:
     assert json.loads(merged)[0]["error"] == "AgreementError"
 
 
+@pytest.mark.parametrize("told", [b"", b"null", b"{}", b"\xff", b"[" * 100_000])
+def test_what_is_no_statement_is_tampering(keys: Keys, signers: dict[str, Signer], told: bytes) -> None:
+    epoch: Any = SimpleNamespace(binding=b"e" * 32, manifest=b"", vouched=0, mesh=Mesh({1: told}))
+    with pytest.raises(TamperingError):
+        Vouching(keys.cluster, signers["party/0"]).exchange(epoch, [dict(SUBJECT)])
+
+
 @pytest.mark.parametrize("merge", [merged_ballots, both, merged_inventories])
-@pytest.mark.parametrize("told", [b"", b"{", b"null", b"[{}]", b"\xff"])
+@pytest.mark.parametrize("told", [b"", b"{", b"null", b"[{}]", b"\xff", b"[" * 100_000])
 def test_what_a_witness_says_is_read_with_care(merge: Any, told: bytes) -> None:
     """Any answer of a wrong form ends in our error, or is carried to where it is looked at."""
     own = {"models": {}} if merge is merged_inventories else [ballot()]

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mpcinfer.client.data import Client
-from mpcinfer.config import Issuer, Limits
+from mpcinfer.config import Limits
+from mpcinfer.config.issuer import Issuer
 from mpcinfer.errors import BudgetError, ForbiddenError, IdentityError, NotFoundError, SignatureError
 from mpcinfer.trust.grant import Budget, Terms
 from mpcinfer.wire.v1 import party_pb2

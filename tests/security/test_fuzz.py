@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 import mpcinfer.wire.direct as direct_module
 from mpcinfer import errors
 from mpcinfer.client.cluster import Connection
-from mpcinfer.config import Limits
+from mpcinfer.config import PROTOCOL_VERSION, Limits
 from mpcinfer.errors import AbortedError, MpcInferError
 from mpcinfer.wire import channel
 from mpcinfer.wire.identity import dns_name
@@ -109,7 +109,7 @@ def templates(cluster: InProcess, owner: Caller) -> dict[str, list[Any]]:
     generate = requests(2, token_ids(3), 2)[1]
     generate.model = "g"
     hello = mesh_pb2.Hello(
-        protocol_version=1,
+        protocol_version=PROTOCOL_VERSION,
         cluster_digest=cluster.keys.cluster.digest(),
         session=secrets.token_bytes(16),
         nonce=secrets.token_bytes(32),
@@ -140,7 +140,7 @@ def templates(cluster: InProcess, owner: Caller) -> dict[str, list[Any]]:
                 nonce=bytes(32),
                 public_key=bytes(range(32)),
                 cluster_digest=cluster.keys.cluster.digest(),
-                protocol_version=1,
+                protocol_version=PROTOCOL_VERSION,
             )
         ],
         "Deal": [

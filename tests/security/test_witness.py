@@ -21,6 +21,7 @@ import mpcinfer.party.tape as tape_module
 from mpcinfer.client.cluster import Connection
 from mpcinfer.client.data import Client
 from mpcinfer.client.owner import ModelOwner
+from mpcinfer.config import PROTOCOL_VERSION
 from mpcinfer.errors import ForbiddenError, MpcInferError, TamperingError
 from mpcinfer.graph.capture import capture
 from mpcinfer.party.passing import Passing
@@ -426,7 +427,7 @@ def test_only_a_witness_is_given_a_key_and_only_its_own(cluster: InProcess) -> N
     keys, epoch = cluster.keys, cluster.parties[0].former.current
     assert epoch is not None
     request = dealer_pb2.WitnessRequest(
-        session=epoch.id, index=0, cluster_digest=keys.cluster.digest(), protocol_version=1
+        session=epoch.id, index=0, cluster_digest=keys.cluster.digest(), protocol_version=PROTOCOL_VERSION
     )
     for role in ("party/0", "party/1", "witness/1", "owner/alice", "client/bob"):
         with channel.connect(keys.cluster.dealer, keys.cluster, keys.identity(role), timeout=10) as opened:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpcinfer.canonical import canonical
 from mpcinfer.errors import GrantError, IdentityError, InputError, MpcInferError, SignatureError
 from mpcinfer.trust.grant import PURPOSE, Budget, Commitment, Grant, Terms, open_grant
-from mpcinfer.trust.signing import Signer, canonical
+from mpcinfer.trust.signing import Signer
 from tests.members import Members
 
 

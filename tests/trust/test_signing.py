@@ -10,7 +10,7 @@ import pytest
 
 from mpcinfer.config import Cluster, Endpoint
 from mpcinfer.errors import IdentityError, SignatureError
-from mpcinfer.trust.signing import Signed, Signer, canonical, open_signed
+from mpcinfer.trust.signing import Signed, Signer, open_signed
 from mpcinfer.wire import identity
 from mpcinfer.wire.identity import Identity, create_ca, create_request, key_pin, sign_request
 
@@ -129,4 +129,3 @@ def test_nothing_secret_is_shown(members: dict[str, Identity]) -> None:
     signed = signer.sign("receipt", {"a": 1})
     assert repr(signer) == "Signer(party/0)"
     assert "BEGIN" not in repr(signed) and signed.signature.hex() not in repr(signed)
-    assert canonical({"b": 1, "a": 2}) == b'{"a":2,"b":1}'

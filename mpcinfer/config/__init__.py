@@ -7,57 +7,24 @@ whoever holds the CA can still impersonate nobody. All processes compare `Cluste
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from mpcinfer.canonical import canonical
+from mpcinfer.config.issuer import Issuer, read_issuer
+from mpcinfer.config.reading import Table, check_name, read_file, split_address
 from mpcinfer.errors import ConfigError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 PEER_TRANSPORTS = ("tls", "grpc")
-TOKEN_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-# A name is also a DNS label and part of a URI, hence lower case and short.
-_NAME = r"[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?"
-_NAME_PATTERN = re.compile(_NAME)
-_ROLE_PATTERN = re.compile(rf"dealer|(?:party|witness)/(?:0|[1-9][0-9]{{0,2}})|(?:owner|client)/{_NAME}")
 _PIN_PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
-_ADDRESS_PATTERN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
-
-_T = TypeVar("_T")
-
-
-def check_name(name: str) -> str:
-    """Return `name` if it can name a cluster, an owner or a client; otherwise ConfigError."""
-    if not _NAME_PATTERN.fullmatch(name):
-        raise ConfigError(f"{name!r} cannot be a name: use 1 to 50 lower-case letters, digits and inner hyphens")
-    return name
-
-
-def check_role(role: str) -> str:
-    """Return `role` if it is one of party/I, witness/I, dealer, owner/NAME, client/NAME; otherwise ConfigError."""
-    if not _ROLE_PATTERN.fullmatch(role):
-        raise ConfigError(
-            f"{role!r} is not a role: use party/0, party/1, ..., witness/0, ..., dealer, owner/NAME or client/NAME, "
-            "NAME being 1 to 50 lower-case letters, digits and inner hyphens"
-        )
-    return role
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`host:port` or `[ipv6]:port` as (host without brackets, port); ConfigError if it is neither."""
-    match = _ADDRESS_PATTERN.fullmatch(address)
-    if match is None or int(match[2]) > 65535:
-        raise ConfigError(f"{address!r} is not an address: write host:port, for example 127.0.0.1:7100 or [::1]:7100")
-    return match[1].strip("[]"), int(match[2])
 
 
 @dataclass(frozen=True)
@@ -151,7 +118,7 @@ class Cluster:
             "ca": self._ca().fingerprint(SHA256()).hex(),
             "endpoints": [[e.role, e.address, e.key_pin] for e in self.members],
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
+        return hashlib.sha256(canonical(content)).digest()
 
     def _ca(self) -> x509.Certificate:
         if b"PRIVATE KEY" in self.ca_pem:
@@ -168,22 +135,22 @@ class Cluster:
     def load(path: str | os.PathLike[str]) -> Cluster:
         """Read a cluster file (TOML; paths in it are relative to it). ConfigError names what is wrong."""
         file = Path(path)
-        table = _Table.read(file)
+        table = Table.read(file)
         name, ca = table.take("name", str), file.parent / table.take("ca", str)
         parties = tuple(
-            _endpoint(_Table(f"{file}, party {i}", entry), f"party/{i}")
+            _endpoint(Table(f"{file}, party {i}", entry), f"party/{i}")
             for i, entry in enumerate(table.take("party", list))
         )
-        dealer = _endpoint(_Table(f"{file}, dealer", table.take("dealer", dict)), "dealer")
+        dealer = _endpoint(Table(f"{file}, dealer", table.take("dealer", dict)), "dealer")
         witnesses = []
         for i, entry in enumerate(table.take("witness", list, [])):
-            witness = _Table(f"{file}, witness {i}", entry)
+            witness = Table(f"{file}, witness {i}", entry)
             witnesses.append(_endpoint(witness, f"witness/{witness.take('of', int)}"))
         table.finish()
-        return Cluster(name, _read(ca), parties, dealer, tuple(witnesses))
+        return Cluster(name, read_file(ca), parties, dealer, tuple(witnesses))
 
 
-def _endpoint(table: _Table, role: str) -> Endpoint:
+def _endpoint(table: Table, role: str) -> Endpoint:
     endpoint = Endpoint(role, table.take("address", str), table.take("key", str))
     table.finish()
     return endpoint
@@ -224,42 +191,6 @@ class Limits:
             raise ConfigError("limits: dealer_audit_rate can be at most 0.5: what is audited is not used")
         if self.max_message_mb > 2047:
             raise ConfigError("limits: max_message_mb can be at most 2047, the most that gRPC carries in one message")
-
-
-@dataclass(frozen=True)
-class Issuer:
-    """An identity provider (OIDC) whose tokens a party takes: their subjects are the clients jwt/NAME/SUBJECT.
-
-    `issuer` and `audience` are what tokens must say, `jwks` the file or https URL of its public keys, `gateways` the
-    roles whose connections may bring its tokens.
-    """
-
-    name: str
-    issuer: str
-    audience: str
-    jwks: str
-    gateways: tuple[str, ...]
-    algorithms: tuple[str, ...] = ("RS256", "ES256")
-    leeway_s: int = 30
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        if not (self.issuer and self.audience and self.jwks) or "://" in self.jwks.removeprefix("https://"):
-            raise ConfigError(f"issuer {self.name!r} needs issuer, audience, and jwks: a file or an https URL")
-        if not self.gateways or not all(r.startswith("client/") and check_role(r) for r in self.gateways):
-            raise ConfigError(f"issuer {self.name!r} needs gateways: roles client/NAME that may bring its tokens")
-        if not self.algorithms or not {*self.algorithms} <= {*TOKEN_ALGORITHMS} or not 0 <= self.leeway_s <= 300:
-            raise ConfigError(
-                f"issuer {self.name!r}: algorithms are some of {', '.join(TOKEN_ALGORITHMS)}, leeway_s is 0 to 300"
-            )
-
-
-def _issuer(table: _Table, here: Path) -> Issuer:
-    name, issuer, audience, jwks = (table.take(key, str) for key in ("name", "issuer", "audience", "jwks"))
-    gateways, algorithms = table.take("gateways", list), table.take("algorithms", list, list(Issuer.algorithms))
-    leeway, source = table.take("leeway_s", int, Issuer.leeway_s), jwks if "://" in jwks else str(here / jwks)
-    table.finish()
-    return Issuer(name, issuer, audience, source, tuple(gateways), tuple(algorithms), leeway)
 
 
 @dataclass(frozen=True)
@@ -326,20 +257,20 @@ class Node:
         MPCINFER_LOG_LEVEL override the file when set and not empty.
         """
         file = Path(path)
-        table = _Table.read(file)
+        table = Table.read(file)
         here = file.parent
         cluster = Cluster.load(here / table.take("cluster", str))
         role = table.take("role", str)
         key, certificate = here / table.take("key", str), here / table.take("certificate", str)
         listen = table.take("listen", str, cluster.endpoint(role).address)
         store, store_key = table.take("store", str, ""), table.take("store_key", str, "")
-        limits = _limits(_Table(f"{file}, limits", table.take("limits", dict, {})))
+        limits = _limits(Table(f"{file}, limits", table.take("limits", dict, {})))
         log_level = table.take("log_level", str, "info")
         peer_port, peer_transport = table.take("peer_port", int, 0), table.take("peer_transport", str, "tls")
         metrics_listen = table.take_address("metrics_listen")
         peer_advertised_port = table.take("peer_advertised_port", int, 0)
         operator, evidence = table.take("operator", str, ""), table.take("evidence", str, "code-digest")
-        tables = [_Table(f"{file}, issuer {i}", entry) for i, entry in enumerate(table.take("issuer", list, []))]
+        tables = [Table(f"{file}, issuer {i}", entry) for i, entry in enumerate(table.take("issuer", list, []))]
         table.finish()
         store_override = os.environ.get("MPCINFER_STORE")
         return Node(
@@ -358,55 +289,11 @@ class Node:
             peer_advertised_port=peer_advertised_port,
             operator=operator,
             evidence=evidence,
-            issuers=tuple(_issuer(entry, here) for entry in tables),
+            issuers=tuple(read_issuer(entry, here) for entry in tables),
         )
 
 
-def _limits(table: _Table) -> Limits:
+def _limits(table: Table) -> Limits:
     values = {item.name: table.take(item.name, type(item.default), item.default) for item in fields(Limits)}
     table.finish()
     return Limits(**values)
-
-
-class _Table:
-    """One TOML table being read: take the known keys, then `finish` refuses what is left over."""
-
-    def __init__(self, where: str, content: object) -> None:
-        if not isinstance(content, dict):
-            raise ConfigError(f"{where}: expected a table")
-        self.where = where
-        self.content: dict[str, Any] = dict(content)
-
-    @staticmethod
-    def read(file: Path) -> _Table:
-        try:
-            return _Table(str(file), tomllib.loads(_read(file).decode()))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} is not valid TOML: {error}") from error
-
-    def take(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
-        value = self.content.pop(key, default)
-        if value is None:
-            raise ConfigError(f"{self.where}: {key!r} is missing")
-        if kind is float and type(value) is int:  # `step_timeout_s = 30` is fine; a boolean never is a number
-            value = float(value)
-        if type(value) is not kind:
-            raise ConfigError(f"{self.where}: {key!r} must be of type {kind.__name__}, not {type(value).__name__}")
-        return value
-
-    def take_address(self, key: str) -> str:
-        """An address, "" if the key is missing. A port alone is one that only this machine reaches."""
-        if type(self.content.get(key)) is int:
-            return f"127.0.0.1:{self.take(key, int)}"
-        return self.take(key, str, "")
-
-    def finish(self) -> None:
-        if self.content:
-            raise ConfigError(f"{self.where}: unknown {', '.join(sorted(map(repr, self.content)))}; check the spelling")
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or 'unreadable'}") from error
