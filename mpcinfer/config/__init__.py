@@ -171,8 +171,10 @@ class Limits:
     max_sessions: int = 64
     session_mb: int = 1024
     session_idle_s: float = 900.0
-    # of these, and of the requests that wait, how many may be one client's, so that others find room
+    # of these, and of the requests that wait, how many may be one client's, and of one owner's models, so that others
+    # find room
     max_sessions_of_client: int = 32
+    max_sessions_of_owner: int = 48
     max_waiting_of_client: int = 32
     # what a party may use for tapes that are ready before a request comes; 0: none are
     pool_mb: int = 1024

@@ -220,8 +220,8 @@ class Lane:
         if epoch.over:
             raise AbortedError("a party or the dealer has left; connecting again")
         jobs = [] if job is None else self._together(epoch, job)
-        callers = [each.caller for each in jobs if each.action == "generate" and not each.taken]
-        idle = self._sessions.idle(max(1, len(callers)), callers)
+        begun = [each for each in jobs if each.action == "generate" and not each.taken]
+        idle = self._sessions.idle([(each.caller, each.content.model.owner) for each in begun])
         if idle:
             self._by.settle()
             epoch.mesh.announce(json.dumps({"action": "forget", "sessions": [i.hex() for i in idle]}).encode())

@@ -69,7 +69,11 @@ class Party:
             undo.callback(self.former.close)
             limits = node.limits
             self.sessions = Sessions(
-                limits.max_sessions, limits.session_mb, limits.session_idle_s, limits.max_sessions_of_client
+                limits.max_sessions,
+                limits.session_mb,
+                limits.session_idle_s,
+                limits.max_sessions_of_client,
+                limits.max_sessions_of_owner,
             )
             self.metrics = PartyMetrics()
             self.manifest = PartyManifest(node, identity)

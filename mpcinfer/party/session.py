@@ -151,9 +151,17 @@ class Session:
 class Sessions:
     """The sessions of this party. The lane's thread changes them; others may look."""
 
-    def __init__(self, most: int, megabytes: int, idle_seconds: float, most_of_caller: int | None = None) -> None:
+    def __init__(
+        self,
+        most: int,
+        megabytes: int,
+        idle_seconds: float,
+        most_of_caller: int | None = None,
+        most_of_owner: int | None = None,
+    ) -> None:
         self._most = most
         self._most_of_caller = min(most, most_of_caller or most)
+        self._most_of_owner = min(most, most_of_owner or most)
         self._megabytes = megabytes
         self._idle_seconds = idle_seconds
         self._sessions: dict[bytes, Session] = {}
@@ -191,7 +199,8 @@ class Sessions:
         """A new text, or one that keeps the first tokens of another, to which `more` tokens may be added.
 
         ContextLengthError if it would be longer than the model takes or than there is memory for, BusyError if there
-        are as many sessions as there may be, NotFoundError if the parent is gone.
+        are as many sessions as there may be, of all, of this caller, or of this owner's models; NotFoundError if the
+        parent is gone.
         """
         if session_id in self._sessions:
             raise ConflictError("a session with this id exists; draw a new id for every request")
@@ -199,6 +208,11 @@ class Sessions:
             raise BusyError(f"{self._most} sessions are in use; try again later")
         if sum(s.caller == caller for s in self._sessions.values()) >= self._most_of_caller:
             raise BusyError(f"{self._most_of_caller} sessions of yours are in use; end one, or try again later")
+        if sum(s.model.owner == model.owner for s in self._sessions.values()) >= self._most_of_owner:
+            raise BusyError(
+                f"{self._most_of_owner} sessions of this owner's models are in use, as many as one owner's may be; end "
+                "one of yours, or try again later"
+            )
         names = [c.name for c in model.program.caches]
         if parent:
             origin = self.find(parent, caller, model)
@@ -230,16 +244,21 @@ class Sessions:
                 "shorter text"
             )
 
-    def idle(self, new: int = 1, callers: Sequence[str] = ()) -> list[bytes]:
-        """Party 0: which sessions to forget now, so that there is room for so many new ones, of these callers."""
+    def idle(self, new: Sequence[tuple[str, str]] = ()) -> list[bytes]:
+        """Party 0: which sessions to forget now, so that there is room for new ones (at least one): who begins each,
+        and whose model it is of. A client or owner that has its part makes room among its own."""
         now = time.monotonic()
         resting = sorted((s for s in self._sessions.values() if not s.active), key=lambda s: s.touched)
-        crowd = max(0, len(self._sessions) - (self._most - new))
+        crowd = max(0, len(self._sessions) - (self._most - max(1, len(new))))
         over = {s.id for s in resting[:crowd]} | {s.id for s in resting if now - s.touched > self._idle_seconds}
-        for caller, wanted in Counter(callers).items():
-            own = [s for s in resting if s.caller == caller]
-            held = sum(s.caller == caller for s in self._sessions.values())
-            over |= {s.id for s in own[: max(0, held + wanted - self._most_of_caller)]}
+        for most, of, begun in (
+            (self._most_of_caller, _caller, [caller for caller, _ in new]),
+            (self._most_of_owner, _owner, [owner for _, owner in new]),
+        ):
+            held = Counter(map(of, self._sessions.values()))
+            for who, wanted in Counter(begun).items():
+                own = [s for s in resting if of(s) == who]
+                over |= {s.id for s in own[: max(0, held[who] + wanted - most)]}
         ended = {i for i in self._ending.copy() if i in self._sessions and not self._sessions[i].active}
         return sorted(over | ended)
 
@@ -264,6 +283,14 @@ class Sessions:
         """The epoch has ended, and with it the masks of all rows."""
         self._sessions.clear()
         self._ending.clear()
+
+
+def _caller(session: Session) -> str:
+    return session.caller
+
+
+def _owner(session: Session) -> str:
+    return session.model.owner
 
 
 def first_rows(runs: Runs, count: int) -> Runs:

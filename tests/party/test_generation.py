@@ -308,6 +308,21 @@ def test_a_session_that_one_party_refuses_is_nowhere(
     assert write(caller, [1, 2]).rest()[-1] is None and epoch(cluster) is before
 
 
+@pytest.mark.parametrize("strict", [0, 1])
+def test_one_party_that_keeps_the_limit_of_an_owners_sessions_is_enough(
+    cluster: InProcess, strict: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever it is, and whoever asks: the others have lost theirs here."""
+    for index, party in cluster.parties.items():
+        monkeypatch.setattr(party.lane._sessions, "_most_of_owner", 1 if index == strict else 64)
+    running = write(cluster.caller(), [1, 2, 3], 40)
+    assert running.step()[0].outputs
+    refused = write(cluster.caller("client/bob"), [1, 2]).step()
+    assert all(isinstance(e, BusyError) and "of this owner's models are in use" in str(e) for e in refused)
+    assert held(cluster) == [{running.session}] * cluster.n
+    running.cancel()
+
+
 def test_a_session_that_is_forgotten_while_it_is_written_ends_its_request_only(cluster: InProcess) -> None:
     caller, before = cluster.caller(), epoch(cluster)
     running = write(caller, token_ids(5, 3), 50)

@@ -22,8 +22,8 @@ CACHES = (Cache("keys", (1, 2, 0, 4), 16, "k", 100), Cache("values", (1, 2, 0, 4
 TAPE = b"t" * 16
 
 
-def model(id_: bytes = b"d" * 32) -> Any:
-    return SimpleNamespace(id=id_, program=SimpleNamespace(caches=CACHES, context=100))
+def model(id_: bytes = b"d" * 32, owner: str = "owner/alice") -> Any:
+    return SimpleNamespace(id=id_, owner=owner, program=SimpleNamespace(caches=CACHES, context=100))
 
 
 MODEL = model()
@@ -37,9 +37,17 @@ class Texts:
 
     sessions: Sessions
 
-    def begin(self, name: str, parent: str = "", keep: int = 0, more: int = 1, caller: str = "client/bob") -> Session:
+    def begin(
+        self,
+        name: str,
+        parent: str = "",
+        keep: int = 0,
+        more: int = 1,
+        caller: str = "client/bob",
+        of: Any = MODEL,
+    ) -> Session:
         id_, origin = name.encode() * 16, parent.encode() * 16
-        return self.sessions.begin(id_, caller, MODEL, origin, keep, name.encode().upper() * 16, more)
+        return self.sessions.begin(id_, caller, of, origin, keep, name.encode().upper() * 16, more)
 
     def take_in(self, session: Session, *tokens: int) -> None:
         new = torch.tensor([tokens])
@@ -164,6 +172,44 @@ def test_busy_when_all_are_being_worked_on(texts: Texts) -> None:
     assert texts.sessions.idle() == [b"c" * 16]  # so that there is room again
     texts.end("c")
     texts.begin("e")
+
+
+BOB, ALICE = "client/bob", "owner/alice"
+CLARAS = model(b"c" * 32, "owner/clara")
+
+
+def test_a_client_has_its_part_whoever_owns_the_models() -> None:
+    texts = Texts(Sessions(most=4, megabytes=1, idle_seconds=50, most_of_caller=2))
+    first = texts.begin("a")
+    texts.begin("b", of=CLARAS)
+    with pytest.raises(BusyError, match="2 sessions of yours are in use; end one"):
+        texts.begin("c", of=CLARAS)
+    texts.begin("d", caller="client/eve").request.set_result(None)
+    assert texts.sessions.idle([(BOB, ALICE)]) == []  # Eve's rests, and makes no room for Bob's
+    first.request.set_result(None)
+    assert texts.sessions.idle([(BOB, ALICE)]) == [b"a" * 16]
+    assert texts.sessions.idle([("client/eve", ALICE)]) == []
+    texts.end("a")
+    texts.begin("c")
+
+
+def test_an_owner_has_his_part_whoever_asks_his_models() -> None:
+    texts = Texts(Sessions(most=6, megabytes=1, idle_seconds=50, most_of_owner=2))
+    first = texts.begin("a")
+    second = texts.begin("b", caller="client/eve", of=model(b"e" * 32))  # another model of hers
+    for caller in (BOB, "client/dan"):
+        with pytest.raises(BusyError, match="2 sessions of this owner's models are in use.* end one of yours"):
+            texts.begin("c", caller=caller)
+    third = texts.begin("d", of=CLARAS)  # other owners have room
+    third.request.set_result(None)
+    assert texts.sessions.idle([(BOB, ALICE)]) == []  # and their texts stay
+    for session in (first, second):
+        session.request.set_result(None)
+    assert texts.sessions.idle([(BOB, ALICE)]) == [b"a" * 16]
+    assert texts.sessions.idle([(BOB, ALICE), ("client/dan", ALICE)]) == [b"a" * 16, b"b" * 16]
+    assert texts.sessions.idle([(BOB, "owner/clara")]) == []
+    texts.end("a")
+    texts.begin("c", caller="client/dan")
 
 
 def test_what_rested_longest_goes_first_and_all_that_rests_too_long(
