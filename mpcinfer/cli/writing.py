@@ -87,6 +87,8 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     system: Annotated[str | None, typer.Option(help="What the model is told before everything else.")] = None,
     timeout: Timeout = 600.0,
+    audit: AuditFile = None,
+    audit_rate: AuditRate = RATE,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
 ) -> None:
@@ -96,6 +98,7 @@ def chat(
     settings = Settings(max_new_tokens, temperature, top_k, repetition_penalty)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     with connected(cluster, identity) as client:
+        set_audit(cast("Client", client), audit, audit_rate)
         for line in _lines():
             turn: list[Message] = [*messages, {"role": "user", "content": line}]
             try:

@@ -30,11 +30,12 @@ def local_cluster(
     temporary: Path | None = None,
     limits: Mapping[str, float] | None = None,
     metrics: Mapping[str, int] | None = None,
+    witnesses: bool = False,
 ) -> Iterator[LocalCluster]:
     """A local cluster that logs everything.
 
     `opened`: where its parties note their F; `temporary`: their TMPDIR; `limits`: other ones than the default;
-    `metrics`: the port of each role's metrics.
+    `metrics`: the port of each role's metrics; `witnesses`: one for each party.
     """
     extra = {}
     if opened is not None:
@@ -42,7 +43,7 @@ def local_cluster(
         extra |= {"MPCINFER_TEST_OPENED": str(opened), "PYTHONPATH": os.pathsep.join(paths)}
     if temporary is not None:
         extra["TMPDIR"] = str(temporary)
-    cluster = LocalCluster(directory, parties=parties, limits=limits, log_level="debug")
+    cluster = LocalCluster(directory, parties=parties, limits=limits, log_level="debug", witnesses=witnesses)
     for role, port in (metrics or {}).items():
         file = cluster.directory / f"{role.replace('/', '-')}.toml"
         file.write_text(f"metrics_listen = {port}\n{file.read_text()}")

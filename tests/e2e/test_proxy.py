@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,32 +10,19 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from mpcinfer import Client, ModelOwner
 from mpcinfer.client.local import LocalCluster
 from mpcinfer.graph.capture import capture
 from mpcinfer.models.decoder import Decoder, DecoderConfig
 from mpcinfer.models.rope import plain
-from mpcinfer.models.vocabulary import Vocabulary
 from tests.e2e.clusters import local_cluster
+from tests.e2e.texts import letters, proxy
 
 pytestmark = pytest.mark.timeout(300)
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}assistant:"
 CANARY = "zebra crossing 4711"
-
-
-def letters() -> Vocabulary:
-    """A token for each byte, and one that ends an answer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(["<|end|>"])
-    return Vocabulary(library.to_str(), TEMPLATE, "", "<|end|>", (256,))
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +56,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.fixture(scope="module")
 def url(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "proxy.log"
-    command = [sys.executable, "-P", "-m", "mpcinfer", "proxy", "--cluster", str(cluster.cluster_path), "--port", "0"]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.match(r"(http://[^/]+)/", line)
-        assert found, log.read_text()
-        yield found[1]
-        process.send_signal(signal.SIGINT)
-        process.wait(20)
-        process.stdout.close()
+    with proxy(cluster, log) as (address, _):
+        yield address
     assert "zebra" not in log.read_text()
 
 
