@@ -16,7 +16,7 @@ from mpcinfer.errors import IdentityError, ProtocolError, TamperingError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.waiting import Ballot
-from mpcinfer.trust.signing import Signed, Signer, open_signed
+from mpcinfer.trust.signing import Keyring, Signed, Signer
 from mpcinfer.wire.mesh import read_json
 from mpcinfer.wire.witnessed import ShadowMesh, WitnessedMesh
 
@@ -31,6 +31,7 @@ class Vouching:
     def __init__(self, cluster: Cluster, signer: Signer) -> None:
         self._cluster = cluster
         self._signer = signer
+        self._keys, self._epoch = Keyring(cluster), b""
 
     def exchange(self, epoch: Epoch, subjects: list[dict[str, Any]]) -> None:
         """State what was done so far and what is about to be released, and compare with all others.
@@ -40,6 +41,8 @@ class Vouching:
         """
         mesh = epoch.mesh
         assert isinstance(mesh, WitnessedMesh | ShadowMesh)
+        if epoch.binding != self._epoch:
+            self._keys, self._epoch = Keyring(self._cluster), epoch.binding
         own = {
             "epoch": epoch.binding.hex(),
             "manifest": epoch.manifest.hex(),
@@ -64,7 +67,7 @@ class Vouching:
         roles = [f"party/{index}", *([witness.role] if witness is not None else [])]
         try:
             signed = [Signed.from_json(each) for each in read_json(message, f"party {index}")]
-            statements = [open_signed(each, self._cluster, _PURPOSE) for each in signed]
+            statements = [self._keys.open(each, _PURPOSE) for each in signed]
         except (ValueError, TypeError, ProtocolError, IdentityError) as error:
             raise TamperingError(
                 f"what party {index} or its witness states is not signed by them. {_REMEDY}"

@@ -23,7 +23,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from mpcinfer.canonical import canonical
 from mpcinfer.config import Cluster
 from mpcinfer.errors import SignatureError
-from mpcinfer.wire.identity import Identity, check_certificate
+from mpcinfer.wire.identity import Identity, Peer, check_certificate
 from mpcinfer.wire.v1 import trust_pb2
 
 _KEY = b"mpcinfer v1 signing key"
@@ -123,14 +123,44 @@ def open_signed(signed: Signed, cluster: Cluster, purpose: str, *, past: bool = 
 
     past: whether its certificate may have expired since: for what is kept, such as receipts.
     """
-    if signed.purpose != purpose:
-        raise SignatureError(f"a statement signed as {signed.purpose!r} was given where {purpose!r} is needed")
+    return _said(signed, _vouched_for(signed, cluster, past=past), purpose)
+
+
+class Keyring:
+    """Checks statement after statement of a cluster's members: whose a key is, once for each."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._known: dict[str, tuple[tuple[bytes, bytes, bytes], Peer]] = {}  # by role, so that they stay few
+
+    def open(self, signed: Signed, purpose: str) -> Statement:
+        """As `open_signed`."""
+        by = signed.certificate, signed.key, signed.binding
+        peer = next((peer for known, peer in self._known.values() if known == by), None)
+        if peer is None:
+            peer = _vouched_for(signed, self._cluster, past=False)
+            self._known[peer.role] = by, peer
+        return _said(signed, peer, purpose)
+
+
+def _vouched_for(signed: Signed, cluster: Cluster, *, past: bool) -> Peer:
+    """Whose certificate vouches for the key that has signed."""
     peer = check_certificate(signed.certificate, cluster, past=past)
     tls = load_pem_x509_certificate(signed.certificate).public_key()
     try:
         if not isinstance(tls, ec.EllipticCurvePublicKey):
             raise ValueError("not a key of this system")
         tls.verify(signed.binding, _BINDING + signed.key, ec.ECDSA(SHA256()))
+    except (InvalidSignature, ValueError) as error:
+        raise SignatureError(f"the signature of {peer.role} does not hold: its key is not its own") from error
+    return peer
+
+
+def _said(signed: Signed, peer: Peer, purpose: str) -> Statement:
+    """What the holder of a key that is vouched for has signed."""
+    if signed.purpose != purpose:
+        raise SignatureError(f"a statement signed as {signed.purpose!r} was given where {purpose!r} is needed")
+    try:
         Ed25519PublicKey.from_public_bytes(signed.key).verify(signed.signature, _message(purpose, signed.payload))
         content = json.loads(signed.payload)
         if not isinstance(content, dict) or canonical(content) != signed.payload:

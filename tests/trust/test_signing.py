@@ -10,7 +10,7 @@ import pytest
 
 from mpcinfer.config import Cluster, Endpoint
 from mpcinfer.errors import IdentityError, SignatureError
-from mpcinfer.trust.signing import Signed, Signer, open_signed
+from mpcinfer.trust.signing import Keyring, Signed, Signer, open_signed
 from mpcinfer.wire import identity
 from mpcinfer.wire.identity import Identity, create_ca, create_request, key_pin, sign_request
 
@@ -63,18 +63,42 @@ def test_any_other_purpose_is_refused(members: dict[str, Identity], cluster: Clu
         open_signed(dataclasses.replace(signed, purpose="receipt"), cluster, "receipt")
 
 
+def test_whose_a_key_is_is_checked_once(
+    members: dict[str, Identity], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, checked = Keyring(cluster), list[bytes]()
+    monkeypatch.setattr(
+        "mpcinfer.trust.signing.check_certificate",
+        lambda certificate, *a, **k: checked.append(certificate) or identity.check_certificate(certificate, *a, **k),
+    )
+    signers = [Signer(members[role]) for role in ("party/0", "party/1")]
+    for number in range(3):
+        for signer in signers:
+            found = keys.open(signer.sign("receipt", {"number": number}), "receipt")
+            assert (found.role, found.content) == (signer.role, {"number": number})
+    assert len(checked) == 2
+    mixed = dataclasses.replace(signers[0].sign("receipt", CONTENT), certificate=members["party/1"].cert_pem)
+    with pytest.raises(SignatureError, match="its key is not its own"):
+        keys.open(mixed, "receipt")
+    with pytest.raises(SignatureError, match="'grant' was given"):
+        keys.open(signers[0].sign("grant", CONTENT), "receipt")
+
+
 @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")  # of odd certificates
 @pytest.mark.parametrize("part", ["payload", "key", "binding", "signature", "certificate"])
-def test_no_byte_can_be_changed(members: dict[str, Identity], cluster: Cluster, part: str) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_no_byte_can_be_changed(members: dict[str, Identity], cluster: Cluster, part: str, known: bool) -> None:
     signed = Signer(members["party/1"]).sign("receipt", CONTENT)
-    good = getattr(signed, part)
+    good, keys = getattr(signed, part), Keyring(cluster)
+    if known:
+        assert keys.open(signed, "receipt").content == CONTENT
     for at in range(len(good)):
         for bit in (1, 0x20):
             changed = bytearray(good)
             changed[at] ^= bit
             # a PEM's end may be written in several ways: the same certificate is no forgery
             try:
-                found = open_signed(dataclasses.replace(signed, **{part: bytes(changed)}), cluster, "receipt")
+                found = keys.open(dataclasses.replace(signed, **{part: bytes(changed)}), "receipt")
             except IdentityError:
                 continue
             assert part == "certificate" and (found.role, found.content) == ("party/1", CONTENT)
