@@ -26,6 +26,13 @@ def proxy(
     token_file: Annotated[
         Path | None, typer.Option(help="A file with the token that callers must send as their API key.")
     ] = None,
+    user_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the token (JWT) of the user whom this proxy works for, read again when it changes; the "
+            "identity is then that of a gateway."
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 600.0,
     audit: AuditFile = None,
     audit_rate: AuditRate = RATE,
@@ -36,12 +43,13 @@ def proxy(
     from mpcinfer.client.locate import locate
     from mpcinfer.client.proxy.app import create_app, server
     from mpcinfer.client.proxy.backend import of_client
+    from mpcinfer.client.tokens import read_token
     from mpcinfer.wire.memory import guard_memory
     from mpcinfer.wire.server import configure_logging
 
     token = None if token_file is None else read_token(token_file)
     members, _ = locate(cluster, identity)
-    with connected(cluster, identity) as client:
+    with connected(cluster, identity, user_token_file) as client:
         set_audit(cast("Client", client), audit, audit_rate)
         app = create_app(of_client(client, members, timeout=timeout), host=host, token=token)
         with listen(host, port) as listening:
@@ -60,13 +68,3 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise ConfigError(f"cannot listen at {host} port {port}: {error.strerror}") from error
-
-
-def read_token(path: Path) -> str:
-    """The token in a file that only its owner can read."""
-    try:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"others can read {path}: make it yours alone (chmod 600)")
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from error

@@ -37,11 +37,11 @@ Timeout = Annotated[float, typer.Option(help="Seconds for one answer.")]
 
 
 @contextmanager
-def connected(cluster: Path, identity: str | None) -> Iterator[TextClient]:
-    """A client of the cluster, seen as what deals with text."""
+def connected(cluster: Path, identity: str | None, token: Path | None = None) -> Iterator[TextClient]:
+    """A client of the cluster, seen as what deals with text. token: the file of the token of the user it works for."""
     from mpcinfer.client.data import Client
 
-    with Client.connect(cluster, identity) as client:
+    with Client.connect(cluster, identity, token=token) as client:
         yield cast("TextClient", client)
 
 

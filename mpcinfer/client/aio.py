@@ -19,6 +19,7 @@ from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model
 from mpcinfer.client.outputs import Cost
 from mpcinfer.client.status import PartyStatus
+from mpcinfer.client.tokens import UserToken
 from mpcinfer.config import Cluster
 from mpcinfer.trust.receipt import Receipt
 from mpcinfer.wire.identity import Identity
@@ -45,11 +46,12 @@ class AsyncClient:
         cluster: AnyPath | Cluster,
         identity: AnyPath | Identity | None = None,
         *,
+        token: UserToken | None = None,
         timeout: float = CONNECT_TIMEOUT,
         pin: AnyPath | None = None,
     ) -> Self:
-        """Connect to all parties; see `Client.connect`."""
-        client = await asyncio.to_thread(Client.connect, cluster, identity, timeout=timeout, pin=pin)
+        """Connect to all parties; see `Client.connect`. A `token` that is a function is called in other threads."""
+        client = await asyncio.to_thread(Client.connect, cluster, identity, token=token, timeout=timeout, pin=pin)
         return cls(client, ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="mpcinfer"))
 
     @property

@@ -189,9 +189,13 @@ class Connection:
     def forget_session(self, session: bytes) -> None:
         """Tell the parties, who would find out anyway, that a session is not needed any more; waits for nothing."""
         request = party_pb2.EndSessionRequest(session=session)
+        try:
+            metadata = self._metadata()
+        except MpcInferError:  # no token is to be had any more
+            return
         for link in self._links:
             if link is not None:
-                link.stub.EndSession.future(request, timeout=LIST_TIMEOUT)
+                link.stub.EndSession.future(request, timeout=LIST_TIMEOUT, metadata=metadata)
 
     def models(self, name: str | None = None, *, timeout: float = LIST_TIMEOUT) -> list[Model]:
         """The deployed models (only those called `name`, if given), by name and version.

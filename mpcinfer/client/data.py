@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,6 +23,7 @@ from mpcinfer.client.outputs import Cost, cost_of, output_of, total
 from mpcinfer.client.proof import Proven
 from mpcinfer.client.status import PartyStatus, cluster_status, wait_until_ready
 from mpcinfer.client.text import Tokenizer
+from mpcinfer.client.tokens import UserToken, source
 from mpcinfer.client.writing import Answer, Memory
 from mpcinfer.config import Cluster
 from mpcinfer.errors import (
@@ -91,7 +92,7 @@ class Client:
         cluster: AnyPath | Cluster,
         identity: AnyPath | Identity | None = None,
         *,
-        token: str | Callable[[], str] | None = None,
+        token: UserToken | None = None,
         timeout: float = CONNECT_TIMEOUT,
         pin: AnyPath | None = None,
     ) -> Self:
@@ -99,12 +100,15 @@ class Client:
 
         cluster: the cluster file, or the directory it is in. identity: which key pair to use (see `locate.locate`);
         by default the only `client-*` pair beside the cluster file, else the only `owner-*` pair. token: of a gateway,
-        the token (JWT) of the user for whom calls are made, or what returns one that is fresh. pin: the file that
-        `mpcinfer pin` has written; by default MPCINFER_PIN, else `manifest.pin` beside the cluster file if it is there.
+        the token (JWT) of the user for whom calls are made, or what returns one that is fresh, or the path (`Path`) of
+        a file that holds it and is read again when it changes. pin: the file that `mpcinfer pin` has written; by
+        default MPCINFER_PIN, else `manifest.pin` beside the cluster file if it is there. ConfigError for a token's file
+        that cannot be read, or that others can read.
         ManifestError if the parties are not what was pinned.
         """
+        shown = source(token)
         connection = Connection.to(cluster, identity, timeout=timeout, pin=pin)
-        connection.token = (lambda: token) if isinstance(token, str) else token
+        connection.token = shown
         return cls(connection)
 
     @property

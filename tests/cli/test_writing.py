@@ -194,6 +194,9 @@ def test_the_proxy_says_what_is_wrong(shell: Shell, world: FakeCluster, tmp_path
     token.chmod(0o600)
     token.write_text("short")
     assert "16 characters" in shell("proxy", "--token-file", token).err
+    token.chmod(0o604)
+    done = shell("proxy", "--user-token-file", token)
+    assert done.code == 2 and "chmod 600" in done.err
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert "cannot listen" in shell("proxy", "--port", other.getsockname()[1]).err
 
@@ -203,7 +206,11 @@ def test_the_proxy_runs_until_it_is_told_to_stop(world: FakeCluster, tmp_path: P
     token = tmp_path / "token"
     token.write_text("correct-horse-battery\n")
     token.chmod(0o600)
-    command = [sys.executable, "-m", "mpcinfer", "proxy", "--port", "0", "--token-file", str(token)]
+    user = tmp_path / "user"
+    user.touch(0o600)
+    user.write_text("first.users-token\n")
+    command = [sys.executable, "-m", "mpcinfer", "proxy", "--port", "0"]
+    command += ["--token-file", str(token), "--user-token-file", str(user)]
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("MPCINFER_CLUSTER", None)
     with subprocess.Popen(
@@ -215,6 +222,8 @@ def test_the_proxy_runs_until_it_is_told_to_stop(world: FakeCluster, tmp_path: P
             headers = {"Authorization": "Bearer correct-horse-battery"}
             with httpx.Client(base_url=url, headers=headers, timeout=20) as http:
                 assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["same"]
+                user.write_text("second.users-token\n")
+                assert http.get("/v1/models").status_code == 200
                 states = [(p["role"], p["state"]) for p in http.get("/api/parties").json()["parties"]]
                 assert states == [("party/0", "ready"), ("party/1", "ready")]
                 assert "same" not in http.get("/metrics").text
@@ -226,7 +235,10 @@ def test_the_proxy_runs_until_it_is_told_to_stop(world: FakeCluster, tmp_path: P
     lines = [line.split(": ", 1)[1] for line in err.splitlines()]
     assert [line.split(" ")[:3] for line in lines] == [
         ["GET", "/v1/models", "200"],
+        ["GET", "/v1/models", "200"],
         ["GET", "/api/parties", "200"],
         ["GET", "/metrics", "200"],
     ]
-    assert json.dumps(lines).count("horse") == 0
+    assert json.dumps(lines).count("horse") == 0 and json.dumps(lines).count("users-token") == 0
+    for party in world.parties:  # each call shows the token as it is in its file then
+        assert party.tokens == [("ListModels", "first.users-token"), ("ListModels", "second.users-token")]

@@ -33,6 +33,7 @@ from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 WAIT = 10.0
+SUBJECT = "jwt/corp/ann"  # whose the tokens are
 
 
 def spec(name: str, *shape: int, frac_bits: int = 16, ring_bits: int = 64, limit: float = 2.0**30) -> Any:
@@ -59,6 +60,10 @@ def total(shares: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(shares)).sum(0)
 
 
+def _token(context: Any) -> str:
+    return next((value for name, value in context.invocation_metadata() if name == "mpcinfer-token"), "")
+
+
 @dataclass
 class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
     """One party; what it was sent is in `inferences`, `uploads` (header and bytes) and `removals`."""
@@ -70,6 +75,7 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
     inferences: list[Any] = field(default_factory=list)
     uploads: list[tuple[Any, list[bytes]]] = field(default_factory=list)
     removals: list[Any] = field(default_factory=list)
+    tokens: list[tuple[str, str]] = field(default_factory=list)  # calls that came with a user's token
     # set when a call that does something has ended, be it because the caller left
     cancelled: threading.Event = field(default_factory=threading.Event)
     # called at the start of a call with the method's name; may raise or wait
@@ -77,6 +83,8 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
 
     def _begin(self, method: str, context: Any) -> None:
         identity.peer_of(context, self.world.cluster)
+        if token := _token(context):
+            self.tokens.append((method, token))
         if method not in ("Status", "Manifest", "ListModels") and not context.add_callback(self.cancelled.set):
             self.cancelled.set()  # it had ended before
         try:
@@ -114,7 +122,7 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
         cost = tensor_pb2.PhaseCost(
             seconds=0.5 + self.index, rounds=8, bytes_sent=100 + self.index, bytes_from_dealer=1000 * self.index
         )
-        caller = identity.peer_of(context, self.world.cluster).role
+        caller = SUBJECT if _token(context) else identity.peer_of(context, self.world.cluster).role
         return party_pb2.InferResponse(
             outputs=outputs,
             version=request.version or 1,
@@ -122,6 +130,10 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
             offline=cost,
             receipt=self.world.receipt(self.index, request, caller, outputs),
         )
+
+    def EndSession(self, request: Any, context: Any) -> Any:
+        self._begin("EndSession", context)
+        return party_pb2.EndSessionResponse()
 
     def Deploy(self, request_iterator: Any, context: Any) -> Any:
         self._begin("Deploy", context)
