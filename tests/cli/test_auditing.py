@@ -35,5 +35,7 @@ def test_canaries_are_made_and_used(shell: Shell, world: FakeCluster, monkeypatc
     assert len(world.parties[0].inferences) == 4
     for arguments in (["--audit", "none.json"], ["--audit", "c.json", "--audit-rate", 2]):
         assert shell("infer", "same", "x.npy", *arguments).code == 2
+        for command in (["generate", "same", "x"], ["chat", "same"], ["proxy", "--port", 0]):
+            assert shell(*command, *arguments).code == 2
     Path("c.json").write_text(Path("c.json").read_text().replace("owner", "eve"))
     assert "error: " in shell("infer", "same", "x.npy", "--audit", "c.json").err
