@@ -7,20 +7,33 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from math import comb
+from typing import TypeVar
 
 import torch
 
-from mpcinfer.protocol.compare import Comparison, below
-from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
+from mpcinfer.protocol.compare import (
+    below,
+    below_near,
+    block_masks,
+    digit_tables,
+    digit_values,
+    near_masks,
+    near_tables,
+    near_values,
+)
+from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.select import bit_number, bit_product
-from mpcinfer.protocol.truncate import truncate
-from mpcinfer.protocol.types import Shared
+from mpcinfer.protocol.truncate import logical_shift, offset, truncate, truncated_parts
+from mpcinfer.protocol.types import Masked, Shared, SharedBits
 from mpcinfer.ring import spline as kernel
-from mpcinfer.ring.domain import Z64
+from mpcinfer.ring.domain import BIT, Z64, Ring
 
 # of the argument, whatever the scale of x: the cube of one has 48 fraction bits
 ARGUMENT_BITS = 16
+# comparisons that must see all of a number: with the outer knots, and with the one where asymptotes change
+_WIDE = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Spline:
     """A function: T thresholds, T steps from a piece's cubic to the next one's, asymptotes that change at one knot.
 
     Below threshold k the residual's cubic gains `steps[k]`; above the last it is zero. `frac_bits`: of the residual.
+    `switch`: the number of that knot, not an outer one. Outer knots are less than 2^23 from it, in units of 2^-16.
     """
 
     thresholds: tuple[int, ...]
@@ -77,68 +91,165 @@ def _signed(x: int) -> int:
 @kind
 @dataclass(frozen=True)
 class Pieces(Kind):
-    """A `Comparison` with products for T thresholds, and r^2, r^3, beta r^2, beta r^3."""
+    """A mask r of x; of y = x / 2^d (d = 0: of x) what T comparisons and cubics chosen by them take; a mask s of those.
+
+    m = r >> d masks y, or m - 2^(64 - d) msb(r), as the opened number says (`wraps`: what takes powers of m to those
+    of the other one, divided by 2^(64 - d)). Three comparisons are of `width`, T - 3 near. beta masks [y is between the
+    outer knots] and then T - 2 outcomes, which choose cubics: `bits` are beta m^j, j = 0..3. `inside` is the first
+    beta: times s >> cut and msb(s), it makes a product of a bit and of what is truncated.
+    """
 
     shape: tuple[int, ...]
     width: int
     thresholds: int
+    cut: int
+    d: int = 0
 
-    def _comparison(self) -> Comparison:
-        return Comparison(self.shape, self.width, self.thresholds, products=True)
+    def __post_init__(self) -> None:
+        if self.thresholds < _WIDE:
+            raise ValueError("a spline has outer knots, and one where its asymptotes change")
+
+    def _many(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes of wide comparisons, of near ones, and of outcomes that choose cubics."""
+        return tuple((self.thresholds - k, *self.shape) for k in (self.thresholds - _WIDE, _WIDE, 2))  # type: ignore[return-value]
 
     def free(self) -> dict[str, Field]:
-        """Those of the comparison."""
-        return self._comparison().free()
+        """r; the block masks; beta; s."""
+        wide, near, chosen = self._many()
+        return {
+            "r": Field(self.shape, Z64),
+            **block_masks(wide, self.width),
+            **(near_masks(near) if near[0] else {}),
+            "beta": Field((chosen[0] + 1, *self.shape), BIT),
+            "s": Field(self.shape, Z64),
+        }
 
     def derived(self) -> dict[str, Field]:
-        """Those of the comparison; powers = r^2, r^3; bit_powers = beta r^2, beta r^3."""
-        return self._comparison().derived() | {
-            "powers": Field((2, *self.shape), Z64),
-            "bit_powers": Field((2, self.thresholds, *self.shape), Z64),
+        """Tables and products; powers of m and beta m^j, for both m; inside; s >> cut and msb(s), alone and inside."""
+        wide, near, chosen = self._many()
+        fields = {
+            **digit_tables(self.shape, wide, self.width),
+            **(near_tables(self.shape, near) if near[0] else {}),
+            "powers": Field((3 if self.d else 2, *self.shape), Z64),
+            "bits": Field((4, *chosen), Z64),
+            "inside": Field(self.shape, Z64),
+            "high": Field((2, *self.shape), Z64),
+            "wrap": Field((2, *self.shape), Ring(self.cut)),
         }
+        if self.d:
+            fields |= {
+                "wraps": Field((3, *self.shape), Ring(self.d)),
+                "bit_wraps": Field((3, *chosen), Ring(self.d)),
+            }
+        return fields
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
-        values = self._comparison().derive(free, fixed)
-        r = free["r"]
-        powers = torch.stack([r * r, r * r * r])
-        return values | {"powers": powers, "bit_powers": values["bit"] * powers.unsqueeze(1)}
+        m = logical_shift(free["r"], self.d) if self.d else free["r"]
+        inside, *betas = free["beta"].to(torch.int64)
+        beta, high, wrap = torch.stack(betas), logical_shift(free["s"], self.cut), logical_shift(free["s"], 63)
+        powers = torch.stack([m, m * m, m * m * m])
+        values = {
+            **digit_values(m, free, self.width),
+            **(near_values(m, free) if self.thresholds > _WIDE else {}),
+            "powers": powers if self.d else powers[1:],
+            "bits": torch.cat([beta.unsqueeze(0), beta * powers.unsqueeze(1)]),
+            "inside": inside,
+            "high": torch.stack([high, inside * high]),
+            "wrap": torch.stack([wrap, inside * wrap]),
+        }
+        if self.d:
+            other = m - (logical_shift(free["r"], 63) << (64 - self.d))
+            wraps = logical_shift(torch.stack([other, other * other, other * other * other]) - powers, 64 - self.d)
+            values |= {"wraps": wraps, "bit_wraps": beta * wraps.unsqueeze(1)}
+        return values
 
 
-async def piecewise(ctx: Context, x: Shared, spline: Spline, width: int = 64) -> Shared:
-    """Shares of a fitted function of x, at x's scale.
+async def piecewise(
+    ctx: Context, x: Shared, spline: Spline, width: int = 64, *, frac_bits: int | None = None
+) -> Shared:
+    """Shares of a fitted function of x, at x's scale or with `frac_bits` fraction bits.
 
     Input: -2^(width-2) <= x < 2^(width-2) in units of its last place or of 2^-16, whichever is smaller. Output: error
     below the fit's (splines.json; measured in the tests) plus 1.5 units in the last place. Beyond the outer knots the
-    value is the asymptote, exactly. With more than 16 fraction bits the argument is truncated to 16 first (one more
-    round, and an error of 1.2 * 2^-16), with fewer the result is (one more round).
+    value is the asymptote, exactly. With 32 fraction bits, those of a product, -2^62 <= x < 2^62 and the opening
+    truncates x to 16 (an error of 1.2 * 2^-16); with any other number above 16 a truncation does so before (one more
+    round); with fewer the result is truncated (one more round).
     How: x opened once serves T comparisons, the asymptotes (bit * value at x's scale) and the residual, which is zero
-    outside the knots and a cubic between them, evaluated mod 2^64 at a high scale and truncated once.
-    Opened: x + r over Z_2^64; the words of `below`; the outcome bits xor beta; then the opening of `truncate`.
-    Rounds 5; online 16 + 4.375 T bytes per element and peer (51 for GELU, T = 8; 59.8 for SiLU, T = 10), 16 + 3.25 T
-    for width 48 (42 and 48.5); offline 60 + 44.9 T bytes (419 and 509); correlations `Pieces`, `Truncation`.
+    outside the knots and a cubic between them, evaluated mod 2^64 at a high scale. Only three comparisons, with the
+    outer knots and where asymptotes change, are of x's whole width; the others are of its low bits. Where x is too far
+    away for these, the residual is any number; it is truncated and multiplied by [x is between the outer knots] at
+    once, by one opening: a bit that is masked by a known bit is public but for dealt products.
+    Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below` and `below_near`; outcome bits xor beta; the residual
+    + 2^62 + s over Z_2^64, whatever number it is.
+    Rounds 5; online 16 + 4.375 * 3 + 1.625 (T - 3) bytes per element and peer (36.9 for GELU, T = 8; 40.1 for SiLU,
+    T = 10), for width 48 and from 32 fraction bits 3.4 less; offline about 130 + 35 T bytes, 24 + 6 T more from 32
+    fraction bits; correlation `Pieces`.
     Source: splines on masked values by the binomial theorem as in `polynomial`; the split into an asymptote, which no
-    scale can make wrap around, and a bounded residual is our own.
+    scale can make wrap around, and a bounded residual, and comparisons of low bits only, are our own.
     """
-    frac_bits = x.frac_bits
-    x = await truncate(ctx, x, max(0, frac_bits - ARGUMENT_BITS))
-    x = x.rescaled(ARGUMENT_BITS)
-    correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds)))
-    c = await ctx.open(x, correlation.mask("r"))
-    bits = await below(ctx, c, spline.thresholds, correlation, width)
-    e = (await ctx.open(bits, correlation.mask("beta"))).value
-    bit, bit_r, r = correlation["bit"], correlation["bit_r"], correlation["r"]
-    residual = kernel.spline(
-        c.value, e, r, correlation["powers"], bit, bit_r, correlation["bit_powers"], spline.steps, ctx.first
-    )
-    k = spline.switch
-    (slope, offset), (right, last) = spline.left, spline.right
-    y = x.share * right + ((last << ARGUMENT_BITS) if ctx.first else 0)
-    if slope != right:
-        y = y + (slope - right) * bit_product(ctx.first, e[k], bit[k], c.value, r, bit_r[k])
-    if offset != last:
-        y = y + ((offset - last) << ARGUMENT_BITS) * bit_number(ctx.first, e[k], bit[k])
+    if x.frac_bits == 2 * ARGUMENT_BITS:
+        d, width, frac_bits = ARGUMENT_BITS, 64 - ARGUMENT_BITS, ARGUMENT_BITS if frac_bits is None else frac_bits
+        opened = offset(ctx, x)
+    else:
+        d, frac_bits = 0, x.frac_bits if frac_bits is None else frac_bits
+        x = await truncate(ctx, x, max(0, x.frac_bits - ARGUMENT_BITS))
+        opened = x = x.rescaled(ARGUMENT_BITS)
     out_bits = max(frac_bits, ARGUMENT_BITS)
-    asymptote = Shared(y, ARGUMENT_BITS).rescaled(out_bits)
-    value = asymptote + await truncate(ctx, Shared(residual, spline.frac_bits), spline.frac_bits - out_bits)
+    cut = spline.frac_bits - out_bits
+    correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds), cut, d))
+    c = (await ctx.open(opened, correlation.mask("r"))).value
+    if d:
+        c, wrapped = truncated_parts(c, d)
+        powers, wraps, bit_wraps = correlation["powers"], correlation["wraps"], correlation["bit_wraps"]
+    else:
+        wrapped = wraps = bit_wraps = c.new_empty(0)
+        powers = torch.cat([correlation["r"].unsqueeze(0), correlation["powers"]])
+    e = (await ctx.open(await _outcomes(ctx, c, spline, correlation, width), correlation.mask("beta"))).value
+    bits = correlation["bits"]
+    steps = spline.steps
+    residual = kernel.spline(
+        c, wrapped, e[1:], powers, wraps, bits, bit_wraps, steps[-1], _chosen(spline, steps), ctx.first
+    )
+    value = await _truncated_inside(ctx, Shared(residual, spline.frac_bits), cut, e[0], correlation)
+
+    # the asymptotes: of y = c - m, and of the bit that says which
+    (slope, constant), (right, last) = spline.left, spline.right
+    m, bit_m = powers[0], bits[1, 0]
+    if d:
+        m, bit_m = m + wrapped * wraps[0], bit_m + wrapped * bit_wraps[0, 0]
+    y = ((c if ctx.first else 0) - m) * right + ((last << ARGUMENT_BITS) if ctx.first else 0)
+    if slope != right:
+        y = y + (slope - right) * bit_product(ctx.first, e[1], bits[0, 0], c, m, bit_m)
+    if constant != last:
+        y = y + ((constant - last) << ARGUMENT_BITS) * bit_number(ctx.first, e[1], bits[0, 0])
+    value = Shared(y, ARGUMENT_BITS).rescaled(out_bits) + value
     return await truncate(ctx, value, out_bits - frac_bits)
+
+
+async def _outcomes(ctx: Context, c: torch.Tensor, spline: Spline, correlation: Correlation, width: int) -> SharedBits:
+    """[y is between the outer knots], and [y < t] for the knots between, that of the asymptotes first."""
+    low, *_, high = spline.thresholds
+    switch, *others = _chosen(spline, spline.thresholds)
+    wide = below(ctx, Masked(c), (low, switch, high), correlation, width)
+    if others:
+        far, near = await together(wide, below_near(ctx, Masked(c), tuple(others), correlation))
+        between = [near.share]
+    else:
+        far, between = await wide, []
+    # who is below the lower one is below the upper one
+    return SharedBits(torch.cat([far.share[:1] ^ far.share[2:], far.share[1:2], *between]), BIT)
+
+
+def _chosen(spline: Spline, of_knots: tuple[T, ...]) -> tuple[T, ...]:
+    """What belongs to the knots between the outer ones: that of the asymptotes first."""
+    k = spline.switch
+    return (of_knots[k], *of_knots[1:k], *of_knots[k + 1 : -1])
+
+
+async def _truncated_inside(ctx: Context, x: Shared, d: int, e: torch.Tensor, correlation: Correlation) -> Shared:
+    """Shares of (x / 2^d) [e xor beta] by one opening of x; where the bit is 0, so is the result, whatever x is."""
+    c = (await ctx.open(offset(ctx, x), correlation.mask("s"))).value
+    public, wrapped = truncated_parts(c, d)
+    m, bit_m = correlation["high"] - wrapped * correlation["wrap"]
+    return Shared(bit_product(ctx.first, e, correlation["inside"], public, m, bit_m), x.frac_bits - d)

@@ -27,7 +27,7 @@ from mpcinfer.ring import bits as packed
 DIGIT_BITS = 4
 TABLE_BITS = 15
 # ring width -> (blocks of the first level = leaves of the second, leaves of a first-level block)
-LAYOUTS = {64: (4, 4), 48: (3, 4), 36: (3, 3), 32: (2, 4)}
+LAYOUTS = {64: (4, 4), 48: (3, 4), 36: (3, 3), 32: (2, 4), 25: (2, 3)}
 _CONST = np.uint32(1 << 31)
 
 

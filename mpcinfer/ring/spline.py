@@ -1,8 +1,9 @@
 """Cubics of a masked value, one for each of many pieces, combined by shared bits: the kernel.
 
-With c = x + r public, a polynomial q(x) = q(c - r) is sum_i q_i (-r)^i, where q_i = q^(i)(c) / i! is public and shares
-of the powers of r are dealt. For b = e xor beta, with e public, b q(x) = e q(x) + (1 - 2 e) beta q(c - r), for which
-shares of beta r^i are dealt. All arithmetic is mod 2^64.
+With y = c - m, c public, a polynomial q(y) is sum_i q_i (-m)^i, where q_i = q^(i)(c) / i! is public and shares of the
+powers of m are dealt. For b = e xor beta, with e public, b q(y) = e q(y) + (1 - 2 e) beta q(c - m), for which shares of
+beta m^i are dealt. Where y is what a truncation leaves, m is one of two numbers, as a public bit says: the powers of
+the second are those of the first plus a public number times what else is dealt. All arithmetic is mod 2^64.
 """
 
 from __future__ import annotations
@@ -17,24 +18,31 @@ COEFFICIENTS = 4
 
 
 @njit(
-    "void(int64[::1], uint8[:, ::1], int64[::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, :, ::1], "
-    "int64[:, ::1], boolean, int64[::1])",
+    "void(int64[::1], int64[::1], uint8[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, :, ::1], int64[:, :, ::1], "
+    "int64[::1], int64[:, ::1], boolean, int64[::1])",
     nogil=True,
     cache=True,
 )
 def _spline(
-    c: Any, e: Any, r: Any, powers: Any, bit: Any, bit_r: Any, bit_powers: Any, steps: Any, first: Any, out: Any
-) -> None:
+    c: Any, wrapped: Any, e: Any, powers: Any, wraps: Any, bits: Any, bit_wraps: Any, base: Any, steps: Any,
+    first: Any, out: Any,
+) -> None:  # fmt: skip
     for i in range(c.size):
         at = c[i]
-        q0, q1, q2, q3 = 0, 0, 0, 0
+        by = wrapped[i] if wrapped.size else 0
+        q0 = base[0] + (base[1] + (base[2] + base[3] * at) * at) * at
+        q1 = base[1] + (2 * base[2] + 3 * base[3] * at) * at
+        q2 = base[2] + 3 * base[3] * at
+        q3 = base[3]
         total = 0
         for k in range(steps.shape[0]):
             s0, s1, s2, s3 = steps[k, 0], steps[k, 1], steps[k, 2], steps[k, 3]
             t2 = s2 + 3 * s3 * at
             t1 = s1 + (2 * s2 + 3 * s3 * at) * at
             t0 = s0 + (s1 + (s2 + s3 * at) * at) * at
-            masked = t0 * bit[k, i] - t1 * bit_r[k, i] + t2 * bit_powers[0, k, i] - s3 * bit_powers[1, k, i]
+            masked = t0 * bits[0, k, i] - t1 * bits[1, k, i] + t2 * bits[2, k, i] - s3 * bits[3, k, i]
+            if by:
+                masked += by * (t2 * bit_wraps[1, k, i] - t1 * bit_wraps[0, k, i] - s3 * bit_wraps[2, k, i])
             if e[k, i]:
                 total -= masked
                 q0 += t0
@@ -43,41 +51,42 @@ def _spline(
                 q3 += s3
             else:
                 total += masked
-        total += q2 * powers[0, i] - q1 * r[i] - q3 * powers[1, i]
+        total += q2 * powers[1, i] - q1 * powers[0, i] - q3 * powers[2, i]
+        if by:
+            total += by * (q2 * wraps[1, i] - q1 * wraps[0, i] - q3 * wraps[2, i])
         out[i] = total + q0 if first else total
 
 
 def spline(
     c: torch.Tensor,
+    wrapped: torch.Tensor,
     e: torch.Tensor,
-    r: torch.Tensor,
     powers: torch.Tensor,
-    bit: torch.Tensor,
-    bit_r: torch.Tensor,
-    bit_powers: torch.Tensor,
+    wraps: torch.Tensor,
+    bits: torch.Tensor,
+    bit_wraps: torch.Tensor,
+    base: tuple[int, ...],
     steps: tuple[tuple[int, ...], ...],
     first: bool,
 ) -> torch.Tensor:
-    """This party's share of sum_k b_k q_k(x), int64 [*S], where b_k = e_k xor beta_k and x = c - r.
+    """This party's share of base(y) + sum_k b_k q_k(y), int64 [*S], where b_k = e_k xor beta_k and y = c - m.
 
-    c: [*S]; e: uint8 [T, *S]; shares of r [*S], of r^2 and r^3 as powers [2, *S], of beta as bit [T, *S], of beta r as
-    bit_r [T, *S], of beta r^2 and beta r^3 as bit_powers [2, T, *S]. steps: the 4 integer coefficients of each q_k,
-    lowest first.
+    c: [*S]; e: uint8 [T, *S]; shares of m, m^2 and m^3 as powers [3, *S], of beta times 1, m, m^2 and m^3 as bits
+    [4, T, *S]. base, steps: the 4 integer coefficients of the first summand and of each q_k, lowest first.
+    wrapped: empty, or public [*S], which times wraps [3, *S] and bit_wraps [3, T, *S] is added to the powers.
     """
     out = torch.empty(c.shape, dtype=torch.int64, device=c.device)
     if c.device.type == "meta":
         return out
     n, t = c.numel(), len(steps)
+    more = n if wrapped.numel() else 0
+
+    def flat(x: torch.Tensor, *shape: int) -> Any:
+        return x.contiguous().numpy().reshape(shape)
+
     _spline(
-        c.contiguous().numpy().reshape(n),
-        e.contiguous().numpy().reshape(t, n),
-        r.contiguous().numpy().reshape(n),
-        powers.contiguous().numpy().reshape(2, n),
-        bit.contiguous().numpy().reshape(t, n),
-        bit_r.contiguous().numpy().reshape(t, n),
-        bit_powers.contiguous().numpy().reshape(2, t, n),
-        np.array(steps, np.int64),
-        first,
-        out.numpy().reshape(n),
-    )
+        flat(c, n), flat(wrapped, more), flat(e, t, n), flat(powers, 3, n), flat(wraps, 3, more), flat(bits, 4, t, n),
+        flat(bit_wraps, 3, t, more), np.array(base, np.int64), np.array(steps, np.int64).reshape(t, COEFFICIENTS),
+        first, out.numpy().reshape(n),
+    )  # fmt: skip
     return out

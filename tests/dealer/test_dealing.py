@@ -65,7 +65,7 @@ KINDS: list[Kind] = [
     FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
     Gumbel((40,), 16),
     OneHot((2,), 3),
-    Pieces((2, 3), 48, 2),
+    Pieces((2, 3), 48, 4, 47),
     RowMask("other", (2, 3)),
     SquarePair((3, 2)),
     Triple(Bilinear("mul"), (4,), (4,)),

@@ -48,7 +48,7 @@ BATCHED: list[Kind] = [
     Comparison((4,), 64, 1, products=True, others=2),
     Contest((3,), 4, 48),
     Contest((1, 2), 3, 64, others=1),
-    Pieces((3,), 48, 5),
+    Pieces((3,), 48, 5, 47, 16),
     Exponential((3,), 16, 42, False, 48),
     Exponential((2, 2), 16, 39, True, 48),
     OneHot((2,), 3),

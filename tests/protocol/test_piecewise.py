@@ -9,10 +9,13 @@ import torch
 from splines import TARGETS
 
 from mpcinfer.errors import ProtocolError
+from mpcinfer.protocol import piecewise as module
+from mpcinfer.protocol.compare import NEAR
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.piecewise import Pieces, Spline, piecewise, splines
 from mpcinfer.protocol.tracing import trace
+from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
 from tests.openings import assert_hides
 from tests.protocol.conftest import Ran
@@ -62,6 +65,14 @@ def decoded(world: LocalWorld, name: str, x: torch.Tensor, frac_bits: int = 16) 
 
 def test_every_function_is_there() -> None:
     assert splines().keys() == ERRORS.keys() == TARGETS.keys()
+
+
+@EVERY
+def test_knots_are_near_each_other(name: str) -> None:
+    """Of what is between the outer ones, the low bits say where it is; the asymptotes change there."""
+    spline = splines()[name]
+    assert spline.thresholds[-1] - spline.thresholds[0] < 1 << (NEAR - 2)
+    assert 0 < spline.switch < len(spline.thresholds) - 1
 
 
 @EVERY
@@ -131,18 +142,60 @@ def test_narrow_comparisons(world: Worlds, parties: int, width: int) -> None:
     assert not torch.equal(used.reveal(used.run(narrow, used.share(beyond, 16))), beyond)
 
 
+def dealt_bits(name: str, width: int, d: int) -> int:
+    """What the dealer sends per element."""
+    t = len(splines()[name].thresholds)
+    digits, (leaf, top) = {48: (12, (3 * 22, 5)), 64: (16, (4 * 22, 15))}[width]
+    comparisons = digits * 15 + 1 + 3 * (leaf + top) + (1 + (t - 3) * (2 * 8 + 1) if t > 3 else 0)
+    cubics = 64 * ((3 if d else 2) + 4 * (t - 2)) + d * 3 * (1 + t - 2)
+    return comparisons + cubics + 64 + 2 * (64 + splines()[name].frac_bits - 16)
+
+
+def sent_bits(name: str, width: int) -> int:
+    """What a party sends per element and peer."""
+    t = len(splines()[name].thresholds)
+    return 2 * 64 + 3 * {48: 25, 64: 34}[width] + (t - 3) * 12 + t - 1
+
+
+def opened(name: str, width: int) -> list[tuple[str, int]]:
+    """The openings, in order; those of one round by name."""
+    near = len(splines()[name].thresholds) > 3
+    return [
+        ("Pieces.r", 64),
+        ("Pieces.leaf", 7),
+        *([("Pieces.near_leaf", 5)] if near else []),
+        ("Pieces.top", {48: 4, 64: 6}[width]),
+        *([("Pieces.near_top", 2)] if near else []),
+        ("Pieces.beta", 1),
+        ("Pieces.s", 64),
+    ]
+
+
 def test_narrow_comparisons_cost_less(run: Callable[..., Ran]) -> None:
     x = (torch.zeros(64, dtype=torch.int64), 16)
     ran = run(lambda ctx, s: piecewise(ctx, s, splines()["silu"], 48), x)
-    comparison = 12 * 15 + 1 + 10 * (3 * 22 + 5 + 2 * 64)
-    ran.costs(5, 64 * 16 + 64 * 10 * 26 // 8, 8 * (comparison + 2 * 64 * 11 + 64 + 47))
-    assert ran.opened() == [
-        ("Pieces.r", 64),
-        ("Pieces.leaf", 7),
-        ("Pieces.top", 4),
-        ("Pieces.beta", 1),
-        ("Truncation.r", 64),
-    ]
+    ran.costs(5, 8 * sent_bits("silu", 48), 8 * dealt_bits("silu", 48, 0))
+    assert ran.opened() == opened("silu", 48)
+
+
+@EVERY
+def test_a_product_is_truncated_by_its_opening(run: Callable[..., Ran], name: str) -> None:
+    """Of 32 fraction bits 16 are left, with no round of their own and to the ends of the domain."""
+    x = torch.cat([torch.linspace(-12 * 2.0**32, 12 * 2.0**32, 999).to(torch.int64), torch.tensor(FAR) << 32])
+    x = torch.cat([x.clamp(-(1 << 62), (1 << 62) - 1), torch.tensor([-(1 << 62), (1 << 62) - 1])])[-1000:]
+    ran = run(named(name), (x, 32))
+    error = (real(ran.value) - wanted(name, x, 32)).abs()
+    assert ran.frac_bits == 16 and float(error.max()) <= ERRORS[name] + 2.5 * 2**-16
+    ran.costs(5, 125 * sent_bits(name, 48), 125 * dealt_bits(name, 48, 16))
+    assert ran.opened() == opened(name, 48)
+
+
+def test_far_away_a_residual_is_any_number_times_zero(monkeypatch: pytest.MonkeyPatch, world: Worlds) -> None:
+    """Where low bits say nothing: were the residual not multiplied by a bit, garbage would come out."""
+    x = torch.arange(1, 2000) << 24  # low bits are those of zero
+    assert torch.equal(decoded(world(2), "silu", x), x)
+    monkeypatch.setattr(module, "_truncated_inside", lambda ctx, x, d, e, correlation: truncate(ctx, x, d))
+    assert not torch.equal(decoded(world(2), "silu", x), x)
 
 
 def test_beyond_the_domain_is_wrong(world: Worlds) -> None:
@@ -153,18 +206,9 @@ def test_beyond_the_domain_is_wrong(world: Worlds) -> None:
 
 @EVERY
 def test_costs(run: Callable[..., Ran], name: str) -> None:
-    spline = splines()[name]
-    t, d = len(spline.thresholds), spline.frac_bits - 16
     ran = run(named(name), (torch.arange(64).reshape(8, 8) << 10, 16))
-    comparison = 16 * 15 + 1 + t * (4 * 22 + 15 + 2 * 64)
-    ran.costs(5, 64 * 16 + 64 * t * 35 // 8, 8 * (comparison + 2 * 64 * (t + 1) + 64 + d))
-    assert ran.opened() == [
-        ("Pieces.r", 64),
-        ("Pieces.leaf", 7),
-        ("Pieces.top", 6),
-        ("Pieces.beta", 1),
-        ("Truncation.r", 64),
-    ]
+    ran.costs(5, 8 * sent_bits(name, 64), 8 * dealt_bits(name, 64, 0))
+    assert ran.opened() == opened(name, 64)
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
@@ -174,11 +218,11 @@ def test_what_issue_3_allows(run: Callable[..., Ran], name: str) -> None:
     assert ran.transcript.bytes_sent <= 60 * 1000 * (ran.parties - 1)
 
 
-@pytest.mark.parametrize(("frac_bits", "first", "last"), [(8, 0, 2), (24, 1, 1)])
+@pytest.mark.parametrize(("frac_bits", "first", "last"), [(8, 0, 1), (24, 1, 0)])
 def test_costs_at_other_scales(run: Callable[..., Ran], frac_bits: int, first: int, last: int) -> None:
     ran = run(named("hardswish"), (torch.zeros(8, dtype=torch.int64), frac_bits))
     kinds = [label.partition(".")[0] for label, _ in ran.opened()]
-    assert kinds == ["Truncation"] * first + ["Pieces"] * 4 + ["Truncation"] * last
+    assert kinds == ["Truncation"] * first + ["Pieces"] * 5 + ["Truncation"] * last
     assert ran.transcript.rounds == 6 and ran.frac_bits == frac_bits
 
 
@@ -191,8 +235,8 @@ def test_any_shape(run: Callable[..., Ran], shape: tuple[int, ...]) -> None:
 
 def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
     async def two(ctx: Context, x: Shared) -> None:
-        for width in (64, 48):
-            await piecewise(ctx, Shared(x.share, 16), splines()["hardswish"], width)
+        for name, width, frac_bits in (("hardswish", 64, 16), ("gelu", 48, 16), ("hardswish", 48, 32)):
+            await piecewise(ctx, Shared(x.share, frac_bits), splines()[name], width)
 
     assert_hides(monkeypatch, two, torch.arange(14_000) * 977, torch.zeros(14_000, dtype=torch.int64))
 
@@ -201,7 +245,7 @@ def test_a_mask_serves_one_argument() -> None:
     """Two functions of two numbers that share r: the trace refuses it."""
 
     async def fault(ctx: Context, x: Shared) -> None:
-        correlation = ctx.correlation(Pieces(x.shape, 64, 3))
+        correlation = ctx.correlation(Pieces(x.shape, 64, 3, 47))
         await ctx.open(x, correlation.mask("r"))
         await ctx.open(-x, correlation.mask("r"))
 
