@@ -13,7 +13,7 @@ import torch
 
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, width
-from mpcinfer.nn.public import MASKED, MASKED_FROM
+from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum, powers_below
 from mpcinfer.protocol.cache import append, cached_product
@@ -21,15 +21,18 @@ from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.inverse import wide_reciprocal
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
-from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncate import OFFSET_BITS, truncate
 from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Cached, Public, Shared
+from mpcinfer.ring.digits import DIGIT_BITS
 from mpcinfer.ring.kernels import MATMUL
 
 # more fraction bits for queries that are multiplied by a scale that is no power of two
 _QUERY_BITS = 4
 # what such a scale needs to be exact enough without them: scores of 64 are then off by 2^-11 at most
 _LEAST_FACTOR_BITS = 16
+# of scores before they are truncated: more would leave too little above the window in which e^x is not zero
+_MOST_BITS = 59
 # of the weighted sums of values, until they are divided by the sums of weights; and of those sums' reciprocals
 _SUM_BITS = 8
 _INVERSE_BITS = 28
@@ -58,8 +61,9 @@ async def attention(
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
-    Rounds 4 ceil(log4 M) + 15, one more where there is too little; per pair that is kept 45.5 bytes, and 8 for
-    every pair; offline 281. For many pairs more rounds, 42.4 and 155 bytes: see `maximum_along`.
+    Scores are truncated by the exponential, not before their maximum is taken, unless a public mask is added to them.
+    Rounds 4 ceil(log4 M) + 14, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
+    every pair; offline 276. For many pairs more rounds, 33.3 and 137 bytes: see `maximum_along`.
     """
     if dropout:
         raise UnsupportedError("dropout: a deployed model draws no random numbers")
@@ -145,14 +149,29 @@ def _hidden(cache: Cached, shape: tuple[int, ...], mask: Any, causal: bool) -> t
     return hidden
 
 
+async def _comparable(
+    ctx: Context, scores: Shared, bits: int, added: torch.Tensor | None = None
+) -> tuple[Shared, int, int]:
+    """Scores as their maximum is taken, how wide comparisons of them are, and how many bits they are still to lose.
+
+    As a rule all `bits`, or three less, by which e^x is opened; public terms are at the scale that this leaves.
+    """
+    if added is not None:
+        x = add_public(ctx, await truncate(ctx, scores, bits), added)
+        return x, width(x), 0
+    kept = -(-(scores.frac_bits - bits) // DIGIT_BITS) * DIGIT_BITS
+    x = await truncate(ctx, scores, max(0, scores.frac_bits - _MOST_BITS))
+    return x, 64, x.frac_bits - kept
+
+
 async def _weights_of_cached(ctx: Context, scores: Shared, bits: int, hidden: torch.Tensor) -> tuple[Shared, Shared]:
     """As `_weights`, for scores that are all computed."""
-    x = await truncate(ctx, scores, bits)
-    far = int(MASKED) << x.frac_bits if ctx.first else 0
+    x, compared, d = await _comparable(ctx, scores, bits)
+    far = -(1 << OFFSET_BITS) if ctx.first else 0  # no score is below it, nor so far above that they don't compare
     hidden = hidden.to(x.share.device)
     x = x.map(lambda t: torch.where(hidden, far, t))
-    top = (await maximum_along(ctx, x, width(x))).map(lambda t: t.unsqueeze(-1))
-    powers = (await powers_below(ctx, x - top)).map(lambda t: torch.where(hidden, 0, t))
+    top = (await maximum_along(ctx, x, compared)).map(lambda t: t.unsqueeze(-1))
+    powers = (await powers_below(ctx, x - top, d)).map(lambda t: torch.where(hidden, 0, t))
     return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
 
 
@@ -161,19 +180,16 @@ async def _weights(
 ) -> tuple[Shared, Shared]:
     """e^(score - the row's largest), zero where skipped, [*S, L, M], and their sums over rows, [*S, L, 1]."""
     if keep is None:
-        x = await truncate(ctx, scores, bits)
-        if added is not None:
-            x = add_public(ctx, x, added)
-        top = (await maximum_along(ctx, x, width(x))).map(lambda t: t.unsqueeze(-1))
-        powers = await powers_below(ctx, x - top)
+        x, compared, d = await _comparable(ctx, scores, bits, added)
+        top = (await maximum_along(ctx, x, compared)).map(lambda t: t.unsqueeze(-1))
+        powers = await powers_below(ctx, x - top, d)
         return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
     at = keep.reshape(-1).nonzero()[:, 0]
-    x = await truncate(ctx, scores.map(lambda t: t.reshape(-1)[at.to(t.device)]), bits)
-    if added is not None:
-        x = add_public(ctx, x, added.reshape(-1)[at])
+    kept = scores.map(lambda t: t.reshape(-1)[at.to(t.device)])
+    x, compared, d = await _comparable(ctx, kept, bits, None if added is None else added.reshape(-1)[at])
     groups = torch.unique_consecutive(at // scores.shape[-1], return_inverse=True)[1]
-    top = await maximum_of_groups(ctx, x, groups, width(x))
-    powers = await powers_below(ctx, x - top.map(lambda t: t[groups.to(t.device)]))
+    top = await maximum_of_groups(ctx, x, groups, compared)
+    powers = await powers_below(ctx, x - top.map(lambda t: t[groups.to(t.device)]), d)
 
     def placed(t: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(scores.shape, dtype=torch.int64, device=t.device).reshape(-1)

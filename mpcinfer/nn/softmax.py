@@ -28,8 +28,10 @@ def octaves_of_sum(count: int) -> dict[str, int]:
     return {"low": 0, "high": max(1, (count - 1).bit_length())}
 
 
-async def powers_below(ctx: Context, x: Shared) -> Shared:
-    """e^x of differences x <= 0 of a model's numbers, with EXP_BITS fraction bits or more."""
+async def powers_below(ctx: Context, x: Shared, d: int = 0) -> Shared:
+    """e^x of differences x <= 0 of a model's numbers, with EXP_BITS fraction bits or more; x is to lose d bits."""
+    if d:
+        return await exp_nonpositive(ctx, x, max(EXP_BITS, x.frac_bits - d), 64 - d, d)
     # a scale that is refined leaves less room above
     return await exp_nonpositive(ctx, x, max(EXP_BITS, x.frac_bits), 64 if x.frac_bits % DIGIT_BITS else width(x))
 

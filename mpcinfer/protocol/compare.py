@@ -20,7 +20,7 @@ _NEAR_DIGITS = digits.LAYOUTS[NEAR][0] * digits.LAYOUTS[NEAR][1]
 
 def block_masks(many: tuple[int, ...], width: int) -> dict[str, Field]:
     """The masks of the AND blocks of both levels, for comparisons of shape `many`: what `below` opens under."""
-    blocks, leaves = digits.LAYOUTS[width]
+    blocks, leaves = digits.layout(width)
     return {
         "leaf": Field((*many, blocks), Ring(digits.block(leaves, True).width, xor=True)),
         "top": Field(many, Ring(digits.block(blocks, False).width, xor=True)),
@@ -29,7 +29,7 @@ def block_masks(many: tuple[int, ...], width: int) -> dict[str, Field]:
 
 def digit_tables(shape: tuple[int, ...], many: tuple[int, ...], width: int) -> dict[str, Field]:
     """What `below` needs of masks of `shape`: lt tables and sign; and the products of the block masks."""
-    blocks, leaves = digits.LAYOUTS[width]
+    blocks, leaves = digits.layout(width)
     return {
         "lt": Field((*shape, blocks * leaves), Ring(digits.TABLE_BITS, xor=True)),
         "msb": Field(shape, BIT),
@@ -40,7 +40,7 @@ def digit_tables(shape: tuple[int, ...], many: tuple[int, ...], width: int) -> d
 
 def digit_values(r: torch.Tensor, free: Tensors, width: int) -> Tensors:
     """The values of `digit_tables` for masks r."""
-    blocks, leaves = digits.LAYOUTS[width]
+    blocks, leaves = digits.layout(width)
     return {
         "lt": digits.tables(r, width),
         "msb": (r >> (width - 1)) & 1,
@@ -136,8 +136,8 @@ async def below(
 
     Valid where -2^(width-1) <= x - t < 2^(width-1). Exact. Opened: 7 bits (5 for width 36) per block of 4 (3) digits
     and then 6 (4, 4, 2) bits, each under a dealt mask word of exactly these bits.
-    Rounds 2; online 4.25 bytes per threshold, element and peer (width 64), 3.1 (48), 2.4 (36), 2.0 (32); offline
-    30 bytes per element and 13 per threshold (width 64).
+    Rounds 2; online 4.25 bytes per threshold, element and peer (width 64), 3.1 (48), 2.4 (36), 2.0 (32), between them
+    as the next wider; offline 30 bytes per element and 13 per threshold (width 64).
     Source: msb(c - t) xor msb(r) xor [low(c - t) < low(r)] as in Rabbit and edaBits; digit tables as in ABY2.0 and
     one-time truth tables; the folding of blocks by dealt products of masks is ABY2.0's multi-input AND.
     """
@@ -162,7 +162,7 @@ async def _below(
     lt: torch.Tensor,
     which: str,
 ) -> SharedBits:
-    blocks, leaves = digits.LAYOUTS[width]
+    blocks, leaves = digits.layout(width)
     inner, outer = digits.block(leaves, True), digits.block(blocks, False)
     leaf, top = correlation.mask(f"{which}leaf"), correlation.mask(f"{which}top")
     # the kernels mask what they compute in the same pass, hence open_masked

@@ -14,7 +14,7 @@ from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.polynomial import polynomial
 from mpcinfer.protocol.select import bit_number
-from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncate import logical_shift, truncate
 from mpcinfer.protocol.types import Masked, Shared, SharedBits
 from mpcinfer.ring import digits
 from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS
@@ -70,10 +70,11 @@ def _low_layout(bits: int) -> tuple[int, int]:
 @kind
 @dataclass(frozen=True)
 class Exponential(Kind):
-    """A `Comparison` with one threshold, block masks to compare the low bits of r, outcome masks, and e^-r.
+    """A `Comparison` with one threshold, block masks to compare the low bits of m, outcome masks, and e^-m.
 
-    `frac_bits` is a multiple of 4, so that the low `frac_bits` + 4 bits (r modulo 16) are whole digits. `ceiling`: one
-    more threshold, for what is too large.
+    m = r >> d, uniform on Z_2^width as r is on Z_2^(width + d), masks a number that has lost d bits. `frac_bits`, its
+    own, is a multiple of 4, so that the low `frac_bits` + 4 bits (m modulo 16) are whole digits. `ceiling`: one more
+    threshold, for what is too large.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +82,7 @@ class Exponential(Kind):
     dealt_bits: int
     ceiling: bool = False
     width: int = 64
+    d: int = 0
 
     def _comparison(self) -> Comparison:
         return Comparison(self.shape, self.width, 2 if self.ceiling else 1)
@@ -90,13 +92,14 @@ class Exponential(Kind):
         blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
         one = (1, *self.shape)
         return self._comparison().free() | {
+            "r": Field(self.shape, Ring(self.width + self.d)),
             "low_leaf": Field((*one, blocks), Ring(digits.block(leaves, True).width, xor=True)),
             "low_top": Field(one, Ring(digits.block(blocks, False).width, xor=True)),
             "beta": Field((3 if self.ceiling else 2, *self.shape), BIT),
         }
 
     def derived(self) -> dict[str, Field]:
-        """Tables and products of both comparisons; e^-r times 1, clip, below, and these times wrap; below."""
+        """Tables and products of both comparisons; e^-m times 1, clip, below, and these times wrap; below."""
         blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
         one = (1, *self.shape)
         fields = self._comparison().derived() | {
@@ -109,11 +112,12 @@ class Exponential(Kind):
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
         blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
-        low = free["r"] & ((1 << (self.frac_bits + _WINDOW_BITS)) - 1)
+        m = _shifted(free["r"], self.d)
+        low = m & ((1 << (self.frac_bits + _WINDOW_BITS)) - 1)
         power = scaled_exp(-low, self.frac_bits, self.dealt_bits)
         wraps, *ends = free["beta"].to(torch.int64)
         powers = torch.stack([power, *(end * power for end in ends)])
-        values = self._comparison().derive(free, fixed) | {
+        values = self._comparison().derive({**free, "r": m}, fixed) | {
             "low_leaf_products": digits.products(free["low_leaf"], digits.block(leaves, True)),
             "low_top_products": digits.products(free["low_top"], digits.block(blocks, False)),
             "powers": torch.stack([powers, wraps * powers]),
@@ -122,7 +126,7 @@ class Exponential(Kind):
 
 
 async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bits: int) -> SharedBits:
-    """XOR shares of [low < r mod 2^bits], [1, *shape]: the borrow of a subtraction mod 2^bits. As `below`, no sign."""
+    """XOR shares of [low < m mod 2^bits], [1, *shape]: the borrow of a subtraction mod 2^bits. As `below`, no sign."""
     blocks, leaves = _low_layout(bits)
     inner, outer = digits.block(leaves, True), digits.block(blocks, False)
     leaf, top = correlation.mask("low_leaf"), correlation.mask("low_top")
@@ -141,20 +145,28 @@ async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bi
     return SharedBits(bit, BIT)
 
 
-def _check(x: Shared) -> None:
-    if not MIN_FRAC_BITS <= x.frac_bits <= MAX_FRAC_BITS:
-        raise ValueError(f"no exponentials of numbers with {x.frac_bits} fraction bits")
+def _check(frac_bits: int) -> None:
+    if not MIN_FRAC_BITS <= frac_bits <= MAX_FRAC_BITS:
+        raise ValueError(f"no exponentials of numbers with {frac_bits} fraction bits")
+
+
+def _shifted(x: torch.Tensor, d: int) -> torch.Tensor:
+    return logical_shift(x, d) if d else x
 
 
 async def _power(
-    ctx: Context, x: Shared, top: int, dealt_bits: int, public_bits: int, *, ceiling: bool, width: int = 64
+    ctx: Context, x: Shared, top: int, dealt_bits: int, public_bits: int, *, ceiling: bool, width: int = 64, d: int = 0
 ) -> Shared:
-    """Shares of e^(x + top), untruncated, for x <= 2^-4; with a ceiling e^(top + 2^-4) for larger x."""
-    x = x.rescaled(-(-x.frac_bits // digits.DIGIT_BITS) * digits.DIGIT_BITS)
-    f, window = x.frac_bits, x.frac_bits + _WINDOW_BITS
+    """Shares of e^(x + top), untruncated, for x <= 2^-4; with a ceiling e^(top + 2^-4) for larger x.
+
+    x is truncated by d bits, and then has a multiple of 4 of them if d > 0.
+    """
+    f = -(-(x.frac_bits - d) // digits.DIGIT_BITS) * digits.DIGIT_BITS
+    x, window = x.rescaled(f + d), f + _WINDOW_BITS
     slack = 1 << (f - _SLACK_BITS)
-    correlation = ctx.correlation(Exponential(x.shape, f, dealt_bits, ceiling, width))
-    c = (await ctx.open(Shared(x.share - slack if ctx.first else x.share), correlation.mask("r"))).value
+    correlation = ctx.correlation(Exponential(x.shape, f, dealt_bits, ceiling, width, d))
+    below_slack = Shared(x.share - (slack << d) if ctx.first else x.share)
+    c = _shifted((await ctx.open(below_slack, correlation.mask("r"))).value, d)
     low = c & ((1 << window) - 1)
     wraps, ends = await together(
         _wrapped(ctx, low, correlation, window),
@@ -175,27 +187,33 @@ async def _power(
     return Shared(y + limit * bit_number(ctx.first, ~under[0], correlation["below"]), dealt_bits + public_bits)
 
 
-async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None, width: int = 64) -> Shared:
-    """Shares of e^x for x <= 0, with `frac_bits` fraction bits (default: x's).
+async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None, width: int = 64, d: int = 0) -> Shared:
+    """Shares of e^(x / 2^d) for x <= 0, with `frac_bits` fraction bits (default: those that d leaves x).
 
-    Input: x at a scale of 8 to 24 fraction bits (ValueError otherwise: the tables and the digits of the low bits are
-    made for these) with -2^(width-5) <= x < 2^(width-5) (in units of its last place; 2^(width-1) where it is a multiple
-    of 4). Numbers up to 2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). Output: error below
-    1.3e-6 plus one unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7 there).
-    How: c = x + r. Modulo 16, x is c - r or c - r - 16, as w = [c < r mod 16] says, so e^x is the dealt e^-r times
-    the public e^c or e^(c - 16). A scale that isn't a multiple of 4 bits is first refined to one (local, exact).
-    Opened: x - 2^-4 + r over Z_2^width; the words of `below` for the clip and those of the 20 low bits (2 blocks of 3
-    digits: 5 bits each, then 2); w and the clip xor beta.
-    Rounds 5; online 22 bytes per element and peer (22.5 above 20 fraction bits; 18.9 for width 48); offline 91 bytes at
-    f = 16;
-    correlations `Exponential` and `Truncation`.
+    Input: x / 2^d at a scale of 8 to 24 fraction bits (ValueError otherwise: the tables and the digits of the low bits
+    are made for these), a multiple of 4 if d > 0 (ValueError, too), with -2^(width-5) <= x / 2^d < 2^(width-5) (in
+    units of its last place; 2^(width-1) where its scale is a multiple of 4); width + d is at most 64. Numbers up to
+    2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). x / 2^d is its floor or one more, which
+    the opening decides, at no cost: the mask loses as many bits, and what that carries is gone modulo 2^width.
+    Output: error below 1.3e-6 plus one unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7
+    there).
+    How: c = x + r; both lose d bits, r becomes m. Modulo 16, x is c - m or c - m - 16, as w = [c < m mod 16] says, so
+    e^x is the dealt e^-m times the public e^c or e^(c - 16). A scale that isn't a multiple of 4 bits is first refined
+    to one (local, exact).
+    Opened: x - 2^-4 + r over Z_2^(width + d); the words of `below` for the clip and those of the 20 low bits (2 blocks
+    of 3 digits: 5 bits each, then 2); w and the clip xor beta.
+    Rounds 5; online 22 bytes per element and peer (22.5 above 20 fraction bits; for width 48 3.1 less, and d / 8 more);
+    offline 91 bytes at f = 16; correlations `Exponential` and `Truncation`.
     Source: DESIGN, section 3; e^x from dealt powers of the mask as in Kelkar et al. 2022 (secure Poisson regression),
     with the borrow computed instead of a failure probability.
     """
-    _check(x)
+    left = x.frac_bits - d
+    _check(left)
+    if d and (left % digits.DIGIT_BITS or width + d > Z64.bits):
+        raise ValueError(f"no exponentials of numbers that lose {d} of {x.frac_bits} fraction bits")
     # below 1.07 * 2^61, so it truncates safely
-    y = await _power(ctx, x, 0, _DEALT_BITS, _PUBLIC_BITS, ceiling=False, width=width)
-    return await truncate(ctx, y, y.frac_bits - (x.frac_bits if frac_bits is None else frac_bits))
+    y = await _power(ctx, x, 0, _DEALT_BITS, _PUBLIC_BITS, ceiling=False, width=width, d=d)
+    return await truncate(ctx, y, y.frac_bits - (left if frac_bits is None else frac_bits))
 
 
 async def exp(ctx: Context, x: Shared) -> Shared:
@@ -208,7 +226,7 @@ async def exp(ctx: Context, x: Shared) -> Shared:
     Rounds 6; online 34.4 bytes per element and peer (34.9 from 20 fraction bits on); offline 150 bytes at f = 16;
     correlations `Exponential`, `TruncatedPowers`, `Truncation`.
     """
-    _check(x)
+    _check(x.frac_bits)
     half = Shared(x.share - (CEILING << x.frac_bits) if ctx.first else x.share, x.frac_bits + 1)
     y = await _power(ctx, half, CEILING // 2, _HALF_DEALT_BITS, _HALF_PUBLIC_BITS, ceiling=True)
     square = await polynomial(ctx, y, y.frac_bits - _SQUARED_BITS, (0, 0, 1), 2 * _SQUARED_BITS)

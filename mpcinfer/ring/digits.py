@@ -26,9 +26,14 @@ from mpcinfer.ring import bits as packed
 
 DIGIT_BITS = 4
 TABLE_BITS = 15
-# ring width -> (blocks of the first level = leaves of the second, leaves of a first-level block)
+# largest ring width -> (blocks of the first level = leaves of the second, leaves of a first-level block)
 LAYOUTS = {64: (4, 4), 48: (3, 4), 36: (3, 3), 32: (2, 4), 25: (2, 3)}
 _CONST = np.uint32(1 << 31)
+
+
+def layout(width: int) -> tuple[int, int]:
+    """The smallest of LAYOUTS for numbers of so many bits, their sign included; spare leading digits are zero."""
+    return LAYOUTS[min(most for most in LAYOUTS if most >= width)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def _tables(r: Any, low: Any, out: Any) -> None:
 
 def tables(r: torch.Tensor, width: int) -> torch.Tensor:
     """The lt tables of the digits of low(r), least significant first: int64 [*S] -> int16 [*S, digits]."""
-    digits = math.prod(LAYOUTS[width])
+    digits = math.prod(layout(width))
     out = torch.empty((*r.shape, digits), dtype=torch.int16)
     low = np.uint64((1 << (width - 1)) - 1)
     _tables(_flat(r, r.numel()).view(np.uint64), low, out.numpy().reshape(-1, digits).view(np.uint16))

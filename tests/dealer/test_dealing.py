@@ -62,6 +62,7 @@ KINDS: list[Kind] = [
     Comparison((2,), width=32, thresholds=2),
     Exponential((40,), 16, 42),
     Exponential((3,), 20, 39, ceiling=True, width=48),
+    Exponential((3,), 16, 42, width=45, d=19),
     FixedProduct(MATMUL, "w", (2, 4), (4, 3)),
     Gumbel((40,), 16),
     OneHot((2,), 3),

@@ -89,7 +89,7 @@ def test_agrees(
 @pytest.mark.parametrize("factor", [0.5, 0.3])
 def test_scales(factor: float) -> None:
     q, k, v = inputs(2, 2, 1, 6, 4, 4)
-    for bits in (0, 20):
+    for bits in (0, 20, 30):
         cached, _, _ = attend(q, k, v, None, 8, scale=factor, factor_bits=bits)
         expected = functional.scaled_dot_product_attention(q, k, v, scale=factor)
         assert float((cached - expected).abs().max()) < ERROR
@@ -102,6 +102,18 @@ def test_scores_far_below_zero_beat_rows_that_are_not_there() -> None:
     cached, _, _ = attend(q, k, v, causal(2, 3), 16)
     expected = functional.scaled_dot_product_attention(q, k, v, causal(2, 3))
     assert float((cached - expected).abs().max()) < ERROR
+
+
+@pytest.mark.parametrize("score", [1 << 60, (1 << 62) - (1 << 40)])
+def test_scores_up_to_the_ends_of_their_domain(parties: int, score: int) -> None:
+    """They are compared before they are truncated: with each other, and with rows that are not there."""
+    rows = [score >> 30, -score >> 30, (score >> 30) - (1 << 9)]
+    q, k = (torch.tensor(x, dtype=torch.float64).reshape(1, 1, -1, 1) / ONE for x in ([1 << 30], rows))
+    v = grid(1, 1, 3, 4)
+    for at, sign in ((0, 1), (1, -1)):
+        cached, plain, _ = attend(sign * q, k, v, None, 8, parties, scale=1.0)
+        assert float((cached - v[..., at : at + 1, :]).abs().max()) < 2.0**-14
+        assert float((plain - cached).abs().max()) < 2.0**-14
 
 
 def test_messages_depend_on_the_room_alone(parties: int) -> None:

@@ -51,6 +51,7 @@ BATCHED: list[Kind] = [
     Pieces((3,), 48, 5, 47, 16),
     Exponential((3,), 16, 42, False, 48),
     Exponential((2, 2), 16, 39, True, 48),
+    Exponential((3,), 16, 42, False, 45, 19),
     OneHot((2,), 3),
     ZeroSharing((3, 2)),
 ]

@@ -135,6 +135,45 @@ def test_narrow_openings_cost_less(run: Callable[..., Ran]) -> None:
     assert ran.opened()[0] == ("Exponential.r", 48)
 
 
+@pytest.mark.parametrize(("left", "d"), [(16, 16), (16, 19), (20, 17), (16, 43), (8, 1), (24, 35)])
+def test_what_the_opening_drops(world: Worlds, parties: int, left: int, d: int) -> None:
+    """e^x of the floor of x / 2^d or of one more, down to the end of what 64 bits hold."""
+    generator = torch.Generator().manual_seed(d)
+    far = -torch.randint(0, 2**62, (2000,), generator=generator) * 2 - 1
+    near = -torch.randint(0, min(18 << (left + d), 2**62), (4000,), generator=generator)
+    edges = torch.tensor([-(2**63) + 1, -(2**62), -1, 0, (1 << (left + d - 4)) - (1 << d) - 1])
+    x = torch.cat([far, near, edges])
+    used = world(parties)
+    shares = used.run(lambda ctx, s: exp_nonpositive(ctx, s, 24, 64 - d, d), used.share(x, left + d))
+    y = used.reveal(shares).double() / 2**24
+    ends = [torch.exp((x >> d).double() / 2**left + more) for more in (0, 2.0**-left)]
+    slack = 2.0**-24 + 1.3e-6
+    assert bool(((y >= ends[0] - slack) & (y <= ends[1] + slack)).all())
+    assert abs(float(y[-2]) - 1) <= slack
+
+
+def test_a_dropped_bit_costs_an_eighth_of_a_byte(run: Callable[..., Ran]) -> None:
+    x = -torch.arange(64)
+    plain = run(lambda ctx, s: exp_nonpositive(ctx, s, 24, 48), (x, 16))
+    ran = run(lambda ctx, s: exp_nonpositive(ctx, s, 24, 45, 19), (x, 35))
+    ran.costs(5, 8 * (64 + 12 + 25 + 2 + 64), plain.transcript.dealer_bytes)
+    assert ran.opened()[0] == ("Exponential.r", 64)
+
+
+@pytest.mark.parametrize(("frac_bits", "width", "d"), [(33, 45, 16), (32, 49, 16), (20, 48, 16)])
+def test_what_the_opening_cannot_drop(world: Worlds, frac_bits: int, width: int, d: int) -> None:
+    x = world(2).share(torch.zeros(1, dtype=torch.int64), frac_bits)
+    with pytest.raises(ValueError, match="no exponentials of numbers"):
+        world(2).run(lambda ctx, s: exp_nonpositive(ctx, s, None, width, d), x)
+
+
+def test_openings_that_drop_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def protocol(ctx: Context, x: Shared) -> object:
+        return await exp_nonpositive(ctx, Shared(x.share, 35), 24, 45, 19)
+
+    assert_hides(monkeypatch, protocol, -torch.arange(14_000) * 977, torch.zeros(14_000, dtype=torch.int64))
+
+
 def test_openings_of_narrow_words(monkeypatch: pytest.MonkeyPatch) -> None:
     async def twice(ctx: Context, x: Shared) -> None:
         for _ in range(2):
