@@ -65,10 +65,18 @@ class AsyncClient:
         return self._client.last_receipt
 
     async def infer(
-        self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0, audit: Audit | None = None
+        self,
+        name: str,
+        *inputs: Array,
+        version: int = 0,
+        timeout: float = 60.0,
+        audit: Audit | None = None,
+        receipts: list[Receipt] | None = None,
     ) -> Any:
         """See `Client.infer`."""
-        return await self._run(self._client.infer, name, *inputs, version=version, timeout=timeout, audit=audit)
+        return await self._run(
+            self._client.infer, name, *inputs, version=version, timeout=timeout, audit=audit, receipts=receipts
+        )
 
     async def generate(
         self,
@@ -92,9 +100,11 @@ class AsyncClient:
         finally:
             answer.cancel()
 
-    async def embed(self, name: str, texts: Sequence[str], *, timeout: float = 60.0) -> list[torch.Tensor]:
+    async def embed(
+        self, name: str, texts: Sequence[str], *, timeout: float = 60.0, receipts: list[Receipt] | None = None
+    ) -> list[torch.Tensor]:
         """See `Client.embed`."""
-        return await self._run(self._client.embed, name, texts, timeout=timeout)
+        return await self._run(self._client.embed, name, texts, timeout=timeout, receipts=receipts)
 
     async def models(self) -> list[Model]:
         """See `Client.models`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from mpcinfer.client.audit import Audit, audited
 from mpcinfer.client.cluster import CONNECT_TIMEOUT, LIST_TIMEOUT, Connection
 from mpcinfer.client.generation import Message, Prompt, Settings
-from mpcinfer.client.inputs import Array, encode_inputs, free_sizes
+from mpcinfer.client.inputs import Array, cut, encode_inputs, free_sizes
 from mpcinfer.client.locate import AnyPath
 from mpcinfer.client.model import Model, TensorSpec
 from mpcinfer.client.outputs import Cost, cost_of, output_of, total
@@ -35,7 +34,7 @@ from mpcinfer.errors import (
     ProtocolError,
     StoreError,
 )
-from mpcinfer.graph.sizes import BATCH, filled
+from mpcinfer.graph.sizes import filled
 from mpcinfer.models.vocabulary import Vocabulary
 from mpcinfer.ring.codec import check_indices
 from mpcinfer.ring.domain import Ring
@@ -48,7 +47,6 @@ from mpcinfer.trust.receipt import Receipt
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
 
-MAX_REQUEST_BYTES = 64 * 2**20
 _READY_TIMEOUT = 15.0
 GENERATE_TIMEOUT = 3600.0
 
@@ -117,7 +115,13 @@ class Client:
         return self._connection.manifest
 
     def infer(
-        self, name: str, *inputs: Array, version: int = 0, timeout: float = 60.0, audit: Audit | None = None
+        self,
+        name: str,
+        *inputs: Array,
+        version: int = 0,
+        timeout: float = 60.0,
+        audit: Audit | None = None,
+        receipts: list[Receipt] | None = None,
     ) -> Any:
         """Evaluate the model `name` (version 0: the newest) on `inputs`, within `timeout` seconds.
 
@@ -127,21 +131,22 @@ class Client:
         Nothing leaves this process before ShapeError, DtypeError and RangeError are ruled out. When a party fails in
         the middle, the request is shared afresh and sent once more as soon as the parties are ready.
         audit: send canaries among the requests, each with `timeout` seconds of its own; TamperingError for one that is
-        answered wrong: what was to follow is not sent then.
+        answered wrong: what was to follow is not sent then. receipts: a list that is given what the parties have
+        signed about each of the requests, in their order, where several threads would race for `last_receipt`.
         """
         deadline = time.monotonic() + timeout
         model, audit = self._model(name, version, deadline), audit or self.audit
         if model.context:
             raise InputError(f"{name!r} is a language model: it generates")
         try:
-            return self._infer(model, inputs, deadline, timeout, audit)
+            return self._infer(model, inputs, deadline, timeout, audit, receipts)
         except NotFoundError:
             # The version has been removed, or deployed anew, since it was looked up.
             self._models.pop((name, model.version), None)
             found = self._model(name, version, deadline)
             if found == model:
                 raise
-            return self._infer(found, inputs, deadline, timeout, audit)
+            return self._infer(found, inputs, deadline, timeout, audit, receipts)
 
     def generate(
         self,
@@ -196,10 +201,13 @@ class Client:
         """The canaries in a file, checked to be signed by an owner of this cluster: for `Audit`."""
         return canaries.read(Path(path), self._connection.cluster)
 
-    def embed(self, name: str, texts: Sequence[str], *, timeout: float = 60.0) -> list[torch.Tensor]:
+    def embed(
+        self, name: str, texts: Sequence[str], *, timeout: float = 60.0, receipts: list[Receipt] | None = None
+    ) -> list[torch.Tensor]:
         """What an encoder makes of each text: one vector, float32. Texts of equal length share a request.
 
-        InputError for a model that was deployed without a tokenizer, or makes no vector of a text.
+        receipts: as for `infer`; the shortest texts' come first. InputError for a model that was deployed without a
+        tokenizer, or makes no vector of a text.
         """
         deadline = time.monotonic() + timeout
         model = self._model(name, 0, deadline)
@@ -214,7 +222,7 @@ class Client:
             groups = [places] if batched else [[i] for i in places]
             for group in groups:
                 x = torch.stack([ids[i] for i in group]) if batched else ids[group[0]]
-                y = self.infer(name, x, version=model.version, timeout=deadline - time.monotonic())
+                y = self.infer(name, x, version=model.version, timeout=deadline - time.monotonic(), receipts=receipts)
                 found.update(zip(group, y if batched else [y], strict=True))
         return [found[i].reshape(-1) for i in range(len(ids))]
 
@@ -300,14 +308,22 @@ class Client:
             pass
 
     def _infer(
-        self, model: Model, inputs: Sequence[Array], deadline: float, timeout: float, audit: Audit | None
+        self,
+        model: Model,
+        inputs: Sequence[Array],
+        deadline: float,
+        timeout: float,
+        audit: Audit | None,
+        receipts: list[Receipt] | None,
     ) -> Any:
-        parts = _requests(model, encode_inputs(model, inputs))
+        parts = cut(model, encode_inputs(model, inputs))
         if audit is None:
             answers = [self._answer(model, part, deadline) for part in parts]
         else:
             answers = [self._audited(model, part, timeout, audit) for part in parts]
         self._proven, self.last_cost = answers[-1], total([each.cost for each in answers])
+        if receipts is not None:
+            receipts += [each.receipt for each in answers]
         as_torch = any(isinstance(x, torch.Tensor) for x in inputs)
         outputs: list[Array] = []
         for position, spec in enumerate(model.outputs):
@@ -375,24 +391,6 @@ class Client:
             output_of(answers, i, *expected) for i, expected in enumerate(zip(model.outputs, shapes, strict=True))
         ]
         return Answered(outputs, cost_of(answers), proof.check(answers))
-
-
-def _requests(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The inputs cut along the batch into requests of at most MAX_REQUEST_BYTES, as are their answers."""
-    free = free_sizes(model, inputs)
-    size = 8 * sum(x.numel() for x in inputs)
-    answer = 8 * sum(math.prod(filled(spec.shape, free)) for spec in model.outputs)
-    if max(size, answer) <= MAX_REQUEST_BYTES:
-        return [inputs]
-    batch = next((value for s, value in zip(model.sizes, free, strict=False) if s.name == BATCH), 1)
-    # only where a row of each output is made of the rows of the inputs with its number
-    rows = MAX_REQUEST_BYTES // max(1, max(size, answer) // batch)
-    if not rows or not all(spec.shape[:1] == (-1,) for spec in (*model.inputs, *model.outputs)) or batch == 1:
-        raise InputError(
-            f"the inputs take {size >> 20} MiB and the outputs {answer >> 20} MiB as shares; one request carries "
-            f"{MAX_REQUEST_BYTES >> 20} MiB, and this one cannot be cut along its batch"
-        )
-    return [[x[first : first + rows] for x in inputs] for first in range(0, batch, rows)]
 
 
 def _message(spec: TensorSpec, shape: Sequence[int], **content: bytes) -> tensor_pb2.Tensor:

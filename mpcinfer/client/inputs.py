@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from mpcinfer.client.model import Model, TensorSpec
 from mpcinfer.errors import DtypeError, InputError, RangeError
-from mpcinfer.graph.sizes import solve
+from mpcinfer.graph.sizes import BATCH, filled, solve
 from mpcinfer.ring.codec import FixedPoint, check_indices
 
 Array = torch.Tensor | np.ndarray[Any, Any]
+
+MAX_REQUEST_BYTES = 64 * 2**20
 
 
 def encode_inputs(model: Model, inputs: Sequence[Array]) -> list[torch.Tensor]:
@@ -29,6 +32,24 @@ def encode_inputs(model: Model, inputs: Sequence[Array]) -> list[torch.Tensor]:
 def free_sizes(model: Model, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """The free sizes of a request; InputError, ShapeError if the inputs do not fit."""
     return solve(model.sizes, [(v.name, v.shape) for v in model.inputs], [tuple(x.shape) for x in inputs])
+
+
+def cut(model: Model, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The inputs cut along the batch into requests of at most MAX_REQUEST_BYTES, as are their answers."""
+    free = free_sizes(model, inputs)
+    size = 8 * sum(x.numel() for x in inputs)
+    answer = 8 * sum(math.prod(filled(spec.shape, free)) for spec in model.outputs)
+    if max(size, answer) <= MAX_REQUEST_BYTES:
+        return [inputs]
+    batch = next((value for s, value in zip(model.sizes, free, strict=False) if s.name == BATCH), 1)
+    # only where a row of each output is made of the rows of the inputs with its number
+    rows = MAX_REQUEST_BYTES // max(1, max(size, answer) // batch)
+    if not rows or not all(spec.shape[:1] == (-1,) for spec in (*model.inputs, *model.outputs)) or batch == 1:
+        raise InputError(
+            f"the inputs take {size >> 20} MiB and the outputs {answer >> 20} MiB as shares; one request carries "
+            f"{MAX_REQUEST_BYTES >> 20} MiB, and this one cannot be cut along its batch"
+        )
+    return [[x[first : first + rows] for x in inputs] for first in range(0, batch, rows)]
 
 
 def _tensor(x: object, spec: TensorSpec) -> torch.Tensor:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(60)
 class FakeClient(FakeWriter):
     """A client whose answers are made here."""
 
-    def embed(self, name: str, texts: Sequence[str], *, timeout: float) -> list[torch.Tensor]:  # type: ignore[override]
+    def embed(self, name: str, texts: Sequence[str], *, timeout: float, **_: Any) -> list[torch.Tensor]:  # type: ignore[override]
         if name != "encoder":
             raise NotFoundError("no such model")
         return [torch.tensor([1.5, float(len(text))]) for text in texts]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpcinfer.client import data
+from mpcinfer.client import inputs
 from mpcinfer.client.aio import AsyncClient
 from mpcinfer.client.cluster import Connection
 from mpcinfer.client.data import Client
@@ -31,6 +31,7 @@ from mpcinfer.errors import (
     ShapeError,
     UnavailableError,
 )
+from mpcinfer.trust.receipt import Receipt
 from tests.client.fakes import FakeCluster, info, spec
 
 X = torch.tensor([[1.5, -2.0, 0.25], [1000.0, 0.0, -0.001]])
@@ -133,11 +134,15 @@ def test_the_cost_is_that_of_the_slowest_party_and_of_the_whole_dealer(world: Fa
 
 def test_a_large_batch_is_sent_in_parts(world: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     world.deploy(SAME)
-    monkeypatch.setattr(data, "MAX_REQUEST_BYTES", 8 * 3 * 4)
+    monkeypatch.setattr(inputs, "MAX_REQUEST_BYTES", 8 * 3 * 4)
     x = torch.arange(30.0).reshape(10, 3)
+    receipts: list[Receipt] = []
     with client_of(world) as client:
-        assert torch.equal(client.infer("same", x), x)
+        assert torch.equal(client.infer("same", x, receipts=receipts), x)
         assert client.last_cost is not None and client.last_cost["online"]["rounds"] == 24
+        assert client.last_receipt is receipts[-1]
+    # each request has its own
+    assert [r.id for r in receipts] == [r.request_id.hex() for r in world.parties[0].inferences]
     assert [r.inputs[0].shape[0] for r in world.parties[0].inferences] == [4, 4, 2]
     assert len({r.request_id for r in world.parties[0].inferences}) == 3
 
@@ -145,7 +150,7 @@ def test_a_large_batch_is_sent_in_parts(world: FakeCluster, monkeypatch: pytest.
 def test_what_cannot_be_cut_is_refused(world: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed, whole = spec("x", 4, 3), info("whole", [spec("x", -1, 3)], [spec("y", 3)])
     world.deploy(SAME, info("fixed", [fixed], [fixed]), whole)
-    monkeypatch.setattr(data, "MAX_REQUEST_BYTES", 23)
+    monkeypatch.setattr(inputs, "MAX_REQUEST_BYTES", 23)
     with client_of(world) as client:
         for name, x in [("same", X), ("fixed", torch.zeros(4, 3)), ("whole", X)]:
             with pytest.raises(InputError, match="MiB"):
@@ -399,6 +404,24 @@ def test_calls_of_the_async_client_run_at_the_same_time(world: FakeCluster) -> N
 
     for i, answer in enumerate(asyncio.run(main())):
         assert torch.allclose(answer, X + i, atol=2**-15)
+
+
+def test_threads_that_share_a_client_have_their_own_receipts(world: FakeCluster) -> None:
+    """`last_receipt` is of the answer that came last, whoever asked: here always the other's."""
+    world.deploy(SAME)
+    found: list[list[Receipt]] = [[], []]
+    with client_of(world) as client:
+
+        async def main() -> None:
+            together = threading.Barrier(2)
+            world.parties[0].before = lambda method: together.wait(10) and None if method == "Infer" else None
+            await asyncio.gather(
+                *(asyncio.to_thread(client.infer, "same", X[: i + 1], receipts=found[i]) for i in range(2))
+            )
+
+        asyncio.run(main())
+    by_rows = {r.inputs[0].shape[0]: r.request_id.hex() for r in world.parties[0].inferences}
+    assert [[r.id for r in each] for each in found] == [[by_rows[1]], [by_rows[2]]]
 
 
 def test_threads_may_share_a_client(world: FakeCluster) -> None:

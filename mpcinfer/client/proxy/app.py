@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mpcinfer.client.proxy import requests, shapes
-from mpcinfer.client.proxy.backend import Backend, PartyCard
+from mpcinfer.client.proxy.backend import Backend, Embedded, PartyCard
 from mpcinfer.client.proxy.body import ParameterError
 from mpcinfer.client.proxy.failures import refusal
 from mpcinfer.client.proxy.guard import Guard, is_loopback
@@ -96,7 +96,7 @@ class Proxy:
         self, request: Request, wanted: requests.Writing, shape: Completions | Responses, *, early: bool = False
     ) -> Response:
         answers = Answers(self._backend, self.meter, self._gate, wanted, lambda found: self._keep(shape.id, found))
-        where = {"X-Mpcinfer-Receipt": f"/v1/receipts/{shape.id}"}
+        where = _where(shape.id)
         try:
             if not wanted.stream:
                 return JSONResponse(await unless_gone(request.receive, shape.whole(answers)), headers=where)
@@ -117,19 +117,22 @@ class Proxy:
         wanted = requests.embedding(await self._body(request))
         self._gate.enter()
         try:
-            vectors, tokens = await unless_gone(request.receive, self._vectors(wanted))
+            found = await unless_gone(request.receive, self._embedded(wanted))
         finally:
             self._gate.leave()
-        return JSONResponse(shapes.embeddings(wanted.model, vectors, tokens, as_base64=wanted.base64))
+        id_ = shapes.new_id("embd-")
+        self._keep(id_, [receipt for each in found for receipt in each.receipts])
+        vectors, tokens = [each.vector for each in found], sum(each.tokens for each in found)
+        content = shapes.embeddings(wanted.model, vectors, tokens, as_base64=wanted.base64)
+        return JSONResponse(content, headers=_where(id_))
 
-    async def _vectors(self, wanted: requests.Embedding) -> tuple[list[list[float]], int]:
-        vectors, total = [], 0
+    async def _embedded(self, wanted: requests.Embedding) -> list[Embedded]:
+        found = []
         for text in wanted.texts:
-            vector, tokens = await asyncio.to_thread(self._backend.embed, wanted.model, text, self._backend.timeout)
-            self.meter.embedded(tokens)
-            vectors.append(vector)
-            total += tokens
-        return vectors, total
+            each = await asyncio.to_thread(self._backend.embed, wanted.model, text, self._backend.timeout)
+            self.meter.embedded(each.tokens)
+            found.append(each)
+        return found
 
     # --- looking -------------------------------------------------------------------------------------------------
 
@@ -193,6 +196,11 @@ class Proxy:
             return json.loads(b"".join(chunks), parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             raise ParameterError("the body is no JSON") from None
+
+
+def _where(id_: str) -> dict[str, str]:
+    """The header that says where the receipts of an answer are."""
+    return {"X-Mpcinfer-Receipt": f"/v1/receipts/{id_}"}
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,11 +14,23 @@ from mpcinfer.client.status import PartyStatus
 from mpcinfer.config import Cluster
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.trust.manifest import Manifest
+from mpcinfer.trust.receipt import Receipt
 
 # a text, or the ids of one
 Text = str | Sequence[int]
-# name, text, seconds: the vector, and how many tokens the text has
-Embed = Callable[[str, Text, float], tuple[list[float], int]]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The vector of a text, how many tokens the text has, and what the parties have signed about it."""
+
+    vector: list[float] = field(repr=False)
+    tokens: int
+    receipts: list[Receipt]
+
+
+# name, text, seconds
+Embed = Callable[[str, Text, float], Embedded]
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,14 @@ class Backend:
 class TextClient(Writer, Protocol):
     """The part of `mpcinfer.client.data.Client` that deals with text."""
 
-    def embed(self, name: str, texts: Sequence[str], *, timeout: float) -> list[torch.Tensor]:
-        """A vector per text."""
+    def embed(
+        self, name: str, texts: Sequence[str], *, timeout: float, receipts: list[Receipt] | None = None
+    ) -> list[torch.Tensor]:
+        """A vector per text; `receipts` is given what the parties sign."""
         ...
 
-    def infer(self, name: str, *inputs: torch.Tensor, timeout: float) -> Any:
-        """The output for inputs that are numbers already."""
+    def infer(self, name: str, *inputs: torch.Tensor, timeout: float, receipts: list[Receipt] | None = None) -> Any:
+        """The output for inputs that are numbers already; `receipts` is given what the parties sign."""
         ...
 
     def count_tokens(self, name: str, text: str) -> int:
@@ -104,13 +118,14 @@ def of_client(client: TextClient, cluster: Cluster, *, timeout: float = 600.0) -
             for s in client.status()
         ]
 
-    def embed(name: str, text: Text, seconds: float) -> tuple[list[float], int]:
+    def embed(name: str, text: Text, seconds: float) -> Embedded:
+        receipts: list[Receipt] = []
         if isinstance(text, str):
-            (vector,) = client.embed(name, [text], timeout=seconds)
-            return vector.flatten().tolist(), client.count_tokens(name, text)
-        output = client.infer(name, torch.tensor(list(text), dtype=torch.int64), timeout=seconds)
+            (vector,) = client.embed(name, [text], timeout=seconds, receipts=receipts)
+            return Embedded(vector.flatten().tolist(), client.count_tokens(name, text), receipts)
+        output = client.infer(name, torch.tensor(list(text), dtype=torch.int64), timeout=seconds, receipts=receipts)
         if not isinstance(output, torch.Tensor) or output.numel() != output.shape[-1]:
             raise UnsupportedError(f"model {name!r} does not give one vector for a list of tokens")
-        return output.flatten().tolist(), len(text)
+        return Embedded(output.flatten().tolist(), len(text), receipts)
 
     return Backend(client, models, parties, embed, timeout, lambda: client.manifest)

@@ -15,6 +15,7 @@ import pytest
 
 from mpcinfer.client.generation import Prompt, Settings
 from mpcinfer.client.proxy.app import create_app, server
+from mpcinfer.client.proxy.backend import Embedded, Text
 from tests.client.proxy.writer import FakeGeneration, FakeWriter
 
 
@@ -47,6 +48,9 @@ class Slot(FakeWriter):
 
     def generate(self, name: str, prompt: Prompt, settings: Settings, *, timeout: float) -> FakeGeneration:
         return self.current.generate(name, prompt, settings, timeout=timeout)
+
+    def embed(self, name: str, text: Text, timeout: float) -> Embedded:
+        return self.current.embed(name, text, timeout)
 
 
 @pytest.fixture(scope="module")

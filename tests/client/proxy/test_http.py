@@ -338,6 +338,24 @@ def test_receipts_of_what_was_written_can_be_asked_for(http: httpx.Client, write
         assert http.get(wrong).status_code == 404
 
 
+def test_receipts_of_embeddings_are_by_input(http: httpx.Client, writer: FakeWriter) -> None:
+    def sign(text: Any) -> list[Any]:
+        return [SimpleNamespace(to_bytes=lambda: f"signed {text}".encode())]
+
+    writer.sign = sign
+    for given, texts in (
+        ("a b", ["a b"]),
+        (["a b", "c"], ["a b", "c"]),
+        ([5, 6], [(5, 6)]),
+        ([[5], [6, 7]], [(5,), (6, 7)]),
+    ):
+        where = http.post("/v1/embeddings", json={"model": "encoder", "input": given}).headers["x-mpcinfer-receipt"]
+        found = [http.get(f"{where}?index={i}") for i in range(len(texts) + 1)]
+        assert [each.text for each in found[:-1]] == [f"signed {text}" for text in texts]
+        assert found[-1].status_code == 404 and http.get(where).text == f"signed {texts[0]}"
+    assert "x-mpcinfer-receipt" not in http.post("/v1/embeddings", json={"model": "other", "input": "a"}).headers
+
+
 def test_only_the_last_receipts_are_kept() -> None:
     proxy = Proxy(FakeWriter().backend())
     for i in range(300):

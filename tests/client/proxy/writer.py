@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpcinfer.client.generation import Finish, Piece, Prompt, Settings, StepCost
-from mpcinfer.client.proxy.backend import Backend, ModelCard, PartyCard, Text
+from mpcinfer.client.proxy.backend import Backend, Embedded, ModelCard, PartyCard, Text
 from mpcinfer.errors import ContextLengthError, NotFoundError
 from mpcinfer.trust.receipt import Receipt
 
@@ -72,6 +73,7 @@ class FakeWriter:
     delay: float = 0.0
     answer: str = ""
     before: Callable[[int], None] = lambda number: None
+    sign: Callable[[Text], list[Any]] = lambda text: []  # what stands in for receipts of embeddings
     before_begin: Callable[[], None] = lambda: None
     begun: list[FakeGeneration] = field(default_factory=list)
     asked: list[tuple[Prompt, Settings, float]] = field(default_factory=list)
@@ -94,13 +96,14 @@ class FakeWriter:
         self.begun.append(generation)
         return generation
 
-    def embed(self, name: str, text: Text, timeout: float) -> tuple[list[float], int]:
+    def embed(self, name: str, text: Text, timeout: float) -> Embedded:
         """The number of words and of letters, or the ids."""
         if name != "encoder":
             raise NotFoundError("no such model is deployed here")
         if isinstance(text, str):
-            return [float(len(text.split())), float(len(text))], len(text.split())
-        return [float(i) for i in text], len(text)
+            vector = [float(len(text.split())), float(len(text))]
+            return Embedded(vector, len(text.split()), self.sign(text))
+        return Embedded([float(i) for i in text], len(text), self.sign(text))
 
     def backend(self) -> Backend:
         """All that the proxy needs."""
