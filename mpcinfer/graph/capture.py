@@ -19,6 +19,7 @@ from mpcinfer.graph.bounds import with_limits
 from mpcinfer.graph.caches import without_caches
 from mpcinfer.graph.export import Axes, exported_program, free_size, operator_name
 from mpcinfer.graph.fold import BATCH_NORM, constant_value, fold_batch_norms
+from mpcinfer.graph.gain import fold_gains
 from mpcinfer.graph.join import join_linears
 from mpcinfer.graph.layout import EMBEDDING, lay_out
 from mpcinfer.graph.probe import with_output_shapes
@@ -126,7 +127,9 @@ class _Translator:
             raise UnsupportedError(f"input {useless[0]!r} has integers, but is no index of an embedding")
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
         self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
-        self.nodes = join_linears(pool_before_relu(self.nodes, [r.name for r in self.results]), self.tensors)
+        results = [r.name for r in self.results]
+        self.nodes = join_linears(pool_before_relu(self.nodes, results), self.tensors)
+        self.nodes = fold_gains(self.nodes, self.tensors, results)
         self.nodes, self.weights = lay_out(self.nodes, self.tensors, self.public, self.open)
 
     def _placeholders(self, exported: ExportedProgram, public: Collection[str], axes: Sequence[Axes]) -> None:

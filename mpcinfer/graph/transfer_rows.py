@@ -33,14 +33,20 @@ def _low(x: Interval | None) -> torch.Tensor | None:
 
 
 def _normalised(
-    run: Evaluation, x: Interval, axes: Sequence[int], exact: Function, gain: Interval | None, bias: Interval | None
+    run: Evaluation,
+    x: Interval,
+    axes: Sequence[int],
+    exact: Function,
+    gain: Interval | None,
+    bias: Interval | None,
+    down: int,
 ) -> Interval:
     _squares(run, x, axes)
     if x.point:
-        return Interval.of(exact(x.low))
+        return Interval.of(exact(x.low) * 2.0**-down)
     count = math.prod(x.low.shape[a] for a in axes)
     largest = torch.full_like(x.low, math.sqrt(max(1, count)))
-    return _affine(run, Interval(-largest, largest), gain, bias)
+    return _affine(run, Interval(-largest, largest), gain, bias).times(2.0**-down)
 
 
 def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None) -> Interval:
@@ -61,11 +67,13 @@ def _layer_norm(
     bias: Interval | None = None,
     eps: float = 1e-5,
     *rest: Any,
+    down: int = 0,
     **options: Any,
 ) -> Interval:
-    gain, offset = _low(weight), _low(bias)
-    axes = range(-len(shape), 0)
-    return _normalised(run, x, axes, lambda t: functional.layer_norm(t, list(shape), gain, offset, eps), weight, bias)
+    def exact(t: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(t, list(shape), _low(weight), _low(bias), eps)
+
+    return _normalised(run, x, range(-len(shape), 0), exact, weight, bias, down)
 
 
 @bounds("aten.rms_norm.default")
@@ -75,12 +83,14 @@ def _rms_norm(
     shape: Sequence[int],
     weight: Interval | None = None,
     eps: float | None = None,
+    *,
+    down: int = 0,
     **options: Any,
 ) -> Interval:
-    part = _low(weight)
-    eps = 2.0**-23 if eps is None else eps
-    axes = range(-len(shape), 0)
-    return _normalised(run, x, axes, lambda t: functional.rms_norm(t, list(shape), part, eps), weight, None)
+    def exact(t: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(t, list(shape), _low(weight), 2.0**-23 if eps is None else eps)
+
+    return _normalised(run, x, range(-len(shape), 0), exact, weight, None, down)
 
 
 def _channels(x: Interval, parameter: Interval | None) -> Interval | None:

@@ -66,10 +66,12 @@ async def standardise(
     centred: bool,
     shift: int = SHIFT,
     frac_bits: int | None = None,
+    down: int = 0,
 ) -> Shared:
     """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis, [*S, n]; without `centred`, x / rms(x).
 
     frac_bits: of the result; x may have more (see `graph.postpone`), which it loses when it is squared.
+    down: the result is 2^-down of it, where `graph.gain` has given the gain to the next layers.
 
     Input: sum (x - mean)^2 < 2^(62 - 2 (frac_bits - shift)), and rows whose deviation is below
     2^(shift - frac_bits + 8) lose precision. The variance itself may be anything, zero too, where the result is `bias`.
@@ -88,7 +90,7 @@ async def standardise(
     z = await truncated_product(ctx, inverse, inverse.frac_bits - inverse_bits, scaled)
     if bias is not None:
         z = z + bias.rescaled(z.frac_bits)
-    return await truncate(ctx, z, z.frac_bits - frac_bits)
+    return Shared((await truncate(ctx, z, z.frac_bits - frac_bits + down)).share, frac_bits)
 
 
 async def _gained(ctx: Context, y: Shared, gain: Shared | None) -> Shared:
@@ -119,10 +121,12 @@ async def layer_norm(
     *,
     shift: int = SHIFT,
     frac_bits: int | None = None,
+    down: int = 0,
 ) -> Shared:
     """torch.layer_norm; see `standardise`."""
     row = _joined(x, len(shape))
-    y = await standardise(ctx, row, eps, _row(weight), _row(bias), centred=True, shift=shift, frac_bits=frac_bits)
+    gain, offset = _row(weight), _row(bias)
+    y = await standardise(ctx, row, eps, gain, offset, centred=True, shift=shift, frac_bits=frac_bits, down=down)
     return y.map(lambda t: t.reshape(x.shape))
 
 
@@ -136,11 +140,12 @@ async def rms_norm(
     *,
     shift: int = SHIFT,
     frac_bits: int | None = None,
+    down: int = 0,
 ) -> Shared:
     """torch.rms_norm; see `standardise`. Without eps, torch's own for float32."""
     eps = 2.0**-23 if eps is None else eps
     row = _joined(x, len(shape))
-    y = await standardise(ctx, row, eps, _row(weight), None, centred=False, shift=shift, frac_bits=frac_bits)
+    y = await standardise(ctx, row, eps, _row(weight), None, centred=False, shift=shift, frac_bits=frac_bits, down=down)
     return y.map(lambda t: t.reshape(x.shape))
 
 
