@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,7 +65,8 @@ def pin(
     identity: IdentityPath = None,
     as_json: Json = False,
 ) -> None:
-    """Show who the parties are and what they run, and hold them to it from now on.
+    """Show who the parties are and what they run, and hold them to it from now on. Who was pinned before is kept for
+    old receipts.
 
     Connections made with this cluster file then refuse, before anything is sent, parties of which any of it changes.
     """
@@ -78,7 +80,7 @@ def pin(
     demands = Demands.unpinned() if not check else replace(Demands.unpinned(), pin=before)
     with Connection(*locate(cluster, identity), demands=demands) as connection:
         manifest = connection.manifest
-    found = Pin(manifest.members)
+    found = Pin(manifest.members).after(before, time.time())
     changed = before.changes(found) if before is not None else []
     if not check:
         found.save(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,12 +50,20 @@ def verify_receipt(
     cluster: ClusterPath = CLUSTER,
     as_json: Json = False,
 ) -> None:
-    """Check a receipt: signatures, keys, that all parties say the same; with its salts, which shares it is about."""
+    """Check a receipt: signatures, keys, that all parties say the same; with its salts, which shares it is about.
+
+    The keys are those of the parties that were pinned when it was signed (`mpcinfer pin`), else those in the cluster
+    file.
+    """
     from mpcinfer.client.locate import cluster_file
+    from mpcinfer.client.manifest import Demands
     from mpcinfer.config import Cluster
     from mpcinfer.trust.receipt import Receipt
 
-    receipt = Receipt.load(file, Cluster.load(cluster_file(cluster)))
+    pinned = Demands.find(cluster).pin
+    receipt = Receipt.load(file, Cluster.load(cluster_file(cluster)), pinned)
+    then = pinned.find(receipt.shared["manifest"]) if pinned is not None else None
+    until = then.until if then is not None and math.isfinite(then.until) else None
     for index, data in _messages(request).items():
         receipt.check_request(_within(index, receipt), _inputs(receipt, data[-1]))
     for index, data in _messages(response).items():
@@ -62,10 +71,15 @@ def verify_receipt(
     for path in log or ():
         _check_line(receipt, path)
     if as_json:
-        print_json({"valid": True, **receipt.shared, "parties": [dict(own) for own in receipt.own]})
+        print_json(
+            {"valid": True, "pinned_until": until, **receipt.shared, "parties": [dict(own) for own in receipt.own]}
+        )
         return
     said = receipt.shared
-    print(f"valid: signed by all {said['parties']} parties")
+    whose = ""
+    if until is not None:
+        whose = f" as they were pinned until {time.strftime('%Y-%m-%d %H:%M', time.gmtime(until))} UTC"
+    print(f"valid: signed by all {said['parties']} parties{whose}")
     print(
         f"{said['action']} of {said['model']} version {said['version']} for {said['client']}, request {said['request']}"
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mpcinfer.config import Cluster
 from mpcinfer.errors import ConfigError, ManifestError
 from mpcinfer.trust import evidence
-from mpcinfer.trust.facts import Facts
+from mpcinfer.trust.facts import Facts, digest
 
 FORMAT = 1
 _AGAIN = "Ask the operators whether they meant it, then pin the parties again with `mpcinfer pin`"
@@ -41,10 +42,38 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Pin:
-    """All parties and then witnesses, by index, as they were."""
+class Earlier:
+    """Who was pinned until a time (in Unix seconds), when others were."""
 
     members: tuple[Member, ...]
+    until: float
+
+
+@dataclass(frozen=True)
+class Pin:
+    """All parties and then witnesses, by index, as they were; and who was pinned before, the oldest first.
+
+    Whoever was pinned before is held to nothing any more and connected to no more: it is what old receipts are checked
+    with.
+    """
+
+    members: tuple[Member, ...]
+    earlier: tuple[Earlier, ...] = ()
+
+    def after(self, before: Pin | None, now: float) -> Pin:
+        """This pin as the successor of another at a time in Unix seconds."""
+        if before is None:
+            return self
+        own, past = _manifest(self.members), before.earlier
+        if _manifest(before.members) != own:
+            past = (*past, Earlier(before.members, now))
+        last = {_manifest(each.members): each for each in past}  # of those that were pinned twice
+        return replace(self, earlier=tuple(each for each in past if each is last[_manifest(each.members)]))
+
+    def find(self, manifest: str) -> Earlier | None:
+        """Who was pinned, now (until then: infinity) or before, if the digest of their manifest is this one."""
+        known = (*self.earlier, Earlier(self.members, math.inf))
+        return next((each for each in reversed(known) if _manifest(each.members) == manifest), None)
 
     def check_cluster(self, cluster: Cluster) -> None:
         """ManifestError if it was made for another cluster file."""
@@ -84,10 +113,11 @@ class Pin:
                     f"the evidence of {member.facts.role} ({member.facts.evidence}) was not checked, so it cannot be "
                     "pinned: say where its collateral is, in MPCINFER_COLLATERAL"
                 )
-        entries = [{"facts": m.facts.to_json(), "measured": dict(m.measured or {})} for m in self.members]
+        content = {"format": FORMAT, "parties": _entries(self.members)}
+        content["earlier"] = [{"until": each.until, "parties": _entries(each.members)} for each in self.earlier]
         fresh = path.with_name(path.name + ".new")
         try:
-            fresh.write_text(json.dumps({"format": FORMAT, "parties": entries}, indent=1) + "\n", encoding="utf-8")
+            fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             os.replace(fresh, path)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
@@ -97,15 +127,31 @@ class Pin:
         """Read a pin file; ConfigError if it is none."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or not data["parties"]:
+            if data["format"] != FORMAT:
                 raise ValueError("another format")
-            return Pin(tuple(Member(Facts.from_json(p["facts"]), _texts(p["measured"])) for p in data["parties"]))
+            earlier = [Earlier(_members(e["parties"]), float(e["until"])) for e in data.get("earlier", ())]
+            return Pin(_members(data["parties"]), tuple(earlier))
         except OSError as error:
             raise ConfigError(f"cannot read the pin {path}: {error.strerror or 'unreadable'}") from error
         except (ValueError, KeyError, TypeError, RecursionError, ManifestError) as error:
             raise ConfigError(
                 f"{path} is no pin of this release: restore it, or make it anew with `mpcinfer pin`"
             ) from error
+
+
+def _manifest(members: Sequence[Member]) -> str:
+    return digest([member.facts for member in members]).hex()
+
+
+def _entries(members: Sequence[Member]) -> list[dict[str, Any]]:
+    return [{"facts": m.facts.to_json(), "measured": dict(m.measured or {})} for m in members]
+
+
+def _members(entries: Any) -> tuple[Member, ...]:
+    """The inverse; ValueError if there is none."""
+    if not entries:
+        raise ValueError("no parties")
+    return tuple(Member(Facts.from_json(entry["facts"]), _texts(entry["measured"])) for entry in entries)
 
 
 def differences(pinned: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from mpcinfer.config import Cluster
 from mpcinfer.errors import ConfigError, SignatureError, TamperingError
 from mpcinfer.trust.chain import Head
 from mpcinfer.trust.commitment import answers_commitment, salt_commitment, upload_commitment
-from mpcinfer.trust.signing import Signed, open_signed
+from mpcinfer.trust.facts import digest
+from mpcinfer.trust.pin import Earlier, Pin
+from mpcinfer.trust.signing import Signed, Statement, open_pinned, open_signed
 from mpcinfer.wire.v1 import tensor_pb2
 
 PURPOSE = "receipt"
@@ -67,8 +69,12 @@ class Receipt:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
     @staticmethod
-    def load(path: Path | str, cluster: Cluster) -> Receipt:
-        """The receipt in a file, verified. SignatureError for a file that is not exactly as it was written."""
+    def load(path: Path | str, cluster: Cluster, pin: Pin | None = None) -> Receipt:
+        """The receipt in a file, verified. SignatureError for a file that is not exactly as it was written.
+
+        pin: if the parties that have signed are pinned in it, now or before, they are held to the keys that they had
+        then; all others to those in the cluster file.
+        """
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -77,7 +83,12 @@ class Receipt:
             content = json.loads(data)
             statements = [Signed.from_json(each) for each in content["statements"]]
             salts = [bytes.fromhex(each) for each in content.get("salts", ())]
-            receipt = Receipt.verify(statements, cluster, salts)
+            then = pin.find(json.loads(statements[0].payload)["manifest"]) if pin is not None and statements else None
+            receipt = (
+                Receipt.verify(statements, cluster, salts)
+                if then is None
+                else Receipt.verify_pinned(statements, then, salts)
+            )
             if receipt.to_bytes(salts="salts" in content) != data:
                 raise ValueError("not as it was written")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -90,19 +101,31 @@ class Receipt:
 
         SignatureError if a statement is missing or does not hold, TamperingError if the parties do not agree.
         """
-        if len(statements) != cluster.n or len(salts) not in (0, cluster.n):
-            raise SignatureError(f"a receipt of this cluster has {cluster.n} statements, one of each party")
-        contents = [_opened(index, statement, cluster) for index, statement in enumerate(statements)]
-        for index, (content, salt) in enumerate(zip(contents, salts, strict=False)):
-            if not _same(salt_commitment(salt), content["salt"]):
-                raise SignatureError(f"the salt of party {index} is not the one that the receipt is about")
-        shared = [{key: value for key, value in content.items() if key not in OWN} for content in contents]
-        for index, other in enumerate(shared):
-            different = sorted(key for key in other if other[key] != shared[0][key])
-            if different:
-                raise TamperingError(f"parties 0 and {index} signed different receipts: {', '.join(different)} differ")
-        own = tuple({key: content[key] for key in OWN} for content in contents)
-        return Receipt(tuple(statements), shared[0], own, tuple(salts))
+        return _checked(
+            statements, salts, cluster.n, lambda i, signed: open_signed(signed, cluster, PURPOSE, past=True)
+        )
+
+    @staticmethod
+    def verify_pinned(statements: Sequence[Signed], then: Earlier, salts: Sequence[bytes] = ()) -> Receipt:
+        """The same by the keys of parties that are pinned, or were, whatever the cluster file says today.
+
+        SignatureError also if a party signed it after others were pinned.
+        """
+        parties = [m.facts for m in then.members if m.facts.role.startswith("party/")]
+
+        def opened(index: int, signed: Signed) -> Statement:
+            facts = parties[index]
+            return open_pinned(signed, facts.role, facts.key_pin, bytes.fromhex(facts.signing_key), PURPOSE)
+
+        receipt = _checked(statements, salts, len(parties), opened)
+        if receipt.shared["manifest"] != digest([m.facts for m in then.members]).hex():
+            raise SignatureError("the receipt is of parties with another manifest than the one it is checked by")
+        for index, own in enumerate(receipt.own):
+            if own["time"] > then.until:
+                raise SignatureError(
+                    f"party {index} signed this with a key that was replaced before: nobody should have had it any more"
+                )
+        return receipt
 
     def check_shares(self, index: int, upload: bytes, answered: bytes, answers: int) -> None:
         """TamperingError unless these are the commitments that party `index` signed, after so many answers."""
@@ -135,13 +158,31 @@ class Receipt:
         return self.salts[index]
 
 
-def _opened(index: int, signed: Signed, cluster: Cluster) -> dict[str, Any]:
+def _checked(
+    statements: Sequence[Signed], salts: Sequence[bytes], parties: int, opened: Callable[[int, Signed], Statement]
+) -> Receipt:
+    """The receipt that these statements make, each of which `opened` checks to be that of the party with its index."""
+    if len(statements) != parties or len(salts) not in (0, parties):
+        raise SignatureError(f"a receipt of this cluster has {parties} statements, one of each party")
+    contents = [_content(index, opened(index, signed), signed, parties) for index, signed in enumerate(statements)]
+    for index, (content, salt) in enumerate(zip(contents, salts, strict=False)):
+        if not _same(salt_commitment(salt), content["salt"]):
+            raise SignatureError(f"the salt of party {index} is not the one that the receipt is about")
+    shared = [{key: value for key, value in content.items() if key not in OWN} for content in contents]
+    for index, other in enumerate(shared):
+        different = sorted(key for key in other if other[key] != shared[0][key])
+        if different:
+            raise TamperingError(f"parties 0 and {index} signed different receipts: {', '.join(different)} differ")
+    own = tuple({key: content[key] for key in OWN} for content in contents)
+    return Receipt(tuple(statements), shared[0], own, tuple(salts))
+
+
+def _content(index: int, statement: Statement, signed: Signed, parties: int) -> dict[str, Any]:
     """What party `index` says."""
-    statement = open_signed(signed, cluster, PURPOSE, past=True)
     content = statement.content
     if statement.role != f"party/{index}" or content.get("party") != index:
         raise SignatureError(f"{statement.role} signed where party/{index} should have")
-    if set(content) != OWN | SHARED or content["format"] != FORMAT or content["parties"] != cluster.n:
+    if set(content) != OWN | SHARED or content["format"] != FORMAT or content["parties"] != parties:
         raise SignatureError(f"what party {index} signed is no receipt of this format")
     # else bytes around the certificate in its file could be changed unnoticed
     if content["certificate"] != hashlib.sha256(signed.certificate).hexdigest():

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -23,7 +23,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from mpcinfer.canonical import canonical
 from mpcinfer.config import Cluster
 from mpcinfer.errors import SignatureError
-from mpcinfer.wire.identity import Identity, Peer, check_certificate
+from mpcinfer.wire.identity import Identity, Peer, check_certificate, key_pin
 from mpcinfer.wire.v1 import trust_pb2
 
 _KEY = b"mpcinfer v1 signing key"
@@ -126,6 +126,19 @@ def open_signed(signed: Signed, cluster: Cluster, purpose: str, *, past: bool = 
     return _said(signed, _vouched_for(signed, cluster, past=past), purpose)
 
 
+def open_pinned(signed: Signed, role: str, pin: str, key: bytes, purpose: str) -> Statement:
+    """As `open_signed`, where both keys of the role are known: whatever the cluster file pins today, and whoever has
+    issued the certificate. SignatureError for any other key."""
+    try:
+        own = signed.key == key and key_pin(signed.certificate) == pin
+    except (UnsupportedAlgorithm, ValueError) as error:  # nobody's signature was looked at yet
+        raise SignatureError(f"the certificate of {role} is damaged") from error
+    if not own:
+        raise SignatureError(f"the {purpose} of {role} was signed with another key than the one pinned for it then")
+    _check_binding(signed, role)
+    return _said(signed, Peer(role, pin), purpose)
+
+
 class Keyring:
     """Checks statement after statement of a cluster's members: whose a key is, once for each."""
 
@@ -146,14 +159,19 @@ class Keyring:
 def _vouched_for(signed: Signed, cluster: Cluster, *, past: bool) -> Peer:
     """Whose certificate vouches for the key that has signed."""
     peer = check_certificate(signed.certificate, cluster, past=past)
+    _check_binding(signed, peer.role)
+    return peer
+
+
+def _check_binding(signed: Signed, role: str) -> None:
+    """SignatureError unless the certificate's key has signed the signing key."""
     tls = load_pem_x509_certificate(signed.certificate).public_key()
     try:
         if not isinstance(tls, ec.EllipticCurvePublicKey):
             raise ValueError("not a key of this system")
         tls.verify(signed.binding, _BINDING + signed.key, ec.ECDSA(SHA256()))
     except (InvalidSignature, ValueError) as error:
-        raise SignatureError(f"the signature of {peer.role} does not hold: its key is not its own") from error
-    return peer
+        raise SignatureError(f"the signature of {role} does not hold: its key is not its own") from error
 
 
 def _said(signed: Signed, peer: Peer, purpose: str) -> Statement:

@@ -11,7 +11,7 @@ from mpcinfer.party.audit import NAME, Audit
 from mpcinfer.trust.chain import Head
 from mpcinfer.wire.v1 import party_pb2
 from tests.cli.conftest import Shell
-from tests.client.fakes import FakeCluster
+from tests.client.fakes import FakeCluster, running
 
 ROWS = np.ones((2, 3), dtype=np.float32)
 
@@ -53,6 +53,30 @@ def test_and_which_shares_it_is_about(inferred: FakeCluster, shell: Shell) -> No
     assert "salts" not in Path("bare.json").read_text()
     bare = shell("verify-receipt", "bare.json", "--request", "0:request-0")
     assert bare.code == 1 and "without its salts" in bare.err
+
+
+def test_a_receipt_outlives_the_keys_it_was_signed_with(inferred: FakeCluster, shell: Shell, tmp_path: Path) -> None:
+    who = ("--identity", "client/a")
+    assert shell("pin", *who).code == 0
+    shell("infer", "same", "x.npy", "--receipt", "old.json", *who)
+    for other in running(2):  # other keys everywhere, under another CA
+        for file in ("client-a.key", "client-a.pem"):
+            Path(file).unlink()
+        other.write(tmp_path, "client/a")
+        kept = shell("verify-receipt", "old.json")  # as it is pinned; the cluster file is another already
+        assert kept.code == 0 and kept.out.startswith("valid: signed by all 2 parties\n")
+        pinned = Path("manifest.pin").read_bytes()
+        assert shell("pin", *who).code == 0
+        again = shell("verify-receipt", "old.json")
+        assert again.code == 0 and "parties as they were pinned until 20" in again.out
+        assert shell("verify-receipt", "old.json", "--json").json["pinned_until"] > 1.7e9
+        # who has pinned these parties alone has never accepted the others' keys
+        Path("manifest.pin").unlink()
+        assert shell("pin", *who).code == 0
+        refused = shell("verify-receipt", "old.json")
+        assert refused.code == 1 and "was not issued by the CA" in refused.err
+        Path("manifest.pin").write_bytes(pinned)
+        assert shell("verify-receipt", "old.json").code == 0
 
 
 def logs(directory: Path) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,45 @@ def test_a_pin_is_read_as_it_was_written(parties: Parties, tmp_path: Path) -> No
     assert Pin.load(file) == pin
     with pytest.raises(ConfigError, match="cannot write"):
         pin.save(tmp_path / "nowhere" / "manifest.pin")
+
+
+def test_a_pin_remembers_whom_it_has_replaced(parties: Parties, tmp_path: Path) -> None:
+    file = tmp_path / "manifest.pin"
+
+    def pinned(code: str) -> Pin:
+        return Pin(tuple(Member(replace(f, code=code), {}) for f in parties.facts))
+
+    def manifest(code: str) -> str:
+        return digest([m.facts for m in pinned(code).members]).hex()
+
+    pinned("aa").after(None, 1.0).save(file)
+    pinned("aa").after(Pin.load(file), 2.0).save(file)  # the same as before
+    assert Pin.load(file).earlier == () and Pin.load(file).find(manifest("bb")) is None
+    for now, code in ((3.0, "bb"), (4.0, "aa"), (5.0, "cc"), (6.0, "dd")):
+        pinned(code).after(Pin.load(file), now).save(file)
+    loaded = Pin.load(file)
+    assert [(e.members[0].facts.code, e.until) for e in loaded.earlier] == [("bb", 4.0), ("aa", 5.0), ("cc", 6.0)]
+    found = {code: loaded.find(manifest(code)) for code in ("aa", "bb", "cc", "dd", "ee")}
+    assert {code: each and each.until for code, each in found.items()} == {
+        **{"aa": 5.0, "bb": 4.0, "cc": 6.0},
+        **{"dd": math.inf, "ee": None},
+    }
+    # for connections the newest alone counts
+    with pytest.raises(ManifestError, match="is not what was pinned"):
+        loaded.check(pinned("aa").members[0].facts)
+
+
+def test_what_was_pinned_before_is_read_with_care(parties: Parties, tmp_path: Path) -> None:
+    file = tmp_path / "manifest.pin"
+    parties.pin().save(file)
+    good = json.loads(file.read_text())
+    for wrong in (1, [1], [{}], [{"until": 1.0, "parties": []}], [{"until": "x", "parties": good["parties"]}]):
+        file.write_text(json.dumps(good | {"earlier": wrong}))
+        with pytest.raises(ConfigError, match="is no pin of this release"):
+            Pin.load(file)
+    del good["earlier"]  # as it was written before there was anything to remember
+    file.write_text(json.dumps(good))
+    assert Pin.load(file) == parties.pin()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2, "parties": []}', '{"format": 1, "parties": [{}]}'])

@@ -6,13 +6,15 @@ import hashlib
 import hmac
 import json
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpcinfer.canonical import canonical
 from mpcinfer.config import Cluster, Endpoint
-from mpcinfer.errors import MpcInferError, SignatureError, TamperingError
+from mpcinfer.errors import IdentityError, MpcInferError, SignatureError, TamperingError
 from mpcinfer.trust import receipt as module
 from mpcinfer.trust.commitment import (
     answers_commitment,
@@ -21,6 +23,8 @@ from mpcinfer.trust.commitment import (
     salt_commitment,
     upload_commitment,
 )
+from mpcinfer.trust.facts import Facts, digest
+from mpcinfer.trust.pin import Member, Pin
 from mpcinfer.trust.receipt import SHARED, Receipt
 from mpcinfer.trust.signing import Signed, Signer, Statement
 from mpcinfer.wire import identity
@@ -159,6 +163,118 @@ def test_without_its_salts_nobody_can_say_which_shares_it_is_about(world: World,
     world.receipt().save(tmp_path / "receipt.json")
     with pytest.raises(SignatureError, match="saved without its salts"):
         Receipt.load(tmp_path / "receipt.json", world.cluster).check_request(0, INPUTS[0])
+
+
+# --- keys that were replaced -----------------------------------------------------------------------------------------
+
+
+def pin_of(world: World) -> Pin:
+    """The parties of a world as a client pins them."""
+    signers = map(Signer, world.members)
+    return Pin(tuple(Member(Facts.of(s, world.cluster, operator="", evidence="none"), {}) for s in signers))
+
+
+def manifest(pin: Pin) -> str:
+    return digest([member.facts for member in pin.members]).hex()
+
+
+class Replaced:
+    """A receipt in a file, and the cluster after its parties, and the CA, have other keys: they were pinned again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.old, self.new = World(), World()
+        self.pin = pin_of(self.new).after(pin_of(self.old), now=100.0)
+        self.path = directory / "receipt.json"
+
+    def write(self, *by: World, **changes: Any) -> None:
+        """A receipt that party i of `by[i]` has signed, of the old manifest unless it is said otherwise."""
+        said = {"manifest": manifest(pin_of(self.old)), "time": 50.0} | changes
+        statements = [world.sign(i, **said) for i, world in enumerate(by)]
+        file = {"format": 1, "statements": [s.to_json() for s in statements], "salts": [s.hex() for s in SALTS]}
+        self.path.write_bytes(canonical(file) + b"\n")
+
+    def load(self, pin: Pin | None) -> Receipt:
+        return Receipt.load(self.path, self.new.cluster, pin)
+
+
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory: pytest.TempPathFactory) -> Replaced:
+    return Replaced(tmp_path_factory.mktemp("replaced"))
+
+
+def test_a_receipt_is_checked_with_the_keys_that_were_pinned_when_it_was_signed(replaced: Replaced) -> None:
+    replaced.write(replaced.old, replaced.old)
+    found = replaced.load(replaced.pin)
+    found.check_request(0, INPUTS[0])
+    for forgetful in (None, pin_of(replaced.new), pin_of(World()).after(pin_of(World()), 100.0)):
+        with pytest.raises(IdentityError, match="CA"):
+            replaced.load(forgetful)
+    # those of today, whether they are pinned or only in the cluster file
+    for own in (manifest(pin_of(replaced.new)), "00"):
+        replaced.write(replaced.new, replaced.new, manifest=own, time=1e12)
+        assert replaced.load(replaced.pin).own[1]["time"] == 1e12
+
+
+def test_keys_that_nobody_has_pinned_sign_no_receipt_of_the_past(replaced: Replaced) -> None:
+    stranger, same_ca = World(), World()
+    same_ca.ca_key, same_ca.ca = replaced.old.ca_key, replaced.old.ca
+    same_ca.members = [same_ca.issue(f"party/{i}") for i in range(2)]
+    for forgers in (
+        (stranger, stranger),
+        (replaced.old, same_ca),  # the CA has given out another key for this role
+        (replaced.old, replaced.new),  # today's key, which did not exist then
+        (replaced.new, replaced.new),
+    ):
+        replaced.write(*forgers)
+        with pytest.raises(SignatureError, match="another key than the one pinned for it then"):
+            replaced.load(replaced.pin)
+    replaced.write(replaced.old, replaced.old, time=100.5)
+    with pytest.raises(SignatureError, match="with a key that was replaced before"):
+        replaced.load(replaced.pin)
+    replaced.write(replaced.old, replaced.old, manifest="00")  # of parties that were never pinned
+    with pytest.raises(IdentityError, match="CA"):
+        replaced.load(replaced.pin)
+
+
+def test_what_is_checked_by_another_manifest_is_no_receipt(replaced: Replaced) -> None:
+    replaced.write(replaced.old, replaced.old)
+    statements = replaced.load(replaced.pin).statements
+    then = replaced.pin.earlier[0]
+    assert Receipt.verify_pinned(statements, then).id == "ab" * 16
+    other = tuple(replace(m, facts=replace(m.facts, code="ab")) for m in then.members)  # the same keys
+    with pytest.raises(SignatureError, match="another manifest"):
+        Receipt.verify_pinned(statements, replace(then, members=other))
+
+
+def test_it_is_the_pinned_key_that_finds_forgers(replaced: Replaced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a look at the keys, whoever knows the old manifest could sign what he likes."""
+    stranger, real = World(), module.open_pinned
+    replaced.write(stranger, stranger)
+
+    def credulous(signed: Signed, role: str, pin: str, key: bytes, purpose: str) -> Statement:
+        return real(signed, role, identity.key_pin(signed.certificate), signed.key, purpose)
+
+    monkeypatch.setattr(module, "open_pinned", credulous)
+    assert replaced.load(replaced.pin).id == "ab" * 16
+    monkeypatch.undo()
+    with pytest.raises(SignatureError):
+        replaced.load(replaced.pin)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")  # of changed certificates
+def test_every_changed_byte_of_an_old_file_is_found(replaced: Replaced) -> None:
+    replaced.write(replaced.old, replaced.old)
+    replaced.load(replaced.pin)
+    data, survived = replaced.path.read_bytes(), []
+    for at in range(len(data)):
+        replaced.path.write_bytes(data[:at] + bytes([data[at] ^ (1, 2, 4, 8, 16, 32, 64)[at % 7]]) + data[at + 1 :])
+        try:
+            replaced.load(replaced.pin)
+        except MpcInferError:
+            continue
+        survived.append(at)
+    assert not survived
 
 
 # --- commitments -----------------------------------------------------------------------------------------------------
