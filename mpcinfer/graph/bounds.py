@@ -22,6 +22,7 @@ import torch
 
 from mpcinfer.errors import RangeError
 from mpcinfer.graph import transfer, transfer_functions, transfer_rows  # noqa: F401  (they register what operators do)
+from mpcinfer.graph.gate import merge_activations
 from mpcinfer.graph.interpret import check_inputs
 from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
 from mpcinfer.graph.postpone import postpone_truncations
@@ -151,4 +152,4 @@ def _declared(program: Program, limits: Sequence[float], found: Evaluation) -> P
         replace(node, kwargs=node.kwargs | found.chosen[node.name]) if node.name in found.chosen else node
         for node in program.nodes
     )
-    return postpone_truncations(replace(program, inputs=tuple(inputs), nodes=tuple(nodes)))
+    return postpone_truncations(merge_activations(replace(program, inputs=tuple(inputs), nodes=tuple(nodes))))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import add_public, encode, product, reachable, scale, width
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.piecewise import piecewise, splines
+from mpcinfer.protocol.gated import gated
+from mpcinfer.protocol.piecewise import ARGUMENT_BITS, piecewise, splines
+from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
@@ -92,6 +96,14 @@ for _name in "silu sigmoid tanh erf hardswish mish".split():
 async def gelu(ctx: Context, x: Shared, approximate: str = "none") -> Shared:
     """x times the normal distribution function of x, or torch's tanh approximation of that."""
     return await piecewise(ctx, x, splines()["gelu_tanh" if approximate == "tanh" else "gelu"], width(x))
+
+
+@operator("mpc.gate")
+async def gate(ctx: Context, x: Shared, u: Shared, function: str) -> Shared:
+    """function(x) * u for two products that were not truncated; see `graph.gate`."""
+    shape = np.broadcast_shapes(x.shape, u.shape)
+    x, u = (y.map(lambda t: t.expand(shape)) for y in (x, u))
+    return await truncate(ctx, await gated(ctx, x, u, splines()[function]), ARGUMENT_BITS)
 
 
 @operator("aten.hardsigmoid.default")

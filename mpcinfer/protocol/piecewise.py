@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from math import comb
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -198,33 +198,57 @@ async def piecewise(
     out_bits = max(frac_bits, ARGUMENT_BITS)
     cut = spline.frac_bits - out_bits
     correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds), cut, d))
-    c = (await ctx.open(opened, correlation.mask("r"))).value
-    if d:
-        c, wrapped = truncated_parts(c, d)
-        powers, wraps, bit_wraps = correlation["powers"], correlation["wraps"], correlation["bit_wraps"]
-    else:
-        wrapped = wraps = bit_wraps = c.new_empty(0)
-        powers = torch.cat([correlation["r"].unsqueeze(0), correlation["powers"]])
-    e = (await ctx.open(await _outcomes(ctx, c, spline, correlation, width), correlation.mask("beta"))).value
-    bits = correlation["bits"]
-    steps = spline.steps
-    residual = kernel.spline(
-        c, wrapped, e[1:], powers, wraps, bits, bit_wraps, steps[-1], _chosen(spline, steps), ctx.first
-    )
-    value = await _truncated_inside(ctx, Shared(residual, spline.frac_bits), cut, e[0], correlation)
+    at = await evaluated(ctx, opened, spline, correlation, width, d)
+    c, wrapped = truncated_parts((await ctx.open(offset(ctx, at.residual), correlation.mask("s"))).value, cut)
+    high, inside_high = correlation["high"] - wrapped * correlation["wrap"]
+    inside = Shared(bit_product(ctx.first, at.e[0], correlation["inside"], c, high, inside_high), out_bits)
 
     # the asymptotes: of y = c - m, and of the bit that says which
     (slope, constant), (right, last) = spline.left, spline.right
-    m, bit_m = powers[0], bits[1, 0]
-    if d:
-        m, bit_m = m + wrapped * wraps[0], bit_m + wrapped * bit_wraps[0, 0]
-    y = ((c if ctx.first else 0) - m) * right + ((last << ARGUMENT_BITS) if ctx.first else 0)
+    y = ((at.c if ctx.first else 0) - at.m) * right + ((last << ARGUMENT_BITS) if ctx.first else 0)
     if slope != right:
-        y = y + (slope - right) * bit_product(ctx.first, e[1], bits[0, 0], c, m, bit_m)
+        y = y + (slope - right) * bit_product(ctx.first, at.e[1], at.bit, at.c, at.m, at.bit_m)
     if constant != last:
-        y = y + ((constant - last) << ARGUMENT_BITS) * bit_number(ctx.first, e[1], bits[0, 0])
-    value = Shared(y, ARGUMENT_BITS).rescaled(out_bits) + value
-    return await truncate(ctx, value, out_bits - frac_bits)
+        y = y + ((constant - last) << ARGUMENT_BITS) * bit_number(ctx.first, at.e[1], at.bit)
+    return await truncate(ctx, Shared(y, ARGUMENT_BITS).rescaled(out_bits) + inside, out_bits - frac_bits)
+
+
+class Evaluated(NamedTuple):
+    """Of y = c - m what is opened and what a party has shares of.
+
+    wrapped: empty if d = 0, else which of its two values m has, 0 or 2^(64 - d).
+    e: uint8 [T - 1, *S], outcomes xor beta, of [y is between the outer knots] and [y < the switch] first. m, the
+    switch's beta as `bit`, and `bit_m`: shares, int64 [*S]. residual: a share of what is to be truncated, right between
+    the outer knots and any number elsewhere.
+    """
+
+    c: torch.Tensor
+    wrapped: torch.Tensor
+    m: torch.Tensor
+    e: torch.Tensor
+    bit: torch.Tensor
+    bit_m: torch.Tensor
+    residual: Shared
+
+
+async def evaluated(
+    ctx: Context, opened: Shared, spline: Spline, correlation: Correlation, width: int, d: int
+) -> Evaluated:
+    """The spline at y = x / 2^d, where `opened` is x, or with d > 0 x + 2^62. Rounds 4, the first of `piecewise`."""
+    c = (await ctx.open(opened, correlation.mask("r"))).value
+    bits = correlation["bits"]
+    m, bit_m = correlation["powers" if d else "r"], bits[1, 0]
+    if d:
+        c, wrapped = truncated_parts(c, d)
+        powers, wraps, bit_wraps = correlation["powers"], correlation["wraps"], correlation["bit_wraps"]
+        m, bit_m = powers[0] + wrapped * wraps[0], bit_m + wrapped * bit_wraps[0, 0]
+    else:
+        wrapped = wraps = bit_wraps = c.new_empty(0)
+        powers = torch.cat([m.unsqueeze(0), correlation["powers"]])
+    e = (await ctx.open(await _outcomes(ctx, c, spline, correlation, width), correlation.mask("beta"))).value
+    steps = _chosen(spline, spline.steps)
+    residual = kernel.spline(c, wrapped, e[1:], powers, wraps, bits, bit_wraps, spline.steps[-1], steps, ctx.first)
+    return Evaluated(c, wrapped, m, e, bits[0, 0], bit_m, Shared(residual, spline.frac_bits))
 
 
 async def _outcomes(ctx: Context, c: torch.Tensor, spline: Spline, correlation: Correlation, width: int) -> SharedBits:
@@ -245,11 +269,3 @@ def _chosen(spline: Spline, of_knots: tuple[T, ...]) -> tuple[T, ...]:
     """What belongs to the knots between the outer ones: that of the asymptotes first."""
     k = spline.switch
     return (of_knots[k], *of_knots[1:k], *of_knots[k + 1 : -1])
-
-
-async def _truncated_inside(ctx: Context, x: Shared, d: int, e: torch.Tensor, correlation: Correlation) -> Shared:
-    """Shares of (x / 2^d) [e xor beta] by one opening of x; where the bit is 0, so is the result, whatever x is."""
-    c = (await ctx.open(offset(ctx, x), correlation.mask("s"))).value
-    public, wrapped = truncated_parts(c, d)
-    m, bit_m = correlation["high"] - wrapped * correlation["wrap"]
-    return Shared(bit_product(ctx.first, e, correlation["inside"], public, m, bit_m), x.frac_bits - d)
