@@ -152,4 +152,5 @@ def _declared(program: Program, limits: Sequence[float], found: Evaluation) -> P
         replace(node, kwargs=node.kwargs | found.chosen[node.name]) if node.name in found.chosen else node
         for node in program.nodes
     )
-    return postpone_truncations(merge_activations(replace(program, inputs=tuple(inputs), nodes=tuple(nodes))))
+    merged = merge_activations(replace(program, inputs=tuple(inputs), nodes=tuple(nodes)))
+    return postpone_truncations(merged, found.largest)

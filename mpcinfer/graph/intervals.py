@@ -96,7 +96,8 @@ class Evaluation:
 
     `node` is the one it has come to, where it stopped if it stopped. `chosen`: arguments of nodes that depend on how
     large their operands are: by how many bits norms shift their rows, so that there is room for their squares, at most
-    `most_shift` (fewer keep more precision), and the bits of the factor of attention's scores.
+    `most_shift` (fewer keep more precision), and the bits of the factor of attention's scores. `largest`: of each node
+    the largest absolute value, `headroom` times.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Evaluation:
         self._headroom = headroom
         self._most_shift = most_shift
         self.chosen: dict[str, dict[str, int]] = {}
+        self.largest: dict[str, float] = {}
         self.node: Node
 
     def run(self, inputs: Sequence[Interval]) -> list[Any]:
@@ -125,9 +127,12 @@ class Evaluation:
             args = [self._resolved(x, values) for x in node.args]
             kwargs = {k: self._resolved(x, values) for k, x in node.kwargs.items()}
             values[node.name] = self._value(node.op, args, kwargs)
-            for x in values[node.name] if isinstance(values[node.name], list) else [values[node.name]]:
-                if isinstance(x, Interval):
-                    self.need(x, self.frac_bits, self.numbers)
+            found = values[node.name] if isinstance(values[node.name], list) else [values[node.name]]
+            numbers = [x for x in found if isinstance(x, Interval)]
+            for x in numbers:
+                self.need(x, self.frac_bits, self.numbers)
+            if numbers:
+                self.largest[node.name] = self._headroom * max(x.magnitude() for x in numbers)
             for name in node.references:
                 uses[name] -= 1
                 if not uses[name]:

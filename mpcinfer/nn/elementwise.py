@@ -103,8 +103,8 @@ async def divide(ctx: Context, x: Shared, counts: int | torch.Tensor) -> Shared:
     return Shared(y.share, x.frac_bits)
 
 
-async def product(ctx: Context, x: Any, y: Any) -> Any:
-    """x * y for any mixture of secret, weight and public operands."""
+async def product(ctx: Context, x: Any, y: Any, *, wide: bool = False) -> Any:
+    """x * y for any mixture of secret, weight and public operands, at x's scale unless `wide`."""
     if isinstance(y, Shared | Weight) and not isinstance(x, Shared):
         x, y = y, x
     if not isinstance(x, Shared):
@@ -117,7 +117,7 @@ async def product(ctx: Context, x: Any, y: Any) -> Any:
         z = Shared(x.share * y.value.to(x.share.device), x.frac_bits + y.frac_bits)
     else:
         return await scale(ctx, x, y)
-    return await truncate(ctx, z, z.frac_bits - x.frac_bits)
+    return z if wide else await truncate(ctx, z, z.frac_bits - x.frac_bits)
 
 
 async def total(ctx: Context, x: Any, y: Any, factor: Number) -> Any:
@@ -165,11 +165,17 @@ async def neg(ctx: Context, x: Any) -> Any:
 
 
 @operator("aten.mul.Tensor", "aten.mul.Scalar", "_operator.mul")
-async def mul(ctx: Context, x: Any, y: Any) -> Any:
-    """x * y."""
+async def mul(ctx: Context, x: Any, y: Any, *, wide: bool = False) -> Any:
+    """x * y. wide: it keeps the fraction bits of both (see `graph.postpone`)."""
     if isinstance(x, int | float) and isinstance(y, int | float):
         return x * y
-    return await product(ctx, x, y)
+    return await product(ctx, x, y, wide=wide)
+
+
+@operator("mpc.narrow")
+async def narrow(ctx: Context, x: Shared, frac_bits: int) -> Shared:
+    """x with so many fraction bits, of which it has more."""
+    return await truncate(ctx, x, x.frac_bits - frac_bits)
 
 
 @operator("_operator.floordiv")

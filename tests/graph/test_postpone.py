@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -74,7 +76,7 @@ def test_residual_streams(model: nn.Module, expected: list[str], parties: int, m
     assert [op for op in found if op != ADD] == [op for op in expected if op != ADD]
     (got,), run = run_local(ours, [x], parties)
     assert float((got - plaintext(on_grid(model), [x])[0]).abs().max()) < 2e-3
-    monkeypatch.setattr("mpcinfer.graph.bounds.postpone_truncations", lambda program: program)
+    monkeypatch.setattr("mpcinfer.graph.bounds.postpone_truncations", lambda program, largest: program)
     plain, _ = captured(model)
     _, before, _ = plan_inference(plain.program, [tuple(x.shape)], parties=parties)
     wide = sum(op == LINEAR for op in found)
@@ -108,3 +110,87 @@ def test_large_numbers(norm: type[nn.Module]) -> None:
     (got,), _ = run_local(ours, [x], 2)
     want = plaintext(on_grid(model), [x])[0]
     assert float((got - want).abs().max()) < 2e-5 * float(want.abs().max()) + 2e-3
+
+
+class Turning(nn.Module):
+    """Two linear layers of a normalised input, one of which is turned as by rotary position embeddings."""
+
+    table: torch.Tensor
+
+    def __init__(self, growing: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(SIZE)
+        self.turned, self.plain = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+        self.growing = growing
+        self.register_buffer("table", torch.linspace(-1, 1, 2 * SIZE), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm(x)
+        y = self.turned(x).reshape(-1, 1, SIZE)
+        if self.growing:
+            y = y.expand(-1, 2, -1)
+        first, second = y.chunk(2, -1)
+        straight, crossed = (torch.cat([y, second, first], -1) * self.table).chunk(2, -1)
+        return (straight + crossed).relu(), self.plain(x).relu()
+
+
+ERROR = 5e-4  # of the norm, mostly
+WIDE = [LINEAR, "mpc.narrow", "aten.mul.Tensor", "mpc.narrow"]
+
+
+def widened(program: Program) -> list[str]:
+    return [node.op for node in program.nodes if "wide" in node.kwargs or node.op == "mpc.narrow"]
+
+
+def test_products_with_public_numbers(parties: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is turned is truncated once, after that, and what is not when it always was."""
+    model = Turning()
+    ours, x = captured(model)
+    assert sorted(widened(ours.program)) == sorted(WIDE)
+    got, run = run_local(ours, [x], parties)
+    for mine, theirs in zip(got, plaintext(on_grid(model), [x]), strict=True):
+        assert float((mine - theirs).abs().max()) < ERROR
+    monkeypatch.setattr("mpcinfer.graph.bounds.postpone_truncations", lambda program, largest: program)
+    plain, _ = captured(model)
+    _, before, _ = plan_inference(plain.program, [tuple(x.shape)], parties=parties)
+    # without: 2 x linear and 2 x product; with: the sum and the other linear layer
+    assert run.rounds == before.rounds - 1
+    assert run.bytes_sent == before.bytes_sent - 8 * 2 * x.numel() * (parties - 1)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.99, WIDE), (1.01, [])])
+def test_room_for_products(factor: float, expected: list[str]) -> None:
+    """48 fraction bits leave numbers below 2^14, headroom included."""
+    ours, _ = captured(Turning())
+    unmarked = [replace(n, kwargs={k: v for k, v in n.kwargs.items() if k != "wide"}) for n in ours.program.nodes]
+    names = {n.name: n.args[0] for n in unmarked if n.op == "mpc.narrow"}
+    nodes = tuple(
+        postpone._referring(n, {a: b.name for a, b in names.items()}) for n in unmarked if n.name not in names
+    )
+    program = replace(ours.program, nodes=nodes)
+    assert not widened(program)
+    again = postpone.postpone_truncations(program, {n.name: factor * 2.0**14 for n in nodes})
+    assert sorted(widened(again)) == sorted(expected)
+
+
+def test_large_turned_numbers() -> None:
+    """Where there is no room for the product, nothing is postponed, and numbers are right all the same."""
+    model = on_grid(Turning())
+    with torch.no_grad():
+        model.get_parameter("turned.weight").mul_(1 << 12)
+    x = captured(Turning())[1]
+    ours = capture(model, [x])
+    assert not widened(ours.program)
+    got, _ = run_local(ours, [x], 2)
+    for mine, theirs in zip(got, plaintext(model, [x]), strict=True):
+        assert float((mine - theirs).abs().max()) < ERROR * 2**12
+
+
+def test_what_grows_or_is_not_all_public_is_truncated_before() -> None:
+    assert not widened(captured(Turning(growing=True))[0].program)
+
+    class Secret(Turning):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (self.turned(x) * self.plain(x)).relu(), (self.turned(x) + x).relu()
+
+    assert not widened(captured(Secret())[0].program)
