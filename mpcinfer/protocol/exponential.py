@@ -84,6 +84,10 @@ class Exponential(Kind):
     width: int = 64
     d: int = 0
 
+    def __post_init__(self) -> None:
+        if self.d < 0:
+            raise ValueError("numbers lose bits, or they don't")
+
     def _comparison(self) -> Comparison:
         return Comparison(self.shape, self.width, 2 if self.ceiling else 1)
 

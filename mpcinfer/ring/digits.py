@@ -32,7 +32,12 @@ _CONST = np.uint32(1 << 31)
 
 
 def layout(width: int) -> tuple[int, int]:
-    """The smallest of LAYOUTS for numbers of so many bits, their sign included; spare leading digits are zero."""
+    """The smallest of LAYOUTS for numbers of so many bits, their sign included; spare leading digits are zero.
+
+    ValueError for numbers that have not two digits, or too many.
+    """
+    if not 2 * DIGIT_BITS < width <= max(LAYOUTS):
+        raise ValueError(f"no comparisons of numbers of {width} bits")
     return LAYOUTS[min(most for most in LAYOUTS if most >= width)]
 
 

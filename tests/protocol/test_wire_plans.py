@@ -11,6 +11,9 @@ from mpcinfer.errors import InputError
 from mpcinfer.protocol.tracing import Plan
 
 COMPARISON = {"kind": "Comparison", "shape": [3], "width": 64, "thresholds": 1, "products": False, "others": 0}
+EXPONENTIAL = {
+    "kind": "Exponential", "shape": [3], "frac_bits": 16, "dealt_bits": 42, "ceiling": False, "width": 48, "d": 16,
+}  # fmt: skip
 TRIPLE = {"kind": "Triple", "op": {"name": "matmul", "args": []}, "x": [2, 3], "y": [3, 4]}
 TRUNCATION = {"kind": "Truncation", "shape": [2], "d": 16}
 
@@ -19,7 +22,7 @@ def _plan(item: dict[str, Any]) -> bytes:
     return json.dumps({"deployment": "", "entries": [["a#0", item]]}).encode()
 
 
-@pytest.mark.parametrize("item", [COMPARISON, TRIPLE, TRUNCATION], ids=lambda item: item["kind"])
+@pytest.mark.parametrize("item", [COMPARISON, EXPONENTIAL, TRIPLE, TRUNCATION], ids=lambda item: item["kind"])
 def test_honest_plans_are_read(item: dict[str, Any]) -> None:
     assert Plan.from_bytes(_plan(item)).correction_bytes() > 0
 
@@ -30,6 +33,9 @@ def test_honest_plans_are_read(item: dict[str, Any]) -> None:
         COMPARISON | {"shape": [-1]},
         COMPARISON | {"width": 7},
         COMPARISON | {"width": 7, "products": True},
+        COMPARISON | {"width": 65, "products": True},
+        EXPONENTIAL | {"d": -1},
+        EXPONENTIAL | {"d": 17},
         COMPARISON | {"thresholds": 2, "others": 1},
         COMPARISON | {"shape": [1 << 40]},
         TRIPLE | {"op": {"name": "divide", "args": []}},
