@@ -31,6 +31,7 @@ from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.exponential import Exponential
+from mpcinfer.protocol.gated import GatedPieces
 from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
@@ -67,6 +68,7 @@ KINDS: list[Kind] = [
     Gumbel((40,), 16),
     OneHot((2,), 3),
     Pieces((2, 3), 48, 4, 47),
+    GatedPieces((2, 3), 4, 47),
     RowMask("other", (2, 3)),
     SquarePair((3, 2)),
     Triple(Bilinear("mul"), (4,), (4,)),

@@ -14,6 +14,7 @@ from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes
 from mpcinfer.protocol.exponential import Exponential
+from mpcinfer.protocol.gated import GatedPieces
 from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
@@ -49,6 +50,7 @@ BATCHED: list[Kind] = [
     Contest((3,), 4, 48),
     Contest((1, 2), 3, 64, others=1),
     Pieces((3,), 48, 5, 47, 16),
+    GatedPieces((3,), 5, 47),
     Exponential((3,), 16, 42, False, 48),
     Exponential((2, 2), 16, 39, True, 48),
     Exponential((3,), 16, 42, False, 45, 19),
