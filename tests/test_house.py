@@ -141,7 +141,7 @@ HIDDEN = hidden_fields(path.read_text(encoding="utf-8") for path in OURS)
 TOLD = {
     ("chat.py", "error.message"): "a syntax error of a template, which is public",
     ("chat.py", "message"): "what a template says to the data owner's own process",
-    ("data.py", "answer"): "a size",
+    ("inputs.py", "answer"): "a size",
     ("reading.py", "self.content"): "the unknown keys of a configuration file",
     ("channel.py", "error.verify_message"): "why OpenSSL refuses a certificate",
     ("export.py", "error"): "torch.export to the model's owner, about his own module",
