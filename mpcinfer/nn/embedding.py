@@ -9,8 +9,7 @@ import torch
 from mpcinfer.errors import ShapeError, UnsupportedError
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.linear import fixed_product
-from mpcinfer.protocol.lookup import one_hot
+from mpcinfer.protocol.lookup import one_hot, row_of
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.types import Public, Shared, Weight
 from mpcinfer.ring.kernels import MATMUL
@@ -20,9 +19,9 @@ from mpcinfer.ring.kernels import MATMUL
 async def embedding(ctx: Context, table: Any, index: Any, *rest: Any, **options: Any) -> Shared:
     """table[index]: [V, d], [*S] -> [*S, d]. Exact. `padding_idx` and what else concerns training means nothing.
 
-    By a public index: local. By a secret one, in [0, V): `one_hot`, then its product with the table; an index outside
-    selects zeros or another row. 2 rounds; online 8 V bytes + ceil(log2 V) bits per index and peer, offline
-    8 (2^ceil(log2 V) + d) bytes per index. A party holds about four times the online bytes in memory.
+    By a public index: local. By a secret one, in [0, V): see `row_of`; an index outside selects zeros or another row.
+    A table that was computed, and is no weight, is multiplied with `one_hot` of the index: 2 rounds. A party holds a
+    few times 8 V bytes per index in memory.
     """
     if isinstance(index, Public):
         if not isinstance(table, Shared | Weight):
@@ -30,10 +29,9 @@ async def embedding(ctx: Context, table: Any, index: Any, *rest: Any, **options:
         return Shared(_gathered(table, [index]), table.frac_bits)
     if not isinstance(index, Shared) or index.frac_bits or not isinstance(table, Shared | Weight):
         raise UnsupportedError("a table is indexed by integers")
-    selection = await one_hot(ctx, index, table.shape[0])
     if isinstance(table, Weight):
-        return await fixed_product(ctx, selection, table, MATMUL)
-    return await multiply(ctx, selection, table, MATMUL)
+        return await row_of(ctx, index, table)
+    return await multiply(ctx, await one_hot(ctx, index, table.shape[0]), table, MATMUL)
 
 
 def _gathered(x: Shared | Weight, indices: list[Public | None]) -> torch.Tensor:

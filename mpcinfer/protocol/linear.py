@@ -29,7 +29,7 @@ class WeightMask(Kind):
 @kind
 @dataclass(frozen=True)
 class FixedProduct(Kind):
-    """A mask a of the input and c = op(a, B), B the weight's lasting mask."""
+    """A mask a of the input and c = op(a, B), B the weight's lasting mask; w is the shape in which B is taken."""
 
     op: Bilinear
     weight: str
@@ -53,12 +53,12 @@ class FixedProduct(Kind):
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
-        return {"c": self.op(free["a"], fixed(self.weight))}
+        return {"c": self.op(free["a"], fixed(self.weight).reshape(self.w))}
 
     def prepare(self, shares: Tensors, opened: FixedMasks) -> Tensors:
         """c becomes this party's share of -op(a, W) = op(a, B) - op(a, F)."""
         a = shares["a"]
-        return {"a": a, "c": shares["c"] - self.op(a, opened(self.weight))}
+        return {"a": a, "c": shares["c"] - self.op(a, opened(self.weight).reshape(self.w))}
 
     def multiply_adds(self) -> tuple[int, int]:
         """op(e, W) online; op(a, B) and op(a, F) before."""

@@ -176,6 +176,10 @@ class Weight(Sealed):
         """The weight's shape: public."""
         return tuple(self.share.shape)
 
+    def reshape(self, *shape: int) -> Weight:
+        """The same weight under the same mask, in another shape."""
+        return Weight(self.name, self.share.reshape(shape), self.masked.reshape(shape), self.frac_bits)
+
     def __repr__(self) -> str:
         return f"Weight({self.name!r}, shape={self.shape})"
 
