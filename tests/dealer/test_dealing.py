@@ -40,6 +40,7 @@ from mpcinfer.protocol.octaves import TruncatedComparison
 from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
+from mpcinfer.protocol.scaled import TruncatedScaling
 from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
@@ -75,6 +76,7 @@ KINDS: list[Kind] = [
     Triple(MATMUL, (2, 3), (3, 4)),
     Triple(CONV, (1, 2, 4, 4), (3, 2, 3, 3)),
     TruncatedPowers((6,), 16, 3),
+    TruncatedScaling((2, 3), (3,), 16),
     TruncatedComparison((3,), 4, 8),
     TruncatedProduct((2, 1), (3,), 16),
     Truncation((7,), 16),

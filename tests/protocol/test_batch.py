@@ -23,6 +23,7 @@ from mpcinfer.protocol.octaves import TruncatedComparison
 from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
+from mpcinfer.protocol.scaled import TruncatedScaling
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.protocol.truncated_product import TruncatedProduct
 from mpcinfer.ring import prg, sharing
@@ -42,6 +43,7 @@ BATCHED: list[Kind] = [
     SquarePair((7,)),
     SquarePair((0,)),
     TruncatedPowers((3,), 17, 3),
+    TruncatedScaling((2, 3), (3,), 17),
     Comparison((6,)),
     Comparison((2, 3), 48, 3),
     Comparison((5,), 36, 2),
