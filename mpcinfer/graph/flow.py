@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from mpcinfer.graph.program import Node
-from mpcinfer.protocol.context import Opening
+from mpcinfer.protocol.context import Begun, Opening
 
 
 class Flow:
     """Awaited, it runs all nodes. `begin` makes a node's coroutine, `finish` takes what it yields.
+
+    What has only `Begun` is there for others from then on, and its rest runs beside them.
 
     nodes: in an order in which each follows those it refers to; names that no node has are there from the start.
     The order of openings in a message, and so what is sent, depends on the graph only.
@@ -38,6 +40,7 @@ class Flow:
                 self._users[source].append(i)
         self._ready = [i for i, missing in enumerate(self._missing) if not missing]
         self._running: dict[int, tuple[Coroutine[Any, Any, Any], list[Opening]]] = {}
+        self._begun: set[int] = set()  # those of which only the rest is running
 
     def __await__(self) -> Generator[list[Opening], list[torch.Tensor], None]:
         try:
@@ -62,7 +65,14 @@ class Flow:
         try:
             self._running[i] = steps, steps.send(values)
         except StopIteration as done:
-            self._finish(self._nodes[i], done.value)
+            if i in self._begun:
+                return
+            value = done.value
+            if isinstance(value, Begun):
+                self._begun.add(i)
+                self._resume(i, value.rest, None)
+                value = value.value
+            self._finish(self._nodes[i], value)
             for user in self._users[i]:
                 self._missing[user] -= 1
                 if not self._missing[user]:

@@ -16,7 +16,7 @@ from mpcinfer.graph.interpret import Holdings, check_inputs, evaluate, evaluated
 from mpcinfer.graph.program import Node, Program, Ref
 from mpcinfer.graph.step import step
 from mpcinfer.nn.sampling import Choice, Seen
-from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.context import Begun, Context, together, whole
 from mpcinfer.protocol.correlation import Kind
 from mpcinfer.protocol.linear import mask_weight
 from mpcinfer.protocol.tracing import Cost, Plan, trace
@@ -36,11 +36,12 @@ def constants(program: Program) -> dict[str, Public]:
 
 @dataclass(frozen=True)
 class _Traced:
-    """The plan and the cost of a node, under no name, what it yields, and the values that it was given."""
+    """The plan and the cost of a node, under no name, what it yields, after how many rounds, and what it was given."""
 
     plan: Plan
     cost: Cost
     result: Any
+    ready: int
     given: list[Any]
 
 
@@ -118,8 +119,8 @@ class _Run:
         self._parties = parties
         self._ends: dict[str, int] = {}
 
-    def add(self, plan: Plan, cost: Cost, start: int) -> int:
-        """What begins after so many rounds, next to what is there; the rounds until its end."""
+    def add(self, plan: Plan, cost: Cost, start: int) -> None:
+        """What begins after so many rounds, next to what is there."""
         self.entries += plan.entries
         self.cost.bytes_sent += cost.bytes_sent
         self.cost.openings += cost.openings
@@ -128,7 +129,6 @@ class _Run:
         for message, more in zip(self.cost.messages[start:end], cost.messages, strict=True):
             message.update(more)
         self.cost.rounds = len(self.cost.messages)
-        return end
 
     def node(self, frac_bits: int) -> Any:
         """What evaluates a node, for `evaluated`."""
@@ -137,14 +137,21 @@ class _Run:
             given: list[Any] = []
             key = _key(node, values, given)
             if key not in self._known:
-                plan, cost, result = trace(lambda ctx: evaluate(node, ctx, values, frac_bits), parties=self._parties)
-                self._known[key] = _Traced(_renamed(plan, node.name, "", {}), cost, result, given)
+
+                async def both(ctx: Context) -> tuple[Any, bool]:
+                    found = await evaluate(node, ctx, values, frac_bits)
+                    return await whole(found), isinstance(found, Begun)
+
+                plan, cost, (result, early) = trace(both, parties=self._parties)
+                ready = cost.rounds - early  # the rest takes one round
+                self._known[key] = _Traced(_renamed(plan, node.name, "", {}), cost, result, ready, given)
             known = self._known[key]
             names = {a.name: b.name for a, b in zip(known.given, given, strict=True) if isinstance(a, Weight | Cached)}
             messages = [Counter({node.name: message.total()}) for message in known.cost.messages]
             plan = _renamed(known.plan, "", node.name, names)
             start = max((self._ends.get(name, 0) for name in node.references), default=0)
-            self._ends[node.name] = self.add(plan, dataclasses.replace(known.cost, messages=messages), start)
+            self.add(plan, dataclasses.replace(known.cost, messages=messages), start)
+            self._ends[node.name] = start + known.ready
             return _anew(known.result, {id(a): b for a, b in zip(known.given, given, strict=True)}, names)
 
         return rule

@@ -16,8 +16,8 @@ from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, wi
 from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum, powers_below
-from mpcinfer.protocol.cache import append, cached_product
-from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.cache import appending, cached_product
+from mpcinfer.protocol.context import Begun, Context, together
 from mpcinfer.protocol.inverse import wide_reciprocal
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
@@ -200,6 +200,6 @@ async def _weights(
 
 
 @operator("mpc.append")
-async def append_rows(ctx: Context, cache: Cached, rows: Shared) -> Cached:
-    """torch.cat([cache, rows], -2), by which a cache grows."""
-    return await append(ctx, cache, rows)
+async def append_rows(ctx: Context, cache: Cached, rows: Shared) -> Begun:
+    """torch.cat([cache, rows], -2), by which a cache grows; attention over it opens its queries in the same round."""
+    return appending(ctx, cache, rows)

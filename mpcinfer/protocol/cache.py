@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from mpcinfer.errors import ProtocolError
-from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.context import Begun, Context
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.types import Cached, Shared
 from mpcinfer.ring.domain import Z64
@@ -156,16 +156,24 @@ async def append(ctx: Context, cache: Cached, rows: Shared) -> Cached:
     is opened must not reach the dealer, who keeps B. Rounds 1; online 8 bytes per element and peer; offline nothing;
     correlation `RowMask`.
     """
+    begun = appending(ctx, cache, rows)
+    await begun.rest
+    grown: Cached = begun.value
+    return grown
+
+
+def appending(ctx: Context, cache: Cached, rows: Shared) -> Begun:
+    """As `append`, but its opening is only begun: a product with the rows opens its other operand in the same round."""
     if rows.frac_bits != cache.frac_bits or rows.shape[-2] + cache.shape[-2] > cache.capacity:
         raise ProtocolError(f"cache {cache.name!r} has no room for more rows, or they have another scale")
-    opened = (await ctx.open(rows, ctx.correlation(RowMask(cache.name, rows.shape)).mask("b"))).value
-    return Cached(
-        cache.name,
-        torch.cat([cache.share, rows.share], dim=-2),
-        torch.cat([cache.masked, opened], dim=-2),
-        cache.capacity,
-        cache.frac_bits,
-    )
+    mask = ctx.correlation(RowMask(cache.name, rows.shape)).mask("b")
+    grown = Cached(cache.name, torch.cat([cache.share, rows.share], dim=-2), None, cache.capacity, cache.frac_bits)
+
+    async def rest() -> None:
+        opened = (await ctx.open(rows, mask)).value
+        grown.complete(torch.cat([cache.masked, opened], dim=-2))
+
+    return Begun(grown, rest())
 
 
 async def cached_product(ctx: Context, x: Shared, cache: Cached, *, transposed: bool) -> Shared:
@@ -174,6 +182,7 @@ async def cached_product(ctx: Context, x: Shared, cache: Cached, *, transposed: 
     Columns of rows that the cache does not have yet are zero; entries of x for such rows count for nothing. Scales
     add up, nothing is truncated.
     Opened: e = x + a over Z_2^64, a uniform there. As rows = F - B, x rows = e rows + a B - a F.
+    The cache's rows may be under way until x is open.
     Rounds 1; online 8 bytes per element of x and peer, nothing for the cache; offline 8 bytes per element of the
     result; correlation `CachedProduct`. Source: as `linear.fixed_product`, with a mask that grows row by row.
     """

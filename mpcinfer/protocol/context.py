@@ -141,6 +141,28 @@ class _Together:
                 protocol.close()
 
 
+class Begun(Sealed):
+    """What a protocol has come to before its last openings: `value`, and the `rest`, to be run beside what uses it.
+
+    The rest opens something once, and whoever needs that in the value opens something else first: the two messages are
+    one (see `graph.flow`).
+    """
+
+    __slots__ = ("rest", "value")
+
+    def __init__(self, value: Any, rest: Coroutine[Any, Any, None]) -> None:
+        self.value = value
+        self.rest = rest
+
+
+async def whole(found: Any) -> Any:
+    """What a protocol has yielded, once there is no rest of it."""
+    if not isinstance(found, Begun):
+        return found
+    await found.rest
+    return found.value
+
+
 async def together(*protocols: Coroutine[Any, Any, Any]) -> list[Any]:
     """Run protocols side by side: their openings of each step travel in one message. Results in order."""
     return await _Together(protocols)

@@ -187,19 +187,37 @@ class Weight(Sealed):
 class Cached(Sealed):
     """This party's shares of m rows [*S, m, d] and the public rows + B, each row opened once under a B of its own.
 
+    masked: None while an opening is under way (see `protocol.cache.appending`).
     capacity: at least m; what costs and message sizes depend on instead of m, so that they change every so often only.
     """
 
-    __slots__ = ("capacity", "frac_bits", "masked", "name", "share")
+    __slots__ = ("_masked", "capacity", "frac_bits", "name", "share")
 
-    def __init__(self, name: str, share: torch.Tensor, masked: torch.Tensor, capacity: int, frac_bits: int) -> None:
-        if share.shape != masked.shape or share.shape[-2] > capacity:
-            raise ProtocolError(f"cache {name!r} has more rows than it has room for, or rows that were not opened")
+    def __init__(
+        self, name: str, share: torch.Tensor, masked: torch.Tensor | None, capacity: int, frac_bits: int
+    ) -> None:
+        if share.shape[-2] > capacity:
+            raise ProtocolError(f"cache {name!r} has more rows than it has room for")
         self.name = name
         self.share = share
-        self.masked = masked
         self.capacity = capacity
         self.frac_bits = frac_bits
+        self._masked: torch.Tensor | None = None
+        if masked is not None:
+            self.complete(masked)
+
+    def complete(self, masked: torch.Tensor) -> None:
+        """The rows + B, once they have been opened."""
+        if self._masked is not None or masked.shape != self.share.shape:
+            raise ProtocolError(f"cache {self.name!r} has other rows than were opened")
+        self._masked = masked
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """The rows + B; ProtocolError if they have not been opened yet."""
+        if self._masked is None:
+            raise ProtocolError(f"cache {self.name!r} is used before its rows have been opened")
+        return self._masked
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from mpcinfer.errors import UnsupportedError
-from mpcinfer.nn.attention import append_rows, attention
+from mpcinfer.nn.attention import attention
+from mpcinfer.protocol.cache import append
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.local import LocalWorld, Transcript
 from mpcinfer.protocol.types import Cached, Public, Shared
@@ -48,7 +49,7 @@ def attend(
         caches = []
         for name, x in (("k", k), ("v", v)):
             none = x.share[..., :0, :]
-            caches.append(await append_rows(ctx.scope(name), Cached(name, none, none, room, 16), x))
+            caches.append(await append(ctx.scope(name), Cached(name, none, none, room, 16), x))
         return await attention(ctx, q, *caches, public, **how)
 
     async def plain(ctx: Context, q: Shared, k: Shared, v: Shared) -> Shared:
@@ -133,7 +134,7 @@ def test_refusals() -> None:
 
         async def cached(ctx: Context, q: Shared, k: Shared, p: Any = public, how: Any = how) -> Any:
             none = k.share[..., :0, :]
-            rows = await append_rows(ctx.scope("k"), Cached("k", none, none, 8, 16), k)
+            rows = await append(ctx.scope("k"), Cached("k", none, none, 8, 16), k)
             return await attention(ctx, q, rows, rows, p, 0.0, bool(how))
 
         world = LocalWorld(2, seed("refusal"))

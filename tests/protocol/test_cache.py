@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcinfer.errors import ProtocolError
-from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask, RowStore, append, cached_product, joined
+from mpcinfer.protocol.cache import (
+    CachedProduct,
+    CacheUse,
+    RowMask,
+    RowStore,
+    append,
+    appending,
+    cached_product,
+    joined,
+)
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import from_json, to_json
 from mpcinfer.protocol.local import LocalWorld, Transcript
@@ -125,6 +134,25 @@ def test_cost_depends_on_the_capacity_alone(parties: int) -> None:
         assert labels == [("RowMask.b", 64), ("CachedProduct.a", 64), ("CachedProduct.a", 64)]
 
 
+def test_rows_are_opened_beside_what_is_multiplied_by_them(parties: int) -> None:
+    world = LocalWorld(parties, seed("beside"))
+    rows, x = large(2, 3), large(4, 3)
+
+    async def protocol(ctx: Context, rows: Shared, x: Shared) -> Any:
+        none = rows.share[:0]
+        begun = appending(ctx, Cached("k", none, none, 8, 0), rows)
+        assert begun.value.shape == rows.shape
+        with pytest.raises(ProtocolError, match="before its rows have been opened"):
+            _ = begun.value.masked
+        product = cached_product(ctx.scope("scores"), x, begun.value, transposed=True)
+        return (await together(begun.rest, product))[1]
+
+    scores = world.reveal(world.run(protocol, world.share(rows), world.share(x)))
+    assert torch.equal(scores[:, :2], x @ rows.T) and world.transcript.rounds == 1
+    with pytest.raises(ProtocolError, match="other rows than were opened"):
+        Cached("k", rows, rows, 8, 0).complete(rows)
+
+
 @pytest.mark.parametrize("before", [0, 3, 30])
 def test_on_meta_tensors(before: int, parties: int) -> None:
     """The plan is that of any other number of rows with that much room."""
@@ -169,7 +197,7 @@ def test_rows_that_do_not_fit_are_refused(rows: int, frac_bits: int) -> None:
 
 @pytest.mark.parametrize(("share", "masked"), [(5, 5), (3, 2)])
 def test_a_cache_has_room_for_its_rows_and_all_are_opened(share: int, masked: int) -> None:
-    with pytest.raises(ProtocolError, match="more rows"):
+    with pytest.raises(ProtocolError, match="more rows|other rows"):
         Cached("k", large(share, 2), large(masked, 2), 4, 16)
 
 
