@@ -6,10 +6,13 @@ one rounding less. That is what residual streams of transformers are.
 
 Where it is moved, multiplied by public numbers and added up, as by rotary position embeddings, it keeps them too, and
 gets as many again, if there is room: a round less, and 8 bytes for each element of the product and the linear layer.
+
+Logits of which nothing but a token is chosen keep them, too, if they are small enough to be compared so.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +29,8 @@ _CENTRED = "aten.layer_norm.default"
 _NORMS = (_CENTRED, "aten.rms_norm.default")
 # of the length of a row and of the bits it loses: n x - sum(x), for the mean, must fit with twice the fraction bits
 _CENTRED_BITS = 14
+# two logits that are below 2 to this power, in units of the last place, are compared by `nn.elementwise.width` bits
+_COMPARED_BITS = 46
 # what moves elements, and does not make more of them
 _GROWING = ("expand.default", "repeat.default", "repeat_interleave.self_int")
 _JOINS = ("aten.cat.default", "aten.concat.default", "aten.stack.default")
@@ -36,7 +41,7 @@ def postpone_truncations(program: Program, largest: Mapping[str, float]) -> Prog
 
     largest: of each node that is secret, below what its values must be allowed to be, headroom included.
     """
-    return _past_products(_past_sums(program), largest)
+    return _past_choice(_past_products(_past_sums(program), largest), largest)
 
 
 def _users(program: Program) -> Mapping[str, list[Node]]:
@@ -112,6 +117,19 @@ def _past_products(program: Program, largest: Mapping[str, float]) -> Program:
         if any(user.name not in levels for user in users[node.name]):
             narrow[node.name] = f"{node.name}.narrow"
             nodes.append(Node(narrow[node.name], "mpc.narrow", (Ref(node.name), program.frac_bits), {}, node.path))
+    return replace(program, nodes=tuple(nodes))
+
+
+def _past_choice(program: Program, largest: Mapping[str, float]) -> Program:
+    small = 2.0 ** (_COMPARED_BITS - 2 * program.frac_bits)
+    if program.reveal != "tokens":
+        return program
+    used = _users(program)
+    logits = {r.name for r in program.results if r.name not in used and largest.get(r.name, math.inf) < small}
+    nodes = (
+        replace(node, kwargs=node.kwargs | {"wide": True}) if node.name in logits and node.op in _LINEAR else node
+        for node in program.nodes
+    )
     return replace(program, nodes=tuple(nodes))
 
 

@@ -64,7 +64,8 @@ async def step(
     logits = found[-1]
     if not isinstance(logits, Shared) or len(logits.shape) != 2 or logits.shape[0] != 1:
         raise UnsupportedError("a model with caches yields the logits of the next token only, [1, vocabulary]")
-    token, counts = await next_token(ctx.scope("mpc.sampling"), logits.map(lambda t: t[0]), before, choice)
+    row = logits.map(lambda t: t[0])
+    token, counts = await next_token(ctx.scope("mpc.sampling"), row, before, choice, program.frac_bits)
     token = token.map(lambda t: t.reshape(1, 1))
     outputs = [released(ctx.scope("output0"), token)]
     if program.reveal == "logits":

@@ -60,9 +60,13 @@ class Seen:
     fresh: Shared
 
 
-async def next_token(ctx: Context, logits: Shared, before: Seen | None, choice: Choice) -> tuple[Shared, Shared | None]:
+async def next_token(
+    ctx: Context, logits: Shared, before: Seen | None, choice: Choice, frac_bits: int = 16
+) -> tuple[Shared, Shared | None]:
     """The index of the chosen one of the logits [V], an integer, []; and how often each token has been there so far.
 
+    frac_bits: the program's. Logits that have more (see `graph.postpone`) are compared as they are, but truncated
+    before they are changed, a round more.
     before: the tokens so far, needed for a penalty, which counts those that were not counted; else there are no counts.
     A penalty p divides positive logits of tokens that were there by p and multiplies negative ones (Keskar et al.
     2019). A temperature T: the argmax of logits + T g for independent Gumbel noise g (Gumbel-max), whose shares are
@@ -72,6 +76,8 @@ async def next_token(ctx: Context, logits: Shared, before: Seen | None, choice: 
     maximum, 8 for each of 11 steps of a search, and 4.
     """
     x, counts = logits, None
+    if choice.penalises or choice.temperature:
+        x = await truncate(ctx.scope("logits"), x, x.frac_bits - min(x.frac_bits, frac_bits))
     if choice.penalises:
         assert before is not None
         x, counts = await _penalised(ctx.scope("penalty"), x, before, choice.penalty)
@@ -81,7 +87,7 @@ async def next_token(ctx: Context, logits: Shared, before: Seen | None, choice: 
         noise = gumbel(ctx.scope("noise"), x.shape, x.frac_bits)
         x = x.rescaled(x.frac_bits + UNIT_BITS)
         x = x + Shared(noise.share * choice.temperature, x.frac_bits)
-    return (await argmax_along(ctx, x, width(logits)))[1], counts
+    return (await argmax_along(ctx, x, width(x)))[1], counts
 
 
 async def _penalised(ctx: Context, x: Shared, before: Seen, penalty: int) -> tuple[Shared, Shared]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -67,6 +68,7 @@ async def one_hot(ctx: Context, index: Shared, count: int) -> Shared:
     return Shared(_rotated(correlation["table"], c, count))
 
 
+@cache
 def block_size(count: int, width: int, indices: int) -> int:
     """By how many rows at a time `row_of` goes through a table [count, width]; 1 if looking twice saves too little."""
     sizes = (size for size in range(2, count // 2 + 1) if count % size == 0)

@@ -10,8 +10,18 @@ from torch import nn
 
 from mpcinfer.graph import postpone
 from mpcinfer.graph.capture import Captured, capture
-from mpcinfer.graph.plan import plan_inference
+from mpcinfer.graph.plan import Planner, plan_inference
 from mpcinfer.graph.program import Program
+from mpcinfer.nn.sampling import Choice
+from tests.decoders_local import (
+    GREEDY,
+    VOCABULARY,
+    LocalText,
+    captured_decoder,
+    decoder,
+    plain_logits,
+    token_ids,
+)
 from tests.models_local import on_grid, plaintext, run_local
 
 SIZE = 8
@@ -194,3 +204,33 @@ def test_what_grows_or_is_not_all_public_is_truncated_before() -> None:
             return (self.turned(x) * self.plain(x)).relu(), (self.turned(x) + x).relu()
 
     assert not widened(captured(Secret())[0].program)
+
+
+def test_logits_of_which_a_token_is_chosen(parties: int) -> None:
+    """They are compared as they come out of the last layer; what changes them truncates them first."""
+    model, logits = decoder()
+    tokens = captured_decoder(model, "tokens")
+    (result,) = tokens.program.results
+    assert [node.name for node in tokens.program.nodes if "wide" in node.kwargs][-1] == result.name
+    ids = token_ids(6)
+    for choice, penalty in ((GREEDY, 1.0), (Choice.of(0.0, 0, 2.0), 2.0)):
+        text = LocalText(tokens, parties)
+        (output,) = zip(*(done.outputs for done in text.take_in(ids, choice)), strict=True)
+        expected = plain_logits(model, ids)
+        expected[ids] = torch.where(expected > 0, expected / penalty, expected * penalty)[ids]
+        assert float(expected.max() - expected[int(text.world.reveal(output))]) < 2e-3
+        _, cost, _ = Planner(tokens.program, parties=parties).step(6, 32, choice, 6)
+        _, before, _ = Planner(logits.program, parties=parties).step(6, 32, choice, 6)
+        saved = choice == GREEDY
+        assert before.rounds - cost.rounds == saved
+        assert before.bytes_sent - cost.bytes_sent == 8 * VOCABULARY * saved * (parties - 1)
+
+
+@pytest.mark.parametrize(("largest", "wide"), [(0.99, True), (1.0, False)])
+def test_logits_that_are_too_large_to_be_compared(largest: float, wide: bool) -> None:
+    """A difference of two, with 32 fraction bits, is below 2^47."""
+    program = replace(decoder()[1].program, reveal="tokens")
+    name = program.results[0].name
+    found = postpone.postpone_truncations(program, {name: largest * 2.0**14}).nodes
+    assert ("wide" in next(node.kwargs for node in found if node.name == name)) == wide
+    assert not any("wide" in node.kwargs for node in program.nodes if node.name == name)
