@@ -68,13 +68,17 @@ async def one_hot(ctx: Context, index: Shared, count: int) -> Shared:
     return Shared(_rotated(correlation["table"], c, count))
 
 
-@cache
 def block_size(count: int, width: int, indices: int) -> int:
     """By how many rows at a time `row_of` goes through a table [count, width]; 1 if looking twice saves too little."""
-    sizes = (size for size in range(2, count // 2 + 1) if count % size == 0)
-    best = min(sizes, key=lambda size: _opened(count, width, size), default=1)
+    best = _cheapest(count, width)
     saved = 8 * indices * (count - _opened(count, width, best))
     return best if saved >= _ROUND_BYTES else 1
+
+
+@cache
+def _cheapest(count: int, width: int) -> int:
+    sizes = (size for size in range(2, count // 2 + 1) if count % size == 0)
+    return min(sizes, key=lambda size: _opened(count, width, size), default=1)
 
 
 def _opened(count: int, width: int, size: int) -> int:
