@@ -24,6 +24,7 @@ from bench_peers.host import PEERS, SOCKETS
 from bench_plots import plot
 from bench_report import Row, markdown, right, tables
 from bench_run import run_timed
+from bench_together import run_together
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +60,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, say: Cons
         return run_generate(options, say)
     if options.command == "growth":
         return run_growth(options, say)
+    if options.command == "together":
+        return run_together(options, say)
     if options.command == "ops":
         return run_timed(options, say, {each.name: partial(lambda w: w, each) for each in workloads(options.tiny)})
     known = WORKLOADS[options.command]
@@ -72,19 +75,25 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="what blocks and models cost, of this system alone")
     beside = commands.add_parser("peers", help="operations, functions, blocks and models, beside other systems")
     generate = commands.add_parser("generate", help="what a real language model's tokens and prompts cost")
+    together = commands.add_parser("together", help="requests at the same time, and one after the other")
     growth = commands.add_parser("growth", help="how time and bytes grow with length, batch and parties")
     accuracy = commands.add_parser("accuracy", help="how exact functions are, beside other systems")
     for command, networks in ((ops, "loopback"), (models, "loopback,lan,wan"), (beside, "loopback")):
         _timed(command, networks)
     _timed(generate, "loopback,lan,wan")
     _timed(growth, "loopback")
-    for command, name in ((models, "models"), (beside, "peers")):
+    _timed(together, "loopback,wan")
+    for command, name, default in (
+        (models, "models", ",".join(DEFAULT["models"])),
+        (beside, "peers", ",".join(DEFAULT["peers"])),
+        (together, "models", "minilm"),
+    ):
         known = ", ".join(WORKLOADS[name])
-        default = ",".join(DEFAULT[name])
         command.add_argument("--workloads", type=_names, default=default, help=f"which of {known}")
         command.set_defaults(choices=tuple(WORKLOADS[name]))
     generate.add_argument("--steps", type=int, default=32, help="tokens after the prompt that are measured")
     generate.add_argument("--together", type=int, default=8, help="texts that are written at the same time, or 0")
+    together.add_argument("--together", type=int, default=16, help="how many requests at the same time")
     growth.add_argument("--axes", type=_names, default=",".join(AXES), help=f"which of {', '.join(AXES)}")
     accuracy.add_argument("--parties", type=_numbers, default="2,3", help="numbers of computing parties")
     names = ", ".join(f.operation for f in functions(tiny=True))
@@ -94,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         known = ", ".join(peers)
         command.add_argument("--peers", type=_names, default=",".join(peers), help=f"which of {known} to run; or none")
         command.set_defaults(known=peers)
-    for command in (ops, models, beside, generate, growth, accuracy):
+    for command in (ops, models, beside, generate, together, growth, accuracy):
         command.add_argument("--tiny", action="store_true", help="tiny inputs, only to see that everything works")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
         command.add_argument("--markdown", type=Path, metavar="FILE", help="write it here as a page, plots beside it")

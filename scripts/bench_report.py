@@ -11,6 +11,13 @@ Table = tuple[list[str], list[list[str]]]  # a header and lines
 SLACK, SMALL = 1.02, 10_000  # of growth: a factor that is rounding, and bytes whose growth says nothing
 
 
+_RATES = {
+    "tokens_per_second": "tokens/s",
+    "requests_per_second": "requests/s",
+    "cpu_seconds_per_request": "CPU seconds per request, all processes",
+}
+
+
 def our_table(rows: list[Row]) -> Table:
     """Our results: a header and a line per workload."""
     header = ["workload", "online", "offline", "total", "rounds", "sent per party", "sent by dealer", "max error"]
@@ -26,10 +33,11 @@ def our_table(rows: list[Row]) -> Table:
         lines.append([row["name"], *times, f"{online['rounds']:.0f}", *sent, _error(ours)])
     lines = [line + _resources(row["ours"]) for line, row in zip(lines, rows, strict=True)]
     header += ["deploy", "memory, party / dealer"]
-    rates = [row["ours"].get("tokens_per_second") for row in rows]
-    if any(rates):
-        header.append("tokens/s")
-        lines = [[*line, f"{rate:.2f}" if rate else ""] for line, rate in zip(lines, rates, strict=True)]
+    for key, title in _RATES.items():
+        rates = [row["ours"].get(key) for row in rows]
+        if any(rates):
+            header.append(title)
+            lines = [[*line, f"{rate:.2f}" if rate else ""] for line, rate in zip(lines, rates, strict=True)]
     return header, lines
 
 
@@ -192,6 +200,7 @@ _TITLES = {
     "models": "Models, measured",
     "peers": "This system beside others, measured",
     "generate": "Language models, measured",
+    "together": "Requests at the same time, measured",
     "growth": "Growth, measured",
 }
 

@@ -83,9 +83,15 @@ def test_report_is_complete_and_says_why_peers_failed(tmp_path: Path) -> None:
             ["a prompt", "a token after", "a token of each"],
             ["lan"],
         ),
+        (
+            "together",
+            "--together 3 --networks lan",
+            ["MiniLM-L6, 8 tokens", "MiniLM-L6, 8 tokens, 3 requests"],
+            ["lan"],
+        ),
         ("growth", "--axes length,parties --networks loopback", ["length", "parties"], ["loopback-length"]),
     ],
-    ids=["models", "generate", "growth"],
+    ids=["models", "generate", "together", "growth"],
 )
 def test_commands_over_networks(
     tmp_path: Path, command: str, arguments: str, names: list[str], plots: list[str]
