@@ -19,7 +19,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from mpcinfer.errors import AgreementError, TamperingError
+from mpcinfer.errors import AgreementError, ProtocolError, TamperingError
 from mpcinfer.party.actions import forget
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
@@ -46,7 +46,10 @@ async def _refreshed(
     by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any], model: Model
 ) -> None:
     secret = part.epoch.mesh.confide(secrets.token_bytes(32))
-    private = X25519PrivateKey.from_private_bytes(secret)
+    try:
+        private = X25519PrivateKey.from_private_bytes(secret)
+    except ValueError as error:
+        raise ProtocolError(f"party {by.index} gave its witness no key") from error
     own = f"{model.id.hex()} {private.public_key().public_bytes_raw().hex()}"
     told = await by.vote(part, None, own)
     generation = hashlib.sha256(" ".join(told[i] for i in sorted(told)).encode()).hexdigest()
@@ -58,11 +61,8 @@ async def _refreshed(
             raise TamperingError(
                 f"party {by.index} has announced another key than it gave its witness. Suspect: party {by.index}"
             )
-        keys = {}
-        for peer, text in told.items():
-            if peer != by.index:
-                public = X25519PublicKey.from_public_bytes(bytes.fromhex(text.partition(" ")[2]))
-                keys[peer] = prg.extract(private.exchange(public), bytes.fromhex(generation), b"refresh")
+        others = {peer: _agreed(private, peer, text) for peer, text in told.items() if peer != by.index}
+        keys = {peer: prg.extract(agreed, bytes.fromhex(generation), b"refresh") for peer, agreed in others.items()}
         return catalogue.stage_refresh(model, generation, _fresh(catalogue, model, by.index, keys))
 
     try:
@@ -77,6 +77,14 @@ async def _refreshed(
     catalogue.commit_refresh(model)
     forget(by, part, model.id)
     await by.vote(part, None)
+
+
+def _agreed(private: X25519PrivateKey, peer: int, text: str) -> bytes:
+    """The secret of this party and another one, from what that has announced."""
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(text.partition(" ")[2])))
+    except ValueError as error:
+        raise ProtocolError(f"party {peer} announced no key that can be used") from error
 
 
 def _fresh(catalogue: Catalogue, model: Model, index: int, keys: Mapping[int, bytes]) -> Iterator[bytes]:

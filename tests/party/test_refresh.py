@@ -193,6 +193,23 @@ def test_a_party_that_cannot_stage_keeps_all_from_it(
     assert not [f for f in cluster.files() if f.endswith((".fresh", ".part"))]
 
 
+def test_a_party_that_announces_no_key(cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a point of low order everybody would know what is agreed on."""
+    before, vote = shares(cluster), cluster.parties[1].lane._by.vote
+
+    def announce(part: Any, refusal: Any, note: str = "", **more: Any) -> Any:
+        known, _, key = note.partition(" ")
+        return vote(part, refusal, f"{known} {'00' * 32}" if len(key) == 64 else note, **more)
+
+    monkeypatch.setattr(cluster.parties[1].lane._by, "vote", announce)
+    answers = refresh(caller)
+    assert not any(isinstance(a, party_pb2.RefreshModelResponse) for a in answers)
+    assert "party 1 announced no key" in str(answers[0])
+    monkeypatch.undo()
+    assert all(torch.equal(old[n], new[n]) for old, new in zip(before, shares(cluster), strict=True) for n in old)
+    assert right(caller.infer(torch.ones(1, 4)), torch.ones(1, 4))
+
+
 def test_who_may_ask(cluster: InProcess, caller: Caller) -> None:
     assert kinds(refresh(cluster.caller("owner/eve"))) == ["NotFoundError"] * cluster.n
     assert kinds(refresh(cluster.caller("client/bob"))) == ["ForbiddenError"] * cluster.n

@@ -74,11 +74,14 @@ def test_a_witness_has_the_new_share_of_its_party(cluster: InProcess, caller: Ca
     assert right(caller.infer(X))
 
 
-def test_where_some_parties_have_witnesses(tmp_path: Path) -> None:
-    with InProcess(tmp_path, 2, witnesses=(1,)) as running:
+@pytest.mark.parametrize("watched", [(1,), pytest.param((0, 2), marks=pytest.mark.slow)])
+def test_where_some_parties_have_witnesses(tmp_path: Path, watched: tuple[int, ...]) -> None:
+    with InProcess(tmp_path, max(watched) + 1, witnesses=watched) as running:
         asking = running.caller()
         asking.deploy(PROGRAM, WEIGHTS)
-        assert [a.refreshed for a in refresh(asking)] == [1] * 3 and right(asking.infer(X))
+        for _ in range(2):
+            assert kinds(refresh(asking)) == ["RefreshModelResponse"] * len(running.holders)
+            assert right(asking.infer(X))
 
 
 @pytest.mark.parametrize("who", ["party/1", "witness/0"])
@@ -166,6 +169,19 @@ def test_a_party_that_stores_another_share_is_caught_by_its_next_answer(tmp_path
             patch.setattr(Vouching, "exchange", lambda *_: None)  # the planted fault: nobody compares
             assert not right(asking.infer(X))
         assert caught(asking.infer(X), 1)
+
+
+def test_a_witness_that_gets_no_key_ends_the_epoch(cluster: InProcess, caller: Caller, monkeypatch: Patch) -> None:
+    epoch = cluster.parties[0].lane._epoch
+    assert epoch is not None
+    original = epoch.mesh.confide
+    monkeypatch.setattr(epoch.mesh, "confide", lambda secret: (original(secret[:5]), secret)[1])
+    wait = cluster.new_epoch()
+    answers = refresh(caller)
+    assert "ProtocolError" in kinds(answers) and "RefreshModelResponse" not in kinds(answers)
+    monkeypatch.undo()
+    wait()
+    assert whole(cluster) and right(caller.infer(X))
 
 
 def test_a_party_and_its_witness_that_have_made_different_shares_put_none_in_place(
