@@ -168,7 +168,7 @@ class Channels:
         self._open = {
             (caller, endpoint.role): channel.connect(endpoint, keys.cluster, keys.identity(caller), timeout=20)
             for endpoint in (*keys.cluster.parties, keys.cluster.dealer)
-            for caller in ("owner/alice", "client/bob", "party/0", "dealer")
+            for caller in ("owner/alice", "owner/eve", "client/bob", "party/0", "dealer")
             if not (endpoint.role == "dealer" and caller == "dealer")
         }
 
@@ -223,7 +223,9 @@ def attack(target: Target, channels: Channels, draw: Draw, rpcs: Sequence[str]) 
     rpc = draw(st.sampled_from(list(rpcs)))
     valid = target.templates[rpc]
     party = "PartyService" in rpc
-    callers = ["owner/alice", "client/bob"] if party else ["party/0"]
+    # the models' owner would remove one by chance, as she may
+    owner = "owner/eve" if rpc.endswith("/RemoveModel") else "owner/alice"
+    callers = [owner, "client/bob"] if party else ["party/0"]
     caller = draw(st.sampled_from([*callers * 4, "party/0", "dealer", "client/bob"]))
     to = "dealer" if "DealerService" in rpc else "party/1"
     fresh = [type(m).FromString(m.SerializeToString()) for m in valid]
