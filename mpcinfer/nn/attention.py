@@ -62,7 +62,7 @@ async def attention(
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
     Scores are truncated by the exponential, not before their maximum is taken, unless a public mask is added to them.
-    Rounds 4 ceil(log4 M) + 14, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
+    Rounds 4 ceil(log4 M) + 13, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
     every pair; offline 276. For many pairs more rounds, 33.3 and 137 bytes: see `maximum_along`.
     """
     if dropout:

@@ -49,9 +49,10 @@ async def softmax(ctx: Context, x: Shared) -> Shared:
 
     The maximum, x minus it, e^x, the sum, one reciprocal a row, the product, a truncation. Differences within a row
     must stay below 2^59 units in the last place.
-    Rounds 4 ceil(log4 k) + 13 (29 for k = 128); online 34.9 bytes per element and peer, 14.5 for each but one of a row
-    and 40 + 8.75 ceil(log2 k) per row (50.2 per element for k = 128); offline 276 bytes per element for k = 128; for
-    many rows more rounds and fewer bytes, see `maximum_along`. Openings: those of the protocols named.
+    Rounds 4 ceil(log4 k) + 12 (28 for k = 128); online 34.9 bytes per element and peer, 14.5 for each but one of a row
+    and 42 + 3.25 ceil(log2 k) per row (49.9 per element for k = 128); offline 282 bytes per element for k = 128; for
+    many rows more rounds and fewer bytes, see `maximum_along` and `octaves.normalise`. Openings: those of the
+    protocols named.
     """
     powers, _ = await _powers(ctx, x)
     inverse = await wide_reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), **octaves_of_sum(x.shape[-1]))

@@ -43,8 +43,8 @@ async def reciprocal(ctx: Context, x: Shared, *, low: int = -8, high: int = 20, 
 
     Input: as `wide_reciprocal`; ValueError for frac_bits above 60 + low, too. Output: relative error below 4.5e-5
     (3.5e-5 over at most 34 octaves), plus one unit in the last place of the output.
-    Rounds 7; online 40 + 4.375 T bytes per element and peer (289.4 for the default range, 57 thresholds); openings and
-    correlations as `wide_reciprocal` and `truncate`.
+    Rounds 6 for up to 4,096 elements, 7 for more; online 40 + 1.625 T (40 + 4.375 T) bytes per element and peer: 132.6
+    (289.4) for the default range, 57 thresholds; openings and correlations as `wide_reciprocal` and `truncate`.
     """
     if frac_bits > 60 + low:
         raise ValueError(f"no reciprocals down to 2^{low} with {frac_bits} fraction bits")
@@ -62,10 +62,9 @@ async def wide_reciprocal(ctx: Context, x: Shared, *, low: int, high: int) -> Sh
     Output: relative error below 4.5e-5 (3.5e-5 over at most 34 octaves); below 2^62.
     How: thresholds at half octaves give a shared gain and h with 1/x = gain / (1 - h), abs(h) <= 11/64, h linear in x
     on each piece and so exact; 1/(1 - h) by a polynomial of degree 4, the minimax one; times gain.
-    Opened: x + r over Z_2^64; the words of `below`, T = 2 (high - low) + 1 times; outcome bits xor beta; then the
-    openings of `polynomial` and `truncated_product`.
-    Rounds 6; online 32 + 4.375 T bytes per element and peer; correlations `Comparison`, `TruncatedPowers`,
-    `TruncatedProduct`.
+    Opened: those of `octaves.normalise`, T = 2 (high - low) + 1; then those of `polynomial` and `truncated_product`.
+    Rounds 5 (6); online 32 + 1.625 T (32 + 4.375 T) bytes per element and peer; correlations `TruncatedComparison`,
+    `TruncatedPowers`, `TruncatedProduct`.
     Source: normalisation by the leading bit as in Catrina and Saxena 2010. DESIGN's cubic on a whole octave with a
     Newton step has half the thresholds and two more rounds: rows, not elements, need this function most.
     """

@@ -78,6 +78,7 @@ KINDS: list[Kind] = [
     TruncatedPowers((6,), 16, 3),
     TruncatedScaling((2, 3), (3,), 16),
     TruncatedComparison((3,), 4, 8),
+    TruncatedComparison((3,), 4, 0, flat=True),
     TruncatedProduct((2, 1), (3,), 16),
     Truncation((7,), 16),
     WeightMask("other", (2, 2)),

@@ -67,7 +67,7 @@ def test_rows_sum_to_one() -> None:
 
 @pytest.mark.parametrize("parties", [2, 3, 5])
 @pytest.mark.parametrize(
-    ("rows", "k", "rounds", "contests"), [(64, 128, 29, (1, 0, 42)), (64, 10, 21, (1, 1, 2)), (8, 1, 13, (0, 0, 0))]
+    ("rows", "k", "rounds", "contests"), [(64, 128, 28, (1, 0, 42)), (64, 10, 20, (1, 1, 2)), (8, 1, 12, (0, 0, 0))]
 )
 def test_costs(parties: int, rows: int, k: int, rounds: int, contests: tuple[int, int, int]) -> None:
     """contests: of two, three and four."""
@@ -81,7 +81,7 @@ def test_costs(parties: int, rows: int, k: int, rounds: int, contests: tuple[int
     octaves = max(1, (k - 1).bit_length())
     maximum, row = (
         sum(n * size for n, size in zip(contests, (11.25, 25.75, 43.5), strict=True)),
-        40 + 4.375 * (2 * octaves + 1),
+        40 + 1.625 * (2 * octaves + 1),
     )
     assert seen.rounds == rounds
     assert seen.bytes_sent == rows * (maximum + 34.875 * k + row) * (parties - 1)

@@ -40,6 +40,8 @@ BATCHED: list[Kind] = [
     Triple(MATMUL, (2, 1, 4), (4, 3)),
     TruncatedProduct((3, 1), (4,), 17),
     TruncatedComparison((2, 2), 5, 9),
+    TruncatedComparison((3,), 5, 0),
+    TruncatedComparison((2, 2), 4, 8, flat=True),
     SquarePair((7,)),
     SquarePair((0,)),
     TruncatedPowers((3,), 17, 3),

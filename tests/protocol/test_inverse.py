@@ -133,21 +133,20 @@ def test_costs(run: Callable[..., Ran]) -> None:
     x = (torch.arange(16).reshape(2, 8) + 1) << 16
     ran = run(reciprocal, (x, 16))
     thresholds = 57
-    comparison = 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
+    comparison = 7 * 512 + 1 + thresholds * (177 + 2 * 64)
     rest = 4 * (64 + 28) + 2 * (64 + 37) + (64 + 22)  # powers, product of what is truncated, truncation
-    ran.costs(7, 16 * 40 + thresholds * 16 * 35 // 8, 16 * (comparison + rest) // 8)
+    ran.costs(6, 16 * 40 + thresholds * 16 * 13 // 8, 16 * (comparison + rest) // 8)
     assert ran.frac_bits == 30
     assert ran.opened() == [
-        ("Comparison.r", 64),
-        ("Comparison.leaf", 7),
-        ("Comparison.top", 6),
-        ("Comparison.beta", 1),
+        ("TruncatedComparison.r", 64),
+        ("TruncatedComparison.leaf", 12),
+        ("TruncatedComparison.beta", 1),
         ("TruncatedPowers.r", 64),
         ("TruncatedProduct.r", 64),
         ("TruncatedProduct.b", 64),
         ("Truncation.r", 64),
     ]
-    assert run(over(0, 7), (x, 16)).transcript.rounds == 7
+    assert run(over(0, 7), (x, 16)).transcript.rounds == 6
     assert run(reciprocal, (torch.zeros((0, 3), dtype=torch.int64), 16)).value.shape == (0, 3)
     assert abs(int(run(reciprocal, (torch.tensor(1 << 16), 16)).value) - (1 << 30)) <= FEWER_OCTAVES * 2**30
 

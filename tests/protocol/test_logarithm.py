@@ -81,14 +81,13 @@ def test_costs(run: Callable[..., Ran]) -> None:
     x = (torch.arange(16).reshape(2, 8) + 1) << 16
     ran = run(log, (x, 16))
     thresholds = 2 * 36 + 1
-    comparison = 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
-    ran.costs(6, 16 * 24 + thresholds * 16 * 35 // 8, 16 * (comparison + 4 * (64 + 28) + 64 + 47) // 8)
+    comparison = 7 * 512 + 1 + thresholds * (177 + 2 * 64)
+    ran.costs(5, 16 * 24 + thresholds * 16 * 13 // 8, 16 * (comparison + 4 * (64 + 28) + 64 + 47) // 8)
     assert ran.frac_bits == 16
     assert ran.opened() == [
-        ("Comparison.r", 64),
-        ("Comparison.leaf", 7),
-        ("Comparison.top", 6),
-        ("Comparison.beta", 1),
+        ("TruncatedComparison.r", 64),
+        ("TruncatedComparison.leaf", 12),
+        ("TruncatedComparison.beta", 1),
         ("TruncatedPowers.r", 64),
         ("Truncation.r", 64),
     ]

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from mpcinfer.protocol import inverse, logarithm, root
+from mpcinfer.protocol import octaves as octaves_
+from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.octaves import (
     ARGUMENT_BITS,
@@ -25,6 +27,7 @@ from mpcinfer.protocol.octaves import (
     tail_of,
 )
 from mpcinfer.protocol.types import Shared
+from tests.openings import assert_hides
 from tests.protocol.conftest import Ran
 
 # fraction bits, low, high: the default of most functions, the ends of what is allowed, and ranges of one octave
@@ -92,6 +95,14 @@ def test_shares(world: Callable[..., LocalWorld], parties: int, limits: tuple[in
     assert entry.tolist() == [table[piece_of(pieces, v)] for v in x]
 
 
+@pytest.fixture(params=[octaves_.FEW, 0], ids=["few", "many"])
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether numbers are few enough to be compared in one round."""
+    monkeypatch.setattr(octaves_, "FEW", request.param)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("d", [1, 8, 20])
 def test_shares_of_what_is_truncated(world: Callable[..., LocalWorld], parties: int, d: int) -> None:
     pieces = octaves(16, -8, 20)
@@ -108,27 +119,48 @@ def test_shares_of_what_is_truncated(world: Callable[..., LocalWorld], parties: 
         assert (got, at) in [(h_of(pieces, r), table[piece_of(pieces, r)]) for r in rounded]
 
 
-def test_truncating_costs_no_round(run: Callable[..., Ran]) -> None:
+def costs(few: bool, thresholds: int) -> tuple[float, int]:
+    """Bytes sent and bits dealt for an element, its opening and what depends on d left out."""
+    if few:
+        return thresholds * 13 / 8, 7 * 512 + 1 + thresholds * (177 + 2 * 64)
+    return thresholds * 35 / 8, 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
+
+
+def test_truncating_costs_no_round(run: Callable[..., Ran], few: bool) -> None:
     pieces = octaves(16, -2, 2)
     x = torch.arange(64).reshape(8, 8) << 8
     ran = run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains, 8), (x, 24))
-    sent, dealt = 64 * 8 + 64 * 9 * 35 // 8, 8 * (16 * 15 + 1 + 64 + 8 + 9 * (4 * 22 + 15 + 2 * 64 + 8))
-    ran.costs(4, sent, dealt)
+    sent, dealt = costs(few, 9)
+    ran.costs(4 - few, int(64 * (8 + sent)), 8 * (dealt + 64 + 8 + 9 * 8))
     assert ran.opened()[0] == ("TruncatedComparison.r", 64)
     assert ran.frac_bits == [pieces.frac_bits, 0]
 
 
-def test_costs(run: Callable[..., Ran]) -> None:
+def test_costs(run: Callable[..., Ran], few: bool) -> None:
     pieces = octaves(16, -2, 2)
     ran = run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains), (torch.arange(64).reshape(8, 8), 16))
-    ran.costs(4, 64 * 8 + 64 * 9 * 35 // 8, 8 * (16 * 15 + 1 + 9 * (4 * 22 + 15 + 2 * 64)))
-    assert ran.opened() == [
-        ("Comparison.r", 64),
-        ("Comparison.leaf", 7),
-        ("Comparison.top", 6),
-        ("Comparison.beta", 1),
-    ]
+    sent, dealt = costs(few, 9)
+    ran.costs(4 - few, int(64 * (8 + sent)), 8 * dealt)
+    words = [("leaf", 12)] if few else [("leaf", 7), ("top", 6)]
+    assert ran.opened() == [(f"TruncatedComparison.{name}", bits) for name, bits in [("r", 64), *words, ("beta", 1)]]
     assert ran.frac_bits == [pieces.frac_bits, 0]
+
+
+def test_one_more_is_too_many(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = octaves(16, 0, 1)
+    monkeypatch.setattr(octaves_, "FEW", 5)
+    for count, rounds in ((5, 3), (6, 4)):
+        x = torch.arange(count)
+        assert run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains), (x, 16)).transcript.rounds == rounds
+
+
+def test_openings_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(octaves_, "FEW", 1 << 20)
+
+    async def protocol(ctx: Context, x: Shared) -> Shared:
+        return await inverse.reciprocal(ctx, Shared(x.share, 16), low=-1, high=1)
+
+    assert_hides(monkeypatch, protocol, torch.arange(14_000) << 2, torch.zeros(14_000, dtype=torch.int64))
 
 
 def test_interpolation_meets_polynomials() -> None:

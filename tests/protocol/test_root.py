@@ -134,14 +134,13 @@ def test_costs(run: Callable[..., Ran], function: Callable[..., Any], octaves: i
     x = (torch.arange(16).reshape(2, 8) + 1) << 16
     ran = run(function, (x, 16))
     thresholds = 2 * octaves + 1
-    comparison = 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
+    comparison = 7 * 512 + 1 + thresholds * (177 + 2 * 64)
     rest = 4 * (64 + 28) + 3 * 64 + cuts  # powers; product of what is truncated, truncation
-    ran.costs(7, 16 * 40 + thresholds * 16 * 35 // 8, 16 * (comparison + rest) // 8)
+    ran.costs(6, 16 * 40 + thresholds * 16 * 13 // 8, 16 * (comparison + rest) // 8)
     assert ran.opened() == [
-        ("Comparison.r", 64),
-        ("Comparison.leaf", 7),
-        ("Comparison.top", 6),
-        ("Comparison.beta", 1),
+        ("TruncatedComparison.r", 64),
+        ("TruncatedComparison.leaf", 12),
+        ("TruncatedComparison.beta", 1),
         ("TruncatedPowers.r", 64),
         ("TruncatedProduct.r", 64),
         ("TruncatedProduct.b", 64),
