@@ -349,7 +349,6 @@ def test_a_witness_is_started_as_one_or_not_at_all(tmp_path: Path, shell: Shell)
         ([], "witness-0", "start it with --witness-of 0"),
         (["--witness-of", 1], "witness-0", "is for witness/0, not for witness/1"),
         (["--witness-of", 0], "party-0", "is for party/0, not for witness/0"),
-        (["--witness-of", 0], "dealer", "is for dealer, not for witness/0"),
     ):
         done = shell("party", "--config", local.directory / f"{node}.toml", *of)
         assert done.code == 2 and why in done.err, done.err
