@@ -77,7 +77,7 @@ class Comparison(Kind):
 
     r is uniform on Z_2^width. With `products` it is on Z_2^64, and there is also for each threshold a bit beta that
     masks the outcome, and beta, beta r as numbers, for bit * x; with `others` = k (and one threshold) masks s of k
-    further values and beta s, for bit * value.
+    further values and beta s, for bit * value, both modulo 2^other_bits.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +85,7 @@ class Comparison(Kind):
     thresholds: int = 1
     products: bool = False
     others: int = 0
+    other_bits: int = 64
 
     def __post_init__(self) -> None:
         if self.others and self.thresholds != 1:
@@ -101,7 +102,7 @@ class Comparison(Kind):
         if self.products or self.others:
             fields["beta"] = Field(many, BIT)
         if self.others:
-            fields["s"] = Field((self.others, *self.shape), Z64)
+            fields["s"] = Field((self.others, *self.shape), Ring(self.other_bits))
         return fields
 
     def derived(self) -> dict[str, Field]:
@@ -113,7 +114,7 @@ class Comparison(Kind):
         if self.products:
             fields["bit_r"] = Field(many, Z64)
         if self.others:
-            fields["bit_s"] = Field((self.others, *self.shape), Z64)
+            fields["bit_s"] = Field((self.others, *self.shape), Ring(self.other_bits))
         return fields
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:

@@ -12,7 +12,7 @@ from mpcinfer.protocol.compare import below, block_masks, digit_tables, digit_va
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.types import Masked, Shared
-from mpcinfer.ring.domain import BIT, Z64
+from mpcinfer.ring.domain import BIT, Z64, Ring
 
 MOST = 4
 
@@ -58,13 +58,14 @@ class Contest(Kind):
 
     r_i - r_j masks a pair's difference: tables of its digits, AND-block masks and a bit beta, as in `Comparison`. For
     each number but the first the products of the betas of its pairs, by subset, as numbers and times r_i; with
-    `others` masks s of further differences, and these products times s_i.
+    `others` masks s of further differences, and these products times s_i, both modulo 2^other_bits.
     """
 
     shape: tuple[int, ...]
     size: int
     width: int = 64
     others: int = 0
+    other_bits: int = 64
 
     def __post_init__(self) -> None:
         if not 2 < self.size <= MOST:
@@ -88,7 +89,7 @@ class Contest(Kind):
             "beta": Field((1, *pairs), BIT),
         }
         if self.others:
-            fields["s"] = Field((self.others, *numbers), Z64)
+            fields["s"] = Field((self.others, *numbers), Ring(self.other_bits))
         return fields
 
     def derived(self) -> dict[str, Field]:
@@ -100,7 +101,7 @@ class Contest(Kind):
             "bits_r": Field(subsets, Z64),
         }
         if self.others:
-            fields["bits_s"] = Field((self.others, *subsets), Z64)
+            fields["bits_s"] = Field((self.others, *subsets), Ring(self.other_bits))
         return fields
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
@@ -120,30 +121,37 @@ class Contest(Kind):
 
 
 async def largest(
-    ctx: Context, x: Shared, carried: tuple[Shared, ...] = (), width: int = 64
+    ctx: Context,
+    x: Shared,
+    carried: tuple[Shared, ...] = (),
+    width: int = 64,
+    *,
+    bits: int = 64,
+    placed: bool = False,
 ) -> tuple[Shared, list[Shared]]:
     """The largest of each three or four numbers, and of each carried tensor what is in its place. The first of equals.
 
     x [*S, k], k = 3 or 4, carried ones of x's shape -> [*S]. Exact where all differences are in
-    [-2^(width-1), 2^(width-1)).
+    [-2^(width-1), 2^(width-1)). bits: of carried numbers only so many are meant, here and in what is found of them.
+    placed: at the end of the carried ones, the place 0 .. k - 1, an integer, which takes no opening.
     Opened: d_i = x_i - x_0 + r_i over Z_2^64 for i > 0, and such differences of what is carried; for every pair the
     words of `below` of d_i - d_j, whose mask is r_i - r_j; all outcomes xor beta. x_i has won if the outcomes of its
     k - 1 pairs are what they should: a product of bits that are public but for beta, so that it and its product with
     d_i - r_i are sums of dealt products of betas.
     Rounds 4; online for k = 4 and width 64 50.25 bytes per peer and four numbers (29.1 for three), 24 (16) more for
-    each carried tensor; offline 594 (225) and 168 (48) more; correlation `Contest`.
+    each carried tensor; offline 594 (225) and 168 (48) more; with fewer bits, as many fewer; correlation `Contest`.
     Source: comparing all pairs at once is folklore; picking by dealt products of masks is ABY2.0's multi-input AND.
     """
     size = x.shape[-1]
-    correlation = ctx.correlation(Contest(x.shape[:-1], size, width, len(carried)))
+    correlation = ctx.correlation(Contest(x.shape[:-1], size, width, len(carried), bits))
 
     def differences(t: torch.Tensor) -> torch.Tensor:
         return (t[..., 1:] - t[..., :1]).movedim(-1, 0)
 
     d = ctx.open(x.map(differences), correlation.mask("r"))
     if carried:
-        others = Shared(torch.stack([differences(y.share) for y in carried]))
-        opened, u = await together(d, ctx.open(others, correlation.mask("s")))
+        more = Shared(torch.stack([differences(y.share) for y in carried]))
+        opened, u = await together(d, ctx.open(more, correlation.mask("s")))
     else:
         opened, u = await d, Masked(torch.empty(0), Z64)
     c = torch.cat([torch.zeros_like(opened.value[:1]), opened.value])
@@ -162,13 +170,17 @@ async def largest(
     )
     coefficients = _coefficients(size - 1).to(words.device)[words].movedim(-1, 1)  # [k - 1, 2^(k - 1), *S]
 
-    def won(c: torch.Tensor, r: torch.Tensor, bits_r: torch.Tensor) -> torch.Tensor:
+    def won(c: torch.Tensor, r: torch.Tensor | int, bits_r: torch.Tensor | int) -> torch.Tensor:
         """Shares of the winner's difference from the first: the sum over i of [i has won] (c_i - r_i)."""
         rest = coefficients[:, 1:] * (correlation["bits"] * c.unsqueeze(1) - bits_r)
         return (coefficients[:, 0] * ((c if ctx.first else 0) - r) + rest.sum(1)).sum(0)
 
     found = x.map(lambda t: t[..., 0] + won(opened.value, correlation["r"], correlation["bits_r"]))
-    return found, [
+    others = [
         y.map(lambda t, i=i: t[..., 0] + won(u.value[i], correlation["s"][i], correlation["bits_s"][i]))  # type: ignore[misc]
         for i, y in enumerate(carried)
     ]
+    if placed:
+        places = torch.arange(1, size, device=words.device).reshape(-1, *[1] * (words.dim() - 1))
+        others.append(Shared(won(places.expand(words.shape), 0, 0)))
+    return found, others

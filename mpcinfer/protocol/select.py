@@ -93,24 +93,34 @@ async def relu(ctx: Context, x: Shared, width: int = 64) -> Shared:
 
 
 async def maximum(
-    ctx: Context, left: Shared, right: Shared, carried: tuple[tuple[Shared, Shared], ...] = (), width: int = 64
+    ctx: Context,
+    left: Shared,
+    right: Shared,
+    carried: tuple[tuple[Shared, Shared], ...] = (),
+    width: int = 64,
+    *,
+    bits: int = 64,
+    placed: bool = False,
 ) -> list[Shared]:
     """max(left, right) and, for each pair carried along, the member on the winner's side. Left wins ties. Exact.
 
-    Valid where -2^(width-1) <= left - right < 2^(width-1). Every pair has left's shape.
+    Valid where -2^(width-1) <= left - right < 2^(width-1). Every pair has left's shape. bits: of carried numbers only
+    so many are meant, here and in what is found of them. placed: at the end, [the right one has won], an integer, which
+    takes no opening.
     Opened: d = left - right + r; for pairs l - r + s; the words of `below`; the outcome bit xor beta.
-    Rounds 4; online 12.4 + 8 per pair bytes per element and peer; correlation `Comparison` with products and others.
+    Rounds 4; online 12.4 + bits / 8 per pair bytes per element and peer; correlation `Comparison` with products and
+    others.
     """
     d = left - right
-    kind = Comparison(d.shape, width, 1, products=True, others=len(carried))
+    kind = Comparison(d.shape, width, 1, products=True, others=len(carried), other_bits=bits)
     correlation = ctx.correlation(kind)
     if carried:
         differences = torch.stack([(a - b).share for a, b in carried])
         c, u = await together(ctx.open(d, correlation.mask("r")), ctx.open(Shared(differences), correlation.mask("s")))
     else:
         c, u = await ctx.open(d, correlation.mask("r")), Masked(torch.empty(0), Z64)
-    bits = await below(ctx, c, (0,), correlation, width)
-    e = (await ctx.open(bits, correlation.mask("beta"))).value[0]
+    outcome = await below(ctx, c, (0,), correlation, width)
+    e = (await ctx.open(outcome, correlation.mask("beta"))).value[0]
     bit = correlation["bit"][0]
     # the left one, minus the difference where it is below the right one
     lost = bit_product(ctx.first, e, bit, c.value, correlation["r"], correlation["bit_r"][0])
@@ -119,4 +129,6 @@ async def maximum(
         lost = bit_product(ctx.first, e, bit, u.value[i], correlation["s"][i], correlation["bit_s"][i])
         frac_bits = max(a.frac_bits, b.frac_bits)
         results.append(Shared(a.rescaled(frac_bits).share - lost, frac_bits))
+    if placed:
+        results.append(Shared(bit_number(ctx.first, e, bit)))
     return results

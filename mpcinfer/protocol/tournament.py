@@ -6,11 +6,15 @@ import torch
 
 from mpcinfer.protocol import contest
 from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.lift import lift
 from mpcinfer.protocol.select import maximum
 from mpcinfer.protocol.types import Shared
 
 # with more numbers than this, comparing all pairs of four costs more time than the rounds it saves
 _FEW = 1 << 14
+# with more numbers than this, carrying places of 8 bits is worth the round in which they become whole numbers
+_MANY = 1 << 14
+_PLACE_BITS = 8
 
 
 def _radix(x: Shared) -> int:
@@ -18,38 +22,41 @@ def _radix(x: Shared) -> int:
     return contest.MOST if x.share.numel() <= _FEW else 2
 
 
-async def _contest(ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int) -> tuple[Shared, ...]:
-    """The winners of contests along the last axis, one to four in each, and what they carry."""
+async def _contest(
+    ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int, bits: int, placed: bool
+) -> tuple[Shared, ...]:
+    """The winners of contests along the last axis, one to four in each, what they carry, their places if `placed`."""
     size = x.shape[-1]
     if size == 1:
-        return tuple(y.map(lambda t: t[..., 0]) for y in (x, *carried))
+        found = tuple(y.map(lambda t: t[..., 0]) for y in (x, *carried))
+        return (*found, Shared(torch.zeros_like(found[0].share))) if placed else found
     if size == 2:
         left, right = ([y.map(lambda t, i=i: t[..., i]) for y in (x, *carried)] for i in range(2))  # type: ignore[misc]
         pairs = tuple(zip(left[1:], right[1:], strict=True))
-        return tuple(await maximum(ctx, left[0], right[0], pairs, width))
-    found, others = await contest.largest(ctx, x, carried, width)
-    return (found, *others)
+        return tuple(await maximum(ctx, left[0], right[0], pairs, width, bits=bits, placed=placed))
+    largest, others = await contest.largest(ctx, x, carried, width, bits=bits, placed=placed)
+    return (largest, *others)
 
 
-async def _knock_out(ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int) -> tuple[Shared, ...]:
-    """The winner along the last axis, lowest place among equals, and what it carries: [*S, k] -> [*S]."""
-    while x.shape[-1] > 1:
-        size, radix = x.shape[-1], _radix(x)
-        whole = size // radix * radix
+async def _level(
+    ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int, bits: int = 64, placed: bool = False
+) -> tuple[Shared, ...]:
+    """Who is left of each `_radix(x)` that meet along the last axis, the last of them fewer perhaps; see `_contest`."""
+    size, radix = x.shape[-1], _radix(x)
+    whole = size // radix * radix
 
-        def grouped(y: Shared, start: int, group: int) -> Shared:
-            count = (y.shape[-1] - start) // group
-            return y.map(lambda t: t[..., start : start + count * group].reshape(*t.shape[:-1], count, group))
+    def grouped(y: Shared, start: int, group: int) -> Shared:
+        count = (y.shape[-1] - start) // group
+        return y.map(lambda t: t[..., start : start + count * group].reshape(*t.shape[:-1], count, group))
 
-        parts = [grouped(y, 0, radix) for y in (x, *carried)] if whole else []
-        rest = [grouped(y, whole, size - whole) for y in (x, *carried)] if size > whole else []
-        results = await together(*(_contest(ctx, part[0], tuple(part[1:]), width) for part in (parts, rest) if part))
-        x, *others = (
-            Shared(torch.cat([part.share for part in each], -1), each[0].frac_bits)
-            for each in zip(*results, strict=True)
-        )
-        carried = tuple(others)
-    return tuple(y.map(lambda t: t[..., 0]) for y in (x, *carried))
+    parts = [grouped(y, 0, radix) for y in (x, *carried)] if whole else []
+    rest = [grouped(y, whole, size - whole) for y in (x, *carried)] if size > whole else []
+    results = await together(
+        *(_contest(ctx, part[0], tuple(part[1:]), width, bits, placed) for part in (parts, rest) if part)
+    )
+    return tuple(
+        Shared(torch.cat([part.share for part in each], -1), each[0].frac_bits) for each in zip(*results, strict=True)
+    )
 
 
 async def maximum_along(ctx: Context, x: Shared, width: int = 64) -> Shared:
@@ -59,7 +66,9 @@ async def maximum_along(ctx: Context, x: Shared, width: int = 64) -> Shared:
     two meet at a time, not four: rounds 4 ceil(log2 k), 12.4 (k - 1) bytes. Openings: those of `select.maximum` and
     `contest.largest`.
     """
-    return (await _knock_out(ctx, x, (), width))[0]
+    while x.shape[-1] > 1:
+        (x,) = await _level(ctx, x, (), width)
+    return x.map(lambda t: t[..., 0])
 
 
 async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor, width: int = 64) -> Shared:
@@ -80,7 +89,7 @@ async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor, width
         by_size = {size: leaders[members == size] for size in range(1, radix + 1) if bool((members == size).any())}
         results = await together(
             *(
-                _contest(ctx, _picked(x, first.unsqueeze(1) + torch.arange(size)), (), width)
+                _contest(ctx, _picked(x, first.unsqueeze(1) + torch.arange(size)), (), width, 64, False)
                 for size, first in by_size.items()
             )
         )
@@ -102,10 +111,28 @@ def _places(ctx: Context, x: Shared) -> Shared:
 async def argmax_along(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared, Shared]:
     """Shares of the maximum over the last axis and of its index (an integer, frac_bits 0); lowest index among equals.
 
-    Rounds and openings as `maximum_along`; 8 bytes more per loser and peer.
+    Of who is left of a group of numbers the place in that group is carried to the next level. The first level knows it
+    from the outcomes; at a later one what is carried is opened in differences under masks: while groups and thus places
+    are small, and many numbers are left, modulo 2^8.
+    Rounds and openings as `maximum_along`; 8 bytes more per loser and peer after the first level. With more than 16,384
+    numbers left after that 1 byte, as long as groups have at most 128 numbers; then a round more, of `lift`.
     """
-    top, index = await _knock_out(ctx, x, (_places(ctx, x),), width)
-    return top, index
+    if x.shape[-1] == 1:
+        return x.map(lambda t: t[..., 0]), Shared(torch.zeros_like(x.share[..., 0]))
+    group = _radix(x)
+    x, place = await _level(ctx, x, (), width, placed=True)
+    bits = _PLACE_BITS if x.shape[-1] > 1 and x.share.numel() > _MANY else 64
+    while x.shape[-1] > 1:
+        radix = _radix(x)
+        if group * radix >= 1 << bits:  # bits = 64: never
+            place, bits = await lift(ctx, place, bits), 64
+        if ctx.first:
+            place = place.map(lambda t, r=radix, g=group: t + torch.arange(t.shape[-1], device=t.device) % r * g)  # type: ignore[misc]
+        x, place = await _level(ctx, x, (place,), width, bits)
+        group *= radix
+    if bits < 64:
+        place = await lift(ctx, place, bits)
+    return x.map(lambda t: t[..., 0]), place.map(lambda t: t[..., 0])
 
 
 def _sorting_layers(n: int) -> list[list[tuple[int, int]]]:

@@ -33,6 +33,7 @@ from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.exponential import Exponential
 from mpcinfer.protocol.gated import GatedPieces
 from mpcinfer.protocol.gumbel import Gumbel
+from mpcinfer.protocol.lift import Lift
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
 from mpcinfer.protocol.multiply import SquarePair, Triple
@@ -60,6 +61,8 @@ KINDS: list[Kind] = [
     Comparison((2, 3), thresholds=3, products=True),
     Comparison((3,), width=48),
     Contest((3,), 4, others=1),
+    Contest((3,), 4, 48, others=1, other_bits=8),
+    Lift((4,), 8),
     Contest((2, 2), 3, width=36),
     Comparison((2,), width=32, thresholds=2),
     Exponential((40,), 16, 42),

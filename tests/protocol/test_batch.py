@@ -16,6 +16,7 @@ from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes
 from mpcinfer.protocol.exponential import Exponential
 from mpcinfer.protocol.gated import GatedPieces
 from mpcinfer.protocol.gumbel import Gumbel
+from mpcinfer.protocol.lift import Lift
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
 from mpcinfer.protocol.multiply import SquarePair, Triple
@@ -51,8 +52,11 @@ BATCHED: list[Kind] = [
     Comparison((5,), 36, 2),
     Comparison((4,), 64, 2, products=True),
     Comparison((4,), 64, 1, products=True, others=2),
+    Comparison((4,), 48, 1, products=True, others=1, other_bits=8),
     Contest((3,), 4, 48),
     Contest((1, 2), 3, 64, others=1),
+    Contest((2,), 4, 48, others=1, other_bits=8),
+    Lift((5,), 8),
     Pieces((3,), 48, 5, 47, 16),
     GatedPieces((3,), 5, 47),
     Exponential((3,), 16, 42, False, 48),

@@ -39,6 +39,27 @@ def test_every_order_and_every_tie(run: Run, k: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("k", [3, 4])
+def test_places_and_numbers_of_few_bits(run: Run, k: int) -> None:
+    """The place takes no opening; of what is carried 8 bits are opened and right."""
+    x = torch.tensor(list(product(range(3), repeat=k)))
+    y = torch.randint(-(2**63), 2**63 - 1, x.shape, generator=RNG)
+
+    async def protocol(ctx: Any, x: Shared, y: Shared) -> list[Shared]:
+        return (await largest(ctx, x, (y,), 48, bits=8, placed=True))[1]
+
+    ran = run(protocol, (x, 16), y)
+    first = x.max(-1, keepdim=True).values.eq(x).int().argmax(-1, keepdim=True)
+    assert torch.equal(ran.value[0] & 255, y.gather(-1, first)[..., 0] & 255)
+    assert torch.equal(ran.value[1], first[..., 0])
+    assert [bits for label, bits in ran.opened() if label == "Contest.s"] == [8]
+    assert [label for label, _ in run(_place, x).opened()] == [f"Contest.{f}" for f in ("r", "leaf", "top", "beta")]
+
+
+async def _place(ctx: Any, x: Shared) -> Shared:
+    return (await largest(ctx, x, placed=True))[1][0]
+
+
+@pytest.mark.parametrize("k", [3, 4])
 def test_extremes(run: Run, k: int) -> None:
     x = torch.tensor(list(product((-(2**61), -1, 0, 2**61), repeat=k)))
     assert torch.equal(run(lambda ctx, s: _first(ctx, s), x).value, x.amax(-1))

@@ -97,8 +97,8 @@ async def _one_hot(ctx: Context, x: Shared) -> Any:
 
 
 def _duel(x: torch.Tensor) -> list[torch.Tensor]:
-    places = torch.tensor([1, 2]).reshape(1, 2, 1, 1).expand(1, 2, len(x), 1)
-    return [(x[..., 1:] - x[..., :1]).T.unsqueeze(-1), places]
+    """Of the first four; the winner's place is carried to the duel with the fifth."""
+    return [(x[..., 1:4] - x[..., :1]).T.unsqueeze(-1)]
 
 
 CASES = {
@@ -108,7 +108,7 @@ CASES = {
     "truncated_product": Case(_truncated_product, ((), ()), lambda x, y: [x, y]),
     "octave of a truncated number": Case(_octave, ((),), lambda x: [x]),
     "fixed_product": Case(_fixed, ((3,),), lambda x: [x], weight=True),
-    "argmax": Case(_argmax, ((3,),), _duel),
+    "argmax": Case(_argmax, ((5,),), _duel),
     "less_than, 36 bits": Case(_less, ((),), lambda x: [x], bound=2**34),
     "one_hot": Case(_one_hot, ((),), lambda x: [x]),
 }

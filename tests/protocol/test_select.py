@@ -109,6 +109,19 @@ def test_maximum_carries_along_and_left_wins_ties(run: Run) -> None:
     assert torch.equal(second, torch.where(left >= right, c, d))
 
 
+def test_maximum_with_the_place_and_numbers_of_few_bits(run: Run) -> None:
+    left, right = pairs()
+    a, b = torch.randint(-(2**62), 2**62, (2, len(left)), generator=RNG)
+
+    async def protocol(ctx: Any, x: Shared, y: Shared, p: Shared, q: Shared) -> Any:
+        return (await maximum(ctx, x, y, ((p, q),), bits=8, placed=True))[1:]
+
+    ran = run(protocol, left, right, a, b)
+    assert torch.equal(ran.value[0] & 255, torch.where(left >= right, a, b) & 255)
+    assert torch.equal(ran.value[1], (left < right).long())
+    assert [bits for label, bits in ran.opened() if label == "Comparison.s"] == [8]
+
+
 @pytest.mark.parametrize(("one", "other"), [(4, 8), (8, 4), (8, 8)])
 def test_maximum_of_different_scales(run: Run, one: int, other: int) -> None:
     left, right = torch.tensor([5, 7, -3, 2]), torch.tensor([7, 5, 2, 2])

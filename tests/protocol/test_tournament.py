@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from mpcinfer.protocol import tournament
 from mpcinfer.protocol.tournament import argmax_along, maximum_along, maximum_of_groups, top_along
 from mpcinfer.protocol.types import Shared
-from tests.openings import assert_hides
+from mpcinfer.ring.domain import Ring
+from tests.openings import assert_differences, assert_hides, assert_uniform, faulty_masks, observe, seed
 
 Run = Callable[..., Any]
 RNG = torch.Generator().manual_seed(1)
@@ -58,8 +60,9 @@ def contests(k: int, radix: int) -> list[list[int]]:
 
 
 def costs(k: int, results: int, radix: int, carried: int) -> dict[str, int]:
-    meetings = [size for level in contests(k, radix) for size in level]
-    sent, dealt = (sum(table[size][0] + carried * table[size][1] for size in meetings) for table in (SENT, DEALT))
+    """Of a maximum, or with its place `carried` from the second level on."""
+    meetings = [(size, carried and level > 0) for level, sizes in enumerate(contests(k, radix)) for size in sizes]
+    sent, dealt = (sum(table[size][0] + more * table[size][1] for size, more in meetings) for table in (SENT, DEALT))
     return {"rounds": 4 * len(contests(k, radix)), "sent": int(results * sent), "dealt": int(results * dealt)}
 
 
@@ -79,15 +82,69 @@ def test_costs(run: Run, k: int) -> None:
 
 def test_rounds_of_a_row_and_of_many() -> None:
     assert costs(64, 1, 4, 0)["rounds"] == 12 and costs(128, 1, 4, 0)["rounds"] == 16
-    assert costs(4, 1000, 4, 0)["sent"] == 50_250 and costs(4, 1000, 4, 1)["dealt"] == 762_000
+    assert costs(4, 1000, 4, 0)["sent"] == 50_250 and costs(8, 1000, 4, 1)["dealt"] == 2 * 594_000 + 67_000
 
 
 def test_what_is_opened(run: Run) -> None:
     pair = [("Comparison.r", 64), ("Comparison.leaf", 7), ("Comparison.top", 6), ("Comparison.beta", 1)]
     four = [("Contest.r", 64), ("Contest.leaf", 7), ("Contest.top", 6), ("Contest.beta", 1)]
     assert run(maximum_along, torch.zeros(9, 8, dtype=torch.int64)).opened() == [*four, *pair]
-    ran = run(argmax_along, torch.zeros(9, 4, dtype=torch.int64))
-    assert ran.opened() == [four[0], ("Contest.s", 64), *four[1:]]
+    ran = run(argmax_along, torch.zeros(9, 16, dtype=torch.int64))
+    assert ran.opened() == [*four, four[0], ("Contest.s", 64), *four[1:]]
+
+
+# --- places of few bits --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are of 8 bits however few numbers are left."""
+    monkeypatch.setattr(tournament, "_MANY", 0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 5, 17, 64, 65, 130, 300])
+def test_places_of_few_bits(run: Run, narrow: None, k: int) -> None:
+    x = torch.cat([torch.randint(-3, 4, (12, k), generator=RNG), torch.zeros(1, k), torch.eye(k)]).long()
+    value, index = run(argmax_along, x).value
+    assert torch.equal(value, x.amax(-1)) and torch.equal(index, torch.from_numpy(x.numpy().argmax(-1)))
+
+
+@pytest.mark.parametrize("k", [5, 64, 300])
+def test_costs_of_places_of_few_bits(run: Run, narrow: None, k: int) -> None:
+    """A byte instead of 8 while places are below 128; then, or at the end, they are lifted."""
+    results = 40
+    expected = costs(k, results, 4, 0)
+    levels = contests(k, 4)
+    sent, dealt = expected["sent"], expected["dealt"]
+    for sizes, width in zip(levels[1:], (1, 1, 8, 8), strict=False):
+        sent += results * sum(SENT[size][1] for size in sizes) * width // 8
+        dealt += results * sum(DEALT[size][1] for size in sizes) * width // 8
+    lifted = results * (len(levels[2]) if k == 300 else 1)
+    ran = run(argmax_along, torch.zeros(results, k, dtype=torch.int64))
+    ran.costs(4 * len(levels) + 1, sent + lifted, dealt + 15 * lifted)
+
+
+def test_openings_of_places_of_few_bits(monkeypatch: pytest.MonkeyPatch, narrow: None) -> None:
+    x = torch.arange(8 * 2000).reshape(-1, 8) << 30
+    y = x.flip(-1)
+
+    def uniform() -> None:
+        assert_uniform([observe(argmax_along, x, key=seed(i)) for i in range(5)], symbols=1 << 13)
+
+    first = [v.reshape(-1, 2, 4)[..., 1:] - v.reshape(-1, 2, 4)[..., :1] for v in (x, y)]
+    assert_differences(observe(argmax_along, x), observe(argmax_along, y), [(first[0] - first[1]).movedim(-1, 0)])
+    uniform()
+    faulty_masks(monkeypatch, lambda mask, ring: mask & 127 if ring == Ring(8) else mask)
+    with pytest.raises(AssertionError, match="not uniform"):
+        uniform()
+
+
+def test_as_many_as_a_vocabulary(run: Run) -> None:
+    x = torch.randint(-(2**46), 2**46, (40_000,), generator=RNG)
+    x[[39_999, 777]] = 2**46
+    ran = run(lambda ctx, s: argmax_along(ctx, s, 48), x)
+    assert [int(v) for v in ran.value] == [2**46, 777]
+    assert ran.opened().count(("Lift.r", 8)) == 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 10])
