@@ -16,6 +16,7 @@ from mpcinfer.nn.elementwise import FACTOR_BITS
 from mpcinfer.nn.functions import INVERSE_BITS
 from mpcinfer.nn.public import MASKED, MASKED_FROM
 from mpcinfer.nn.shape import axes_of
+from mpcinfer.nn.softmax import EXP_BITS
 
 # norms
 
@@ -205,7 +206,8 @@ def _attention(
     if mask is not None and not mask.truth:
         scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
     run.need(scores, run.frac_bits, run.numbers)
-    run.need(v, 2 * run.frac_bits, TRUNCATED - 2)
+    # what they are divided by leaves this room, and their weighted sums are truncated
+    run.need(v, run.frac_bits + max(30, EXP_BITS + math.log2(max(1, k.low.shape[-2]))), TRUNCATED)
     if not (q.point and k.point and v.point and (mask is None or mask.point)):
         shape = (*scores.low.shape[:-1], v.low.shape[-1])
         low, high = v.low.amin(-2, keepdim=True).clamp(max=0), v.high.amax(-2, keepdim=True).clamp(min=0)

@@ -15,14 +15,13 @@ from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, width
 from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
-from mpcinfer.nn.softmax import EXP_BITS, octaves_of_sum, powers_below
+from mpcinfer.nn.softmax import octaves_of_sum, powers_below
 from mpcinfer.protocol.cache import appending, cached_product
-from mpcinfer.protocol.context import Begun, Context, together
-from mpcinfer.protocol.inverse import wide_reciprocal
+from mpcinfer.protocol.context import Begun, Context
+from mpcinfer.protocol.inverse import divided
 from mpcinfer.protocol.multiply import multiply
 from mpcinfer.protocol.tournament import maximum_along, maximum_of_groups
 from mpcinfer.protocol.truncate import OFFSET_BITS, truncate
-from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Cached, Public, Shared
 from mpcinfer.ring.digits import DIGIT_BITS
 from mpcinfer.ring.kernels import MATMUL
@@ -33,9 +32,6 @@ _QUERY_BITS = 4
 _LEAST_FACTOR_BITS = 16
 # of scores before they are truncated: more would leave too little above the window in which e^x is not zero
 _MOST_BITS = 59
-# of the weighted sums of values, until they are divided by the sums of weights; and of those sums' reciprocals
-_SUM_BITS = 8
-_INVERSE_BITS = 28
 
 
 @operator("aten.scaled_dot_product_attention.default")
@@ -58,12 +54,13 @@ async def attention(
     capacity in what follows, and no pair is skipped.
     mask: None; public, boolean (False: skipped) or additive (at most -2^14: skipped), [L, M] or more axes; or secret,
     added. Skipped pairs cost nothing but a masked zero in the product with v. A row that skips all gives zeros.
-    Input: abs(q k^T scale) < 2^(58 - 2 frac_bits) and abs(v) < 2^(30 - frac_bits).
+    Input: abs(q k^T scale) < 2^(58 - 2 frac_bits), abs(v) < 2^(32 - frac_bits) and 2^(38 - frac_bits) / M.
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
     Scores are truncated by the exponential, not before their maximum is taken, unless a public mask is added to them.
-    Rounds 4 ceil(log4 M) + 13, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
-    every pair; offline 276. For many pairs more rounds, 33.3 and 137 bytes: see `maximum_along`.
+    Rounds 4 ceil(log4 M) + 12, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
+    every pair; offline 276, and about 60 per number of the result. For many pairs more rounds, 33.3 and 137 bytes: see
+    `maximum_along`.
     """
     if dropout:
         raise UnsupportedError("dropout: a deployed model draws no random numbers")
@@ -89,15 +86,10 @@ async def attention(
             y = await cached_product(ctx, weights, v, transposed=False)
         else:
             y = await multiply(ctx, weights, v, MATMUL)
-        return await truncate(ctx, y, EXP_BITS - _SUM_BITS)
+        return y.map(lambda t: t.reshape(*heads[:-1], -1))
 
-    inverse, y = await together(
-        wide_reciprocal(ctx.scope("inverse"), sums, **octaves_of_sum(columns)),
-        values(ctx.scope("values")),
-    )
-    y = y.map(lambda t: t.reshape(*heads[:-1], -1))
-    y = await truncated_product(ctx, inverse, inverse.frac_bits - _INVERSE_BITS, y)
-    return await truncate(ctx, y, y.frac_bits - v.frac_bits)
+    y = values(ctx.scope("values"))
+    return await divided(ctx.scope("divided"), y, sums, **octaves_of_sum(columns), frac_bits=v.frac_bits)
 
 
 async def _scores(ctx: Context, q: Shared, k: Shared | Cached, factor: float, factor_bits: int) -> tuple[Shared, int]:

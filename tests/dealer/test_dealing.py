@@ -45,7 +45,7 @@ from mpcinfer.protocol.scaled import TruncatedScaling
 from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
-from mpcinfer.protocol.truncated_product import TruncatedProduct
+from mpcinfer.protocol.truncated_product import ProductOfTruncated, TruncatedProduct
 from mpcinfer.ring.kernels import Bilinear
 from mpcinfer.ring.sharing import combine
 
@@ -83,6 +83,7 @@ KINDS: list[Kind] = [
     TruncatedComparison((3,), 4, 8),
     TruncatedComparison((3,), 4, 0, flat=True),
     TruncatedProduct((2, 1), (3,), 16),
+    ProductOfTruncated((2, 1), (3,), 16, 9),
     Truncation((7,), 16),
     WeightMask("other", (2, 2)),
     ZeroSharing((5,)),

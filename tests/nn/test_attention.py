@@ -77,10 +77,10 @@ def test_a_masked_pair_costs_eight_bytes() -> None:
     diagonal = torch.eye(n, dtype=torch.bool)
     rounds, one_each = run(lambda m, q, k, v: attend(q, k, v, diagonal), tensors)
     assert (full - one_each) / (2 * n * (n - 1)) == pytest.approx(saved, rel=0.02)
-    assert rounds <= 16  # no maximum is needed
+    assert rounds <= 15  # no maximum is needed
 
 
-@pytest.mark.parametrize(("length", "rounds"), [(2, 17), (16, 21)])
+@pytest.mark.parametrize(("length", "rounds"), [(2, 16), (16, 20)])
 def test_rounds(length: int, rounds: int) -> None:
     assert run(lambda m, q, k, v: attend(q, k, v), inputs(1, 1, length, 4))[0] == rounds
 

@@ -26,7 +26,7 @@ from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
 from mpcinfer.protocol.scaled import TruncatedScaling
 from mpcinfer.protocol.truncate import Truncation
-from mpcinfer.protocol.truncated_product import TruncatedProduct
+from mpcinfer.protocol.truncated_product import ProductOfTruncated, TruncatedProduct
 from mpcinfer.ring import prg, sharing
 from mpcinfer.ring.domain import Z64, Ring
 from mpcinfer.ring.kernels import MATMUL, MATMUL_T, MUL, Bilinear
@@ -40,6 +40,7 @@ BATCHED: list[Kind] = [
     Triple(MATMUL, (1, 4), (4, 3)),
     Triple(MATMUL, (2, 1, 4), (4, 3)),
     TruncatedProduct((3, 1), (4,), 17),
+    ProductOfTruncated((3, 1), (4,), 17, 30),
     TruncatedComparison((2, 2), 5, 9),
     TruncatedComparison((3,), 5, 0),
     TruncatedComparison((2, 2), 4, 8, flat=True),

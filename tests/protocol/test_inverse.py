@@ -10,7 +10,7 @@ import torch
 
 from mpcinfer.protocol import inverse
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.inverse import inverse_polynomial, reciprocal
+from mpcinfer.protocol.inverse import divided, inverse_polynomial, reciprocal
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.types import Shared
 from tests.openings import assert_hides
@@ -156,3 +156,53 @@ def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
         return await reciprocal(ctx, Shared(x.share, 16), low=-2, high=2)
 
     assert_hides(monkeypatch, protocol, torch.arange(1, 14_001) << 6, torch.full((14_000,), 1 << 16))
+
+
+def quotient(low: int, high: int, frac_bits: int = 16) -> Callable[[Context, Shared, Shared], object]:
+    async def numerator(y: Shared) -> Shared:
+        return y
+
+    async def protocol(ctx: Context, y: Shared, x: Shared) -> Shared:
+        return await divided(ctx, numerator(y), x, low=low, high=high, frac_bits=frac_bits)
+
+    return protocol
+
+
+@pytest.mark.parametrize(("low", "high", "frac_bits"), [(0, 1, 16), (0, 6, 16), (-3, 9, 12), (0, 15, 20), (0, 20, 16)])
+def test_quotients(world: Worlds, parties: int, low: int, high: int, frac_bits: int) -> None:
+    """Of any size that is allowed, whatever they are divided by."""
+    x = grid(low, high, 24, 60)[:, None]
+    most = 2.0 ** (32 - frac_bits)
+    wanted = torch.tensor([0.0, 1.0, -1.0, 0.3, most * 0.999, -most * 0.999], dtype=torch.float64)
+    scale = min(frac_bits + 24, 61 - (32 - frac_bits) - high)
+    y = torch.round(wanted * x * 2.0 ** (scale - 24)).to(torch.int64)
+    used = world(parties)
+    shares = used.run(quotient(low, high, frac_bits), used.share(y, scale), used.share(x, 24))
+    assert shares[0].frac_bits == frac_bits
+    exact = (y.double() / 2.0**scale) / (x.double() / 2**24)
+    error = (used.reveal(shares).double() / 2.0**frac_bits - exact).abs() - 4.5e-5 * exact.abs()
+    assert float(error.max()) <= (1.1 + 2.0 ** (high - low - 23)) * 2.0**-frac_bits
+
+
+def test_costs_of_quotients(run: Callable[..., Ran]) -> None:
+    x, y = torch.full((8, 1), 3 << 24), torch.arange(80).reshape(8, 10) << 38
+    ran = run(quotient(0, 4), (y, 40), (x, 24))
+    assert ran.transcript.rounds == 6
+    assert ran.transcript.bytes_sent == (80 * 24 + 8 * (8 + 8 + 8 + 8) + 9 * 13) * (ran.parties - 1)
+    assert [name for name, _ in ran.opened()][-4:] == [
+        "TruncatedProduct.b", "ProductOfTruncated.r", "ProductOfTruncated.b", "Truncation.r",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("low", "high", "bits"), [(0, 6, 24), (0, 38, 40), (-30, 0, 40)])
+def test_impossible_quotients(run: Callable[..., Ran], low: int, high: int, bits: int) -> None:
+    with pytest.raises(ValueError, match="no quotients"):
+        run(quotient(low, high), (torch.ones(3, dtype=torch.int64), bits), (torch.ones(3, dtype=torch.int64), 24))
+
+
+def test_openings_of_quotients(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def protocol(ctx: Context, x: Shared) -> object:
+        numerator = Shared(x.share << 20, 40)
+        return await quotient(-1, 1)(ctx, numerator, Shared(x.share, 16))  # type: ignore[misc]
+
+    assert_hides(monkeypatch, protocol, torch.arange(14_000) << 2, torch.zeros(14_000, dtype=torch.int64))

@@ -10,7 +10,12 @@ import torch
 
 from mpcinfer.protocol import truncated_product as module
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.truncated_product import TruncatedProduct, truncated_product
+from mpcinfer.protocol.truncated_product import (
+    ProductOfTruncated,
+    TruncatedProduct,
+    product_of_truncated,
+    truncated_product,
+)
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64
 
@@ -96,3 +101,54 @@ def test_a_forgotten_wrap_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_masks_are_uniform_on_what_is_opened() -> None:
     free = TruncatedProduct((2, 3), (3,), 16).free()
     assert free["r"].ring == free["b"].ring == Z64 and free["r"].shape == (2, 3) and free["b"].shape == (3,)
+
+
+def both(d: int, e: int, plus: int = 0) -> Callable[..., Any]:
+    async def protocol(ctx: Context, x: Shared, y: Shared) -> Shared:
+        return await product_of_truncated(ctx, x, d, y, e, plus)
+
+    return protocol
+
+
+def assert_product_of_either(value: torch.Tensor, x: torch.Tensor, d: int, y: torch.Tensor, e: int, plus: int) -> None:
+    """Of what both may have been rounded to."""
+    either = [((x >> d) + i + plus) * ((y >> e) + j) for i in (0, 1) for j in (0, 1)]
+    assert torch.stack([value == one for one in either]).any(0).all()
+
+
+@pytest.mark.parametrize(("d", "e", "plus"), [(1, 1, 0), (16, 20, 0), (41, 23, 1 << 22), (2, 61, -5), (61, 3, 7)])
+def test_every_edge_of_both(run: Run, d: int, e: int, plus: int) -> None:
+    x, y = (torch.tensor(EDGES).repeat(30), torch.tensor(EDGES).repeat_interleave(30))
+    ran = run(both(d, e, plus), (x, 60), (y, 61))
+    assert_product_of_either(ran.value, x, d, y, e, plus)
+    assert ran.frac_bits == 121 - d - e
+
+
+def test_costs_of_both(run: Run) -> None:
+    x, y = random(61, 40, 1), random(61, 40, 5)
+    ran = run(both(40, 24), x, y)
+    assert_product_of_either(ran.value, x, 40, y, 24, 0)
+    ran.costs(rounds=1, sent=8 * 240, dealt=40 * (8 + 5) + 200 * (8 + 3) + 200 * (8 + 5 + 3))
+    assert ran.opened() == [("ProductOfTruncated.r", 64), ("ProductOfTruncated.b", 64)]
+
+
+@pytest.mark.parametrize("top", [63, None])
+def test_a_forgotten_wrap_of_either_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch, top: int | None) -> None:
+    """The planted faults: a product lacks msb(r), or the other's msb(b)."""
+    real = ProductOfTruncated.derive
+
+    def derive(self: ProductOfTruncated, free: Any, fixed: Any) -> Any:
+        values = real(self, free, fixed)
+        name = "wrap_high" if top else "high_wrap"
+        return {**values, name: torch.zeros_like(values[name])}
+
+    monkeypatch.setattr(ProductOfTruncated, "derive", derive)
+    x, y = random(61, 400), random(61, 400)
+    with pytest.raises(AssertionError):
+        assert_product_of_either(run(both(30, 30), x, y).value, x, 30, y, 30, 0)
+
+
+@pytest.mark.parametrize(("d", "e"), [(0, 3), (3, 0), (62, 1), (33, 32)])
+def test_what_cannot_be_truncated_at_once(run: Run, d: int, e: int) -> None:
+    with pytest.raises(ValueError, match="cannot truncate|both top bits"):
+        run(both(d, e), random(61, 3), random(61, 3))
