@@ -60,7 +60,9 @@ def _past_sums(program: Program) -> Program:
     users, kept = _users(program), _kept(program)
 
     def only_summed(node: Node) -> bool:
-        return node.name not in kept and all(_takes_wide(user, node.name) for user in users[node.name])
+        return node.name not in kept and all(
+            _takes_wide(user, node.name) or (_moves(user) and only_summed(user)) for user in users[node.name]
+        )
 
     wide: set[str] = set()
     nodes = []
@@ -74,10 +76,17 @@ def _past_sums(program: Program) -> Program:
                 wide.add(node.name)
             else:
                 node = replace(node, kwargs=node.kwargs | {"frac_bits": program.frac_bits})
+        elif _moves(node) and wide.intersection(terms):
+            wide.add(node.name)
         elif node.op in _NORMS and terms[0] in wide:
             node = replace(node, kwargs=node.kwargs | {"frac_bits": program.frac_bits})
         nodes.append(node)
     return replace(program, nodes=tuple(nodes))
+
+
+def _moves(node: Node) -> bool:
+    """Whether it moves the elements of one value, or leaves some out."""
+    return moves(node.op) and node.op not in _JOINS and node.op.removeprefix("aten.") not in _GROWING
 
 
 def _takes_wide(user: Node, name: str) -> bool:
@@ -162,7 +171,7 @@ def _level(node: Node, levels: Mapping[str, int], known: Mapping[str, int], frac
         return 0 if others or len(secret) != 2 or len(node.args) != 2 or "alpha" in node.kwargs else level
     if node.op in _JOINS:
         return 0 if others else level
-    return level if moves(node.op) and node.op.removeprefix("aten.") not in _GROWING else 0
+    return level if _moves(node) else 0
 
 
 def _referring(node: Node, names: Mapping[str, str]) -> Node:

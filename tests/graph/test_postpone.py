@@ -95,6 +95,27 @@ def test_residual_streams(model: nn.Module, expected: list[str], parties: int, m
     assert run.bytes_sent == before.bytes_sent - 8 * x.numel() * (wide - ended) * (parties - 1)
 
 
+class LastRow(Block):
+    """A norm of some rows of the sum, as before the head of a language model."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)[-1]
+        return self.norms[0](y) if self.only else self.norms[0](y) + y.relu()
+
+    only = True
+
+
+def test_rows_of_a_sum(parties: int) -> None:
+    model = LastRow(nn.RMSNorm)
+    ours, x = captured(model)
+    assert marked(ours.program) == [LINEAR, RMS, LINEAR, RMS]  # the sums in between are wide by themselves
+    (got,), _ = run_local(ours, [x], parties)
+    assert float((got - plaintext(model, [x])[0]).abs().max()) < 2e-3
+    model.only = False
+    ours, _ = captured(model)
+    assert marked(ours.program) == [LINEAR, RMS, LINEAR, ADD]
+
+
 def test_what_is_used_otherwise_is_truncated() -> None:
     ours, _ = captured(Branching(nn.LayerNorm))
     assert not marked(ours.program)
