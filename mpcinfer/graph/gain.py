@@ -1,4 +1,4 @@
-"""Gains of norms that become part of the linear layers behind them: a product and a truncation less for each norm."""
+"""Gains of norms that become part of the linear layers behind them, so that norms neither open nor multiply by them."""
 
 from __future__ import annotations
 

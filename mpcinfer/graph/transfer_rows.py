@@ -13,7 +13,7 @@ from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.graph.transfer import bilinear, bounds
 from mpcinfer.graph.transfer_functions import near
 from mpcinfer.nn.elementwise import FACTOR_BITS
-from mpcinfer.nn.functions import INVERSE_BITS
+from mpcinfer.nn.normalise import room
 from mpcinfer.nn.public import MASKED, MASKED_FROM
 from mpcinfer.nn.shape import axes_of
 from mpcinfer.nn.softmax import EXP_BITS
@@ -43,20 +43,23 @@ def _normalised(
     down: int,
 ) -> Interval:
     _squares(run, x, axes)
+    count = max(1, math.prod(x.low.shape[a] for a in axes))
     if x.point:
-        return Interval.of(exact(x.low) * 2.0**-down)
-    count = math.prod(x.low.shape[a] for a in axes)
-    largest = torch.full_like(x.low, math.sqrt(max(1, count)))
-    return _affine(run, Interval(-largest, largest), gain, bias).times(2.0**-down)
+        y = Interval.of(exact(x.low))
+        if gain is not None or bias is not None:
+            run.need(y, room(count, run.frac_bits), TRUNCATED)
+        return y.times(2.0**-down)
+    largest = torch.full_like(x.low, math.sqrt(count))
+    return _affine(run, Interval(-largest, largest), gain, bias, count).times(2.0**-down)
 
 
-def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None) -> Interval:
-    """What norms make of standardised rows: times the gain, plus the bias."""
+def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None, count: int) -> Interval:
+    """What norms make of standardised rows of `count` numbers: times the gain, plus the bias."""
     if gain is not None:
         y = bilinear(run, torch.mul, y, gain)
-    y = y if bias is None else y + bias
-    run.need(y, run.frac_bits + INVERSE_BITS, TRUNCATED)
-    return near(run, y, 1e-3, 1e-3)
+    for part in (y, y if bias is None else y + bias):
+        run.need(part, room(count, run.frac_bits), TRUNCATED)
+    return near(run, y if bias is None else y + bias, 1e-3, 1e-3)
 
 
 @bounds("aten.layer_norm.default")
@@ -113,8 +116,9 @@ def _group_norm(
     _squares(run, rows, [-1])
     if x.point:
         return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
-    largest = torch.full_like(x.low, math.sqrt(rows.low.shape[-1]))
-    return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias))
+    count = rows.low.shape[-1]
+    largest = torch.full_like(x.low, math.sqrt(count))
+    return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias), count)
 
 
 @bounds("aten.instance_norm.default")

@@ -12,17 +12,18 @@ from mpcinfer.nn.functions import INVERSE_BITS
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import rows
 from mpcinfer.protocol import root
-from mpcinfer.protocol.context import Context, together
+from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.polynomial import polynomials
 from mpcinfer.protocol.scaled import squared_and_scaled
 from mpcinfer.protocol.truncate import truncate
-from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 
 # bits that rows lose before they are squared, unless deploy has found that they need more or less room
 SHIFT = 0
 # of a sum of squares, below 2^62, before its octave is found: what that needs to fit
 _SUM_BITS = 8
+# more fraction bits than its result has, of a product with a root's leading part, and what those leave for the rest
+_MORE_BITS, _LEAST_FACTOR_BITS = 6, 18
 # of such a sum, that its product with a public factor does without at first
 _HALF_BITS = 24
 
@@ -57,6 +58,11 @@ def _octaves(total: Shared) -> dict[str, int]:
     return {"low": max(_SUM_BITS - total.frac_bits, high - root.MAX_OCTAVES), "high": high}
 
 
+def room(count: int, frac_bits: int) -> int:
+    """Fraction bits with which what a norm of `count` numbers makes of them must fit, times its gain and more."""
+    return max(frac_bits + INVERSE_BITS, 50 - (count.bit_length() - 1) // 2)
+
+
 async def standardise(
     ctx: Context,
     x: Shared,
@@ -75,21 +81,25 @@ async def standardise(
     down: the result is 2^-down of it, where `graph.gain` has given the gain to the next layers.
 
     Input: sum (x - mean)^2 < 2^(62 - 2 (frac_bits - shift)), and rows whose deviation is below
-    2^(shift - frac_bits + 8) lose precision. The variance itself may be anything, zero too, where the result is `bias`.
-    Rounds 8: the opening that centres, truncates, squares and multiplies by the gain; 1/sqrt (5), and meanwhile the
-    truncation of that product; the product of both; a truncation. Bytes 32 per element (24 without gain), and about 215
-    per row; for more than 4,096 rows a round more, and 480.
+    2^(shift - frac_bits + 8) lose precision; with gain or bias, results below 2^(62 - room). The variance itself may be
+    anything, zero too, where the result is `bias`.
+    Rounds 7: the opening that centres, truncates, squares and multiplies by the gain; the quotient by the root (5); a
+    truncation. Bytes 32 per element, and about 215 per row; for more than 4,096 rows a round more, and 480.
     """
     frac_bits = x.frac_bits if frac_bits is None else frac_bits
     y, total, rho = await _squares(ctx, x, shift + x.frac_bits - frac_bits, centred, gain)
     n = x.shape[-1]
     total = add_public(ctx, total, round(n * rho**2 * eps * 2.0**total.frac_bits))
-    inverse_bits = INVERSE_BITS + shift
-    inverse, scaled = await together(
-        root.wide_rsqrt(ctx.scope("rsqrt"), total, **_octaves(total), over=n, d=_SUM_BITS),
-        truncate(ctx.scope("gained"), y, 0 if gain is None else gain.frac_bits),
+    drop = 0 if gain is None else gain.frac_bits
+    scale = y.frac_bits - drop + root.entry_bits(-1, **_octaves(total), over=n)
+    if gain is None and bias is None:  # no number is above the root of n
+        most = 60 - n.bit_length() // 2
+    else:
+        most = max(room(n, frac_bits), scale) - 1
+    kept = min(frac_bits + _MORE_BITS - down, scale - 1, most - _LEAST_FACTOR_BITS)
+    z = await root.over_root(
+        ctx.scope("rsqrt"), y, drop, total, **_octaves(total), over=n, d=_SUM_BITS, kept=kept, frac_bits=most
     )
-    z = await truncated_product(ctx, inverse, inverse.frac_bits - inverse_bits, scaled)
     if bias is not None:
         z = z + bias.rescaled(z.frac_bits)
     return Shared((await truncate(ctx, z, z.frac_bits - frac_bits + down)).share, frac_bits)

@@ -6,7 +6,7 @@ from fractions import Fraction
 from functools import cache
 from math import isqrt
 
-from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.octaves import (
     CUT_BITS,
     VALUE_BITS,
@@ -19,7 +19,7 @@ from mpcinfer.protocol.octaves import (
     tail_of,
 )
 from mpcinfer.protocol.truncate import truncate
-from mpcinfer.protocol.truncated_product import truncated_product
+from mpcinfer.protocol.truncated_product import product_of_truncated, truncated_product
 from mpcinfer.protocol.types import Shared
 
 # the least significant bits that a table's entry has: with these, neither it nor the polynomial's value, which has the
@@ -74,26 +74,70 @@ async def wide_rsqrt(ctx: Context, x: Shared, *, low: int, high: int, over: int 
     return await _root(ctx, x, -1, low, high, over, d)
 
 
+async def over_root(
+    ctx: Context, y: Shared, drop: int, x: Shared, *, low: int, high: int, over: int, d: int, kept: int, frac_bits: int
+) -> Shared:
+    """Shares of (y / 2^drop) / sqrt(x / over) with `frac_bits` fraction bits, with broadcasting: not yet truncated.
+
+    Input: x, its range, over and d as `wide_rsqrt`; y in [-2^62, 2^62), any of it if drop is 0. The result must be
+    below 2^(62 - frac_bits), and below 2^61 at y's scale less `drop` plus that of the table's entries, `entry_bits`,
+    which frac_bits must reach but for one; kept is below that scale and frac_bits. ValueError if not.
+    Output: relative error below 2.5e-5 + 2^(kept - frac_bits), plus 1.2 2^-kept.
+    How: the entry is known a round before the polynomial's value: y is multiplied by it meanwhile. That keeps `kept`
+    fraction bits, and the value the rest of frac_bits.
+    Opened: those of `octaves.normalise`, of `truncated_product` and `polynomial`, `product_of_truncated`.
+    Rounds 5 for up to 4,096 elements of x, 6 for more; online 16 bytes per element of y and peer, and of x 32 + 1.625 T
+    (32 + 4.375 T); correlations `TruncatedComparison`, `TruncatedProduct`, `TruncatedPowers`, `ProductOfTruncated`.
+    Source: as `wide_reciprocal`.
+    """
+    h, entry = await _entries(ctx.scope("octaves"), x, -1, low, high, over, d)
+    scale = y.frac_bits - drop + entry.frac_bits
+    if not kept < min(scale, frac_bits) or frac_bits < scale - 1:
+        raise ValueError(f"a quotient of {frac_bits} fraction bits cannot keep {kept} of {scale}")
+    rest, near = await together(
+        near_one(ctx.scope("rest"), h, 1, 1, _tail(-1)), truncated_product(ctx.scope("near"), y, drop, entry)
+    )
+    factor = frac_bits - kept
+    return await product_of_truncated(ctx, rest, VALUE_BITS - factor, near, scale - kept, 1 << factor)
+
+
 async def _root(ctx: Context, x: Shared, sign: int, low: int, high: int, over: int, d: int) -> Shared:
     """(x / over)^(sign / 2)."""
+    h, entry = await _entries(ctx, x, sign, low, high, over, d)
+    ends, shift = _ends(sign, low, high, over)
+    bits = 60 - entry.frac_bits - (ends[1] + shift + 2) // 2
+    # (1 - h)^(+-1/2) - 1 is at most 0.1: below 2^60 with 63 fraction bits, as is h / 2
+    rest = await near_one(ctx, h, 1, -sign, _tail(sign))
+    return entry.rescaled(entry.frac_bits + bits) + await truncated_product(ctx, rest, VALUE_BITS - bits, entry)
+
+
+def _ends(sign: int, low: int, high: int, over: int) -> tuple[list[int], int]:
+    """Twice the exponents of the smallest and the largest result but for `over`, and what that adds to either."""
+    return sorted(sign * exponent for exponent in (low, high)), over.bit_length() - 1 if sign < 0 else 0
+
+
+def entry_bits(sign: int, low: int, high: int, over: int) -> int:
+    """The fraction bits of a table's entries.
+
+    They reach from 2^((ends[0] + shift) / 2) to 2^((ends[1] + shift + 1) / 2); times the polynomial below 2^61.
+    """
+    ends, shift = _ends(sign, low, high, over)
+    return _ENTRY_BITS - (ends[0] + shift) // 2
+
+
+async def _entries(ctx: Context, x: Shared, sign: int, low: int, high: int, over: int, d: int) -> tuple[Shared, Shared]:
+    """h, and the table's entry for x's piece."""
     scale = x.frac_bits - d
-    ends = sorted(sign * exponent for exponent in (low, high))
-    shift = over.bit_length() - 1 if sign < 0 else 0
-    # entries reach from 2^((ends[0] + shift) / 2) to 2^((ends[1] + shift + 1) / 2); times the polynomial below 2^61
-    entry_bits = _ENTRY_BITS - (ends[0] + shift) // 2
-    bits = 60 - entry_bits - (ends[1] + shift + 2) // 2
     if not -scale <= low < high <= 61 - CUT_BITS - scale or high - low > MAX_OCTAVES:
         raise ValueError(f"no roots over 2^{low} to 2^{high} from {scale} fraction bits")
+    bits = entry_bits(sign, low, high, over)
     wider = spread(Shared(x.share, scale), high)
     # what a truncation is to leave with more bits is truncated by fewer, or not at all
     more = wider.frac_bits - scale
     x, d = Shared(x.share << max(0, more - d), 0), max(0, d - more)
     pieces = octaves(wider.frac_bits, low, high)
-    h, entry = await normalise(ctx, x, pieces, _table(pieces, sign, over, entry_bits), d)
-    entry = Shared(entry.share, entry_bits)
-    # (1 - h)^(+-1/2) - 1 is at most 0.1: below 2^60 with 63 fraction bits, as is h / 2
-    rest = await near_one(ctx, h, 1, -sign, _tail(sign))
-    return Shared(entry.share << bits, entry_bits + bits) + await truncated_product(ctx, rest, VALUE_BITS - bits, entry)
+    h, entry = await normalise(ctx, x, pieces, _table(pieces, sign, over, bits), d)
+    return h, Shared(entry.share, bits)
 
 
 async def _narrowed(ctx: Context, y: Shared, frac_bits: int) -> Shared:

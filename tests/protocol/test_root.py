@@ -11,7 +11,7 @@ import torch
 from mpcinfer.protocol import root
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.local import LocalWorld
-from mpcinfer.protocol.root import rsqrt, sqrt
+from mpcinfer.protocol.root import over_root, rsqrt, sqrt
 from mpcinfer.protocol.types import Shared
 from tests.openings import assert_hides
 from tests.protocol.conftest import Ran
@@ -154,3 +154,53 @@ def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
         return await rsqrt(ctx, Shared(x.share, 16), low=-2, high=2)
 
     assert_hides(monkeypatch, protocol, torch.arange(1, 14_001) << 6, torch.full((14_000,), 1 << 16))
+
+
+def over(low: int, high: int, kept: int, frac_bits: int, drop: int = 0) -> Callable[..., Any]:
+    async def protocol(ctx: Context, y: Shared, x: Shared) -> Shared:
+        return await over_root(ctx, y, drop, x, low=low, high=high, over=3, d=4, kept=kept, frac_bits=frac_bits)
+
+    return protocol
+
+
+@pytest.mark.parametrize("drop", [0, 12])
+@pytest.mark.parametrize(("kept", "frac_bits"), [(22, 48), (36, 55), (6, 50)])
+def test_quotients_by_roots(world: Worlds, parties: int, drop: int, kept: int, frac_bits: int) -> None:
+    """Of numbers up to the root itself, in all octaves and at all edges of the scales."""
+    low, high = -10, 30
+    x = torch.cat([grid(low, high, 20, 100), torch.tensor([1 << 49, 1 << 12])])[:, None]
+    root_of_third = torch.sqrt(x.double() / 2**20 / 3)
+    y = torch.round(root_of_third * torch.tensor([0.0, 1.0, -1.0, 0.37]) * 2.0 ** (16 + drop)).to(torch.int64)
+    used = world(parties)
+    shares = used.run(over(low, high, kept, frac_bits, drop), used.share(y, 16 + drop), used.share(x << 4, 24))
+    assert shares[0].frac_bits == frac_bits
+    got = used.reveal(shares).double() / 2.0**frac_bits
+    inside = (x >= 1 << (20 + low)).squeeze(1)
+    want = (y >> drop).double() / 2**16 / root_of_third
+    # what y has lost, of which the bound of the docstring says nothing, besides a unit of x
+    lost = (1.01 / 2**16 if drop else 0) / root_of_third + want.abs() / x.double()
+    bound = 2.5e-5 * want.abs() + 2.0 ** (kept - frac_bits) + 1.2 * 2.0**-kept + lost
+    assert float(((got - want).abs() - bound)[inside].max()) <= 0
+
+
+def test_costs_of_quotients_by_roots(run: Callable[..., Ran]) -> None:
+    x, y = torch.full((8, 1), 3 << 24), torch.arange(80).reshape(8, 10) << 8
+    ran = run(over(-4, 26, 22, 46), (y, 16), (x, 24))
+    assert ran.transcript.rounds == 5
+    assert ran.transcript.bytes_sent == (80 * 16 + 8 * (8 + 8 + 8 + 8) + 61 * 13) * (ran.parties - 1)
+    assert [name for name, _ in ran.opened()][-2:] == ["ProductOfTruncated.r", "ProductOfTruncated.b"]
+
+
+@pytest.mark.parametrize(("kept", "frac_bits"), [(22, 20), (22, 30), (60, 61)])
+def test_impossible_scales_of_quotients(run: Callable[..., Ran], kept: int, frac_bits: int) -> None:
+    x = torch.ones(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cannot keep"):
+        run(over(-4, 26, kept, frac_bits), (torch.ones_like(x), 16), (x, 24))
+
+
+def test_openings_of_quotients_by_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def protocol(ctx: Context, x: Shared) -> object:
+        x = Shared(x.share, 16)
+        return await over_root(ctx, x, 0, x, low=-2, high=2, over=1, d=0, kept=20, frac_bits=40)
+
+    assert_hides(monkeypatch, protocol, torch.arange(14_000) << 3, torch.zeros(14_000, dtype=torch.int64))
