@@ -115,7 +115,8 @@ def test_nonsense_between_a_party_and_its_witness(
         except MpcInferError as error:
             assert not isinstance(error, DeadlineError), (sent, error)
             failed.append(error)
-        wrong.clear()
+        finally:
+            wrong.clear()
 
     before = resident()
     fuzz(one, examples, seconds, seed=11)
