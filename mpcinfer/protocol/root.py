@@ -93,7 +93,7 @@ async def over_root(
     h, entry = await _entries(ctx.scope("octaves"), x, -1, low, high, over, d)
     scale = y.frac_bits - drop + entry.frac_bits
     if not kept < min(scale, frac_bits) or frac_bits < scale - 1:
-        raise ValueError(f"a quotient of {frac_bits} fraction bits cannot keep {kept} of {scale}")
+        raise ValueError(f"a quotient of {frac_bits} fraction bits cannot keep so many of {scale}")
     rest, near = await together(
         near_one(ctx.scope("rest"), h, 1, 1, _tail(-1)), truncated_product(ctx.scope("near"), y, drop, entry)
     )
