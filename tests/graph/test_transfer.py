@@ -18,7 +18,8 @@ UNIT = 2.0**-16
 
 def test_every_operator_has_bounds() -> None:
     assert bounds.transfer.RULES is RULES
-    assert sorted(RULES) == supported()
+    # programs have these once they have been evaluated: graph.gate and graph.postpone write them
+    assert sorted([*RULES, "mpc.gate", "mpc.narrow"]) == supported()
 
 
 def below(limit: float, *shape: int, seed: int) -> list[torch.Tensor]:
