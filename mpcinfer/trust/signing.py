@@ -123,12 +123,14 @@ def open_signed(signed: Signed, cluster: Cluster, purpose: str, *, past: bool = 
 
     past: whether its certificate may have expired since: for what is kept, such as receipts.
     """
+    _check_purpose(signed, purpose)
     return _said(signed, _vouched_for(signed, cluster, past=past), purpose)
 
 
 def open_pinned(signed: Signed, role: str, pin: str, key: bytes, purpose: str) -> Statement:
     """As `open_signed`, where both keys of the role are known: whatever the cluster file pins today, and whoever has
     issued the certificate. SignatureError for any other key."""
+    _check_purpose(signed, purpose)
     try:
         own = signed.key == key and key_pin(signed.certificate) == pin
     except (UnsupportedAlgorithm, ValueError) as error:  # nobody's signature was looked at yet
@@ -148,6 +150,7 @@ class Keyring:
 
     def open(self, signed: Signed, purpose: str) -> Statement:
         """As `open_signed`."""
+        _check_purpose(signed, purpose)
         by = signed.certificate, signed.key, signed.binding
         peer = next((peer for known, peer in self._known.values() if known == by), None)
         if peer is None:
@@ -174,10 +177,14 @@ def _check_binding(signed: Signed, role: str) -> None:
         raise SignatureError(f"the signature of {role} does not hold: its key is not its own") from error
 
 
-def _said(signed: Signed, peer: Peer, purpose: str) -> Statement:
-    """What the holder of a key that is vouched for has signed."""
+def _check_purpose(signed: Signed, purpose: str) -> None:
+    """Before anything else of it is looked at: of no statement at all this says what is missing."""
     if signed.purpose != purpose:
         raise SignatureError(f"a statement signed as {signed.purpose!r} was given where {purpose!r} is needed")
+
+
+def _said(signed: Signed, peer: Peer, purpose: str) -> Statement:
+    """What the holder of a key that is vouched for has signed."""
     try:
         Ed25519PublicKey.from_public_bytes(signed.key).verify(signed.signature, _message(purpose, signed.payload))
         content = json.loads(signed.payload)

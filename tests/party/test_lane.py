@@ -144,19 +144,22 @@ def test_as_many_as_there_is_memory_for(tmp_path: Path) -> None:
     with InProcess(tmp_path, 2, Limits(max_batch=2, pool_mb=0)) as cluster:
         caller = cluster.caller()
         caller.deploy(PROGRAM, WEIGHTS)
-        for limit, rounds in ((2, 18), (1, 36)):  # of four requests
+        mesh = cluster.parties[0].former.current.mesh  # type: ignore[union-attr]
+        before = mesh.rounds
+        assert right(caller.infer(X))
+        alone = mesh.rounds - before
+        for limit, steps in ((2, 3), (1, 5)):  # one request, then four that have waited for it
             for p in cluster.parties.values():
                 p.lane._limits = Limits(max_batch=limit, pool_mb=0)
+            before = mesh.rounds
             gate = Gate(cluster.parties[1].lane)
             first = later(lambda: caller.infer(X))
             assert gate.reached.wait(60)
             waiting = [later(lambda: caller.infer(X)) for _ in range(4)]
             wait_for(lambda: all(len(p.inbox) == 5 for p in cluster.parties.values()))
-            mesh = cluster.parties[0].former.current.mesh  # type: ignore[union-attr]
             gate.open.set()
             assert right(first.result(60))
-            before = mesh.rounds
-            assert all(right(w.result(60)) for w in waiting) and mesh.rounds - before == rounds
+            assert all(right(w.result(60)) for w in waiting) and mesh.rounds - before == steps * alone
 
 
 def ready(cluster: InProcess, count: int = READY) -> bool:

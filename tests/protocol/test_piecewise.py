@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.piecewise import Pieces, Spline, piecewise, splines
 from mpcinfer.protocol.tracing import trace
-from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.types import Shared
 from tests.openings import assert_hides
 from tests.protocol.conftest import Ran
@@ -194,7 +194,15 @@ def test_far_away_a_residual_is_any_number_times_zero(monkeypatch: pytest.Monkey
     """Where low bits say nothing: were the residual not multiplied by a bit, garbage would come out."""
     x = torch.arange(1, 2000) << 24  # low bits are those of zero
     assert torch.equal(decoded(world(2), "silu", x), x)
-    monkeypatch.setattr(module, "_truncated_inside", lambda ctx, x, d, e, correlation: truncate(ctx, x, d))
+    calls, product = count(), module.bit_product
+
+    def whole(
+        first: bool, e: torch.Tensor, bit: torch.Tensor, c: torch.Tensor, r: torch.Tensor, bit_r: torch.Tensor
+    ) -> torch.Tensor:
+        """The first of each party's two products with a bit, without the bit."""
+        return product(first, e, bit, c, r, bit_r) if next(calls) % 2 else (c if first else 0) - r
+
+    monkeypatch.setattr(module, "bit_product", whole)
     assert not torch.equal(decoded(world(2), "silu", x), x)
 
 

@@ -10,7 +10,9 @@ import pytest
 from mpcinfer.errors import InputError
 from mpcinfer.protocol.tracing import Plan
 
-COMPARISON = {"kind": "Comparison", "shape": [3], "width": 64, "thresholds": 1, "products": False, "others": 0}
+COMPARISON = {
+    "kind": "Comparison", "shape": [3], "width": 64, "thresholds": 1, "products": False, "others": 0, "other_bits": 64,
+}  # fmt: skip
 EXPONENTIAL = {
     "kind": "Exponential", "shape": [3], "frac_bits": 16, "dealt_bits": 42, "ceiling": False, "width": 48, "d": 16,
 }  # fmt: skip
