@@ -14,6 +14,7 @@ from mpcinfer.cli.output import print_json
 from mpcinfer.errors import InputError
 
 if TYPE_CHECKING:
+    from mpcinfer.client.owner import ModelOwner
     from mpcinfer.trust.grant import Grant, Terms
 
 Clients = Annotated[
@@ -65,6 +66,9 @@ def grant(
     everybody: Annotated[
         bool, typer.Option("--everybody", help="All clients of the cluster, without any limit.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="The same as before, for the parties as they are now: one was replaced.")
+    ] = False,
     version: ModelVersion = 0,
     cluster: ClusterPath = CLUSTER,
     identity: IdentityPath = None,
@@ -80,11 +84,15 @@ def grant(
     given = any((clients, queries, tokens, rate, since, until))
     if given and everybody:
         raise InputError("--everybody is without any limit: leave the other options out, or leave it out")
+    if again and (given or everybody):
+        raise InputError("--again changes nothing of what was granted: leave the other options out, or leave it out")
     granted = terms(clients, queries, tokens, rate, since, until)
     with ModelOwner.connect(cluster, identity) as owner:
         if given or everybody:
             owner.grant(name, granted, version)
-        _show(owner.grants(name, version), name, as_json)
+        if again:
+            owner.grant_again(name, version)
+        _show(owner, name, version, as_json)
 
 
 def revoke(
@@ -99,7 +107,7 @@ def revoke(
 
     with ModelOwner.connect(cluster, identity) as owner:
         owner.revoke(name, version)
-        _show(owner.grants(name, version), name, as_json)
+        _show(owner, name, version, as_json)
 
 
 def words(granted: Grant) -> str:
@@ -107,12 +115,14 @@ def words(granted: Grant) -> str:
     return "revoked" if granted.revoked else granted.terms.words()
 
 
-def _show(grants: dict[int, Grant], name: str, as_json: bool) -> None:
+def _show(owner: ModelOwner, name: str, version: int, as_json: bool) -> None:
+    grants = owner.grants(name, version)
     if as_json:
         print_json({"grants": [{"version": version, **asdict(found)} for version, found in sorted(grants.items())]})
         return
     for version, found in sorted(grants.items()):
-        print(f"{name} version {version}: {words(found)}; reveals {found.reveals}")
+        ours = "" if owner.serves(found) else "; to other parties, so that these do not serve it: see --again"
+        print(f"{name} version {version}: {words(found)}; reveals {found.reveals}{ours}")
 
 
 def _seconds(text: str | None) -> int:

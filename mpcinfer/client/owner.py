@@ -234,24 +234,39 @@ class ModelOwner:
         """
         return self._replace(name, version, timeout, terms=terms, revoked=False)
 
+    def grant_again(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
+        """The same terms for the parties as the cluster file has them now, after one of them or its key was replaced.
+
+        Not for versions that are revoked, or granted to these parties as it is. NotFoundError if there is none.
+        """
+        cluster = self._connection.cluster
+        return self._replace(name, version, timeout, lambda g: not g.revoked and not g.holds_for(cluster))
+
     def revoke(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
         """Nobody may use a version of one's model (0: all versions) any more, until it is granted again."""
         return self._replace(name, version, timeout, revoked=True)
 
     def grants(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> dict[int, Grant]:
-        """What oneself has granted, by version; what the parties show is verified. NotFoundError if there is none."""
+        """What oneself has granted, by version; what the parties show is verified. NotFoundError if there is none.
+
+        It may be for parties that have been replaced since (see `Grant.holds_for`): these serve nothing by it.
+        """
         cluster, role = self._connection.cluster, self._connection.identity.role
         answers = self._connection.call("ListModels", [party_pb2.ListModelsRequest()] * cluster.n, timeout=timeout)
         found: dict[int, Grant] = {}
         for info in (info for answer in answers for info in answer.models):
             if info.owner != role or info.name != name or version not in (0, info.version):
                 continue
-            granted = open_grant(Signed.of(info.grant), cluster, role, past=True)
+            granted = open_grant(Signed.of(info.grant), cluster, role, past=True, elsewhere=True)
             if info.version not in found or granted.serial > found[info.version].serial:
                 found[info.version] = granted
         if not found:
             raise NotFoundError(f"{role} has no model {name!r}{f' version {version}' if version else ''} here")
         return found
+
+    def serves(self, grant: Grant) -> bool:
+        """Whether the parties as they are now may serve by it, its terms permitting."""
+        return grant.holds_for(self._connection.cluster)
 
     def salt(self, name: str, version: int) -> bytes:
         """What the commitment to a version's weights is salted with. Shown to somebody with the weights, it proves
@@ -259,10 +274,14 @@ class ModelOwner:
         """
         return self.grants(name, version)[version].salt(self._signer)
 
-    def _replace(self, name: str, version: int, timeout: float, **changes: Any) -> list[Grant]:
+    def _replace(
+        self, name: str, version: int, timeout: float, which: Callable[[Grant], bool] = lambda _: True, **changes: Any
+    ) -> list[Grant]:
         parties, replaced = self._connection.cluster.n, []
         for number, granted in sorted(self.grants(name, version, timeout=timeout).items()):
-            replaced.append(granted.replaced(**changes))
+            if not which(granted):
+                continue
+            replaced.append(granted.replaced(**changes).given_to(self._connection.cluster))
             request = party_pb2.SetGrantRequest(
                 request_id=secrets.token_bytes(16),
                 name=name,

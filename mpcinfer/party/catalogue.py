@@ -53,8 +53,8 @@ class Model:
 
     @property
     def grant(self) -> Grant:
-        """What the owner has granted; if nothing that verifies, the error that says so."""
-        if self.granted is None:
+        """What the owner has granted; if nothing that holds, the error that says so."""
+        if self.granted is None or self.problem is not None:
             raise type(self.problem or StoreError())(f"model {self.name!r} version {self.version}: {self.problem}")
         return self.granted.grant
 
@@ -181,6 +181,7 @@ class Catalogue:
         )
         try:
             model.granted = self._grants.stored(deployment, model.program)
+            self._grants.check_parties(model.granted)
         except MpcInferError as error:
             model.problem = error
             _log.error("model %s version %d is not served: %s", model.name, model.version, error)

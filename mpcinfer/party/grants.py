@@ -50,14 +50,26 @@ class Grants:
         with writing(directory):
             directory.mkdir(mode=0o700, exist_ok=True)
 
-    def verified(self, signed: Signed, owner: str, name: str, program: Program, *, past: bool = False) -> Granted:
+    def verified(
+        self, signed: Signed, owner: str, name: str, program: Program, *, past: bool = False, elsewhere: bool = False
+    ) -> Granted:
         """A grant of `owner` for this model; SignatureError, IdentityError or GrantError say what is wrong with it."""
-        grant = open_grant(signed, self._cluster, owner, past=past)
+        grant = open_grant(signed, self._cluster, owner, past=past, elsewhere=elsewhere)
         grant.check_target(name, program.digest(), program.reveal, entry_point(program))
         return Granted(grant, signed)
 
+    def check_parties(self, granted: Granted) -> None:
+        """GrantError unless it is for the parties of this cluster: nobody else may serve by it."""
+        if not granted.grant.holds_for(self._cluster):
+            raise GrantError(
+                "it is granted to other parties: since then a party, a witness or a key was replaced. Its owner looks "
+                "at who they are now, and grants it to them with `mpcinfer grant NAME --again`"
+            )
+
     def stored(self, deployment: Deployment, program: Program) -> Granted:
-        """The grant that holds for a stored deployment; StoreError or GrantError if there is none that verifies."""
+        """The grant of a stored deployment, which may be for other parties than there are now; StoreError or GrantError
+        if there is none that verifies.
+        """
         meta, path = deployment.metadata, self._path(deployment.id)
         if "grant" not in meta and not path.exists():
             raise GrantError("it was deployed without a grant, by an older release; deploy it again")
@@ -65,9 +77,9 @@ class Grants:
         try:
             with suppress(FileNotFoundError):
                 texts.append(json.loads(path.read_bytes()))
+            owner, name = str(meta["owner"]), str(meta["name"])
             found = [
-                self.verified(Signed.from_json(text), str(meta["owner"]), str(meta["name"]), program, past=True)
-                for text in texts
+                self.verified(Signed.from_json(text), owner, name, program, past=True, elsewhere=True) for text in texts
             ]
             if len(found) > 1:
                 found[0].grant.check_successor(found[1].grant)
@@ -89,9 +101,8 @@ class Grants:
         # all of one deployment have the commitment of the first one
         if "grant" in meta:
             with suppress(IdentityError):
-                first = self.verified(
-                    Signed.from_json(meta["grant"]), str(meta["owner"]), str(meta["name"]), program, past=True
-                )
+                signed = Signed.from_json(meta["grant"])
+                first = self.verified(signed, str(meta["owner"]), str(meta["name"]), program, past=True, elsewhere=True)
                 found = [f for f in found if f.grant.model == first.grant.model]
         return max(found, key=lambda f: f.order, default=None)
 

@@ -168,8 +168,8 @@ class Grant:
             program=program.hex(),
             model="00",
             nonce=secrets.token_hex(16),
-            cluster=cluster.digest().hex(),
-            parties=tuple(holder.key_pin for holder in cluster.holders),
+            cluster=_parties(cluster)[0],
+            parties=_parties(cluster)[1],
             entry_points=(entry_point,),
             reveals=reveals,
             terms=terms,
@@ -196,9 +196,18 @@ class Grant:
         terms |= {"clients": _list(terms["clients"], str), "budgets": tuple(Budget(*b) for b in budgets)}
         return Grant(**{**values, "terms": Terms(**terms)})
 
+    def holds_for(self, cluster: Cluster) -> bool:
+        """Whether it is for the parties of this cluster, by the keys that they have in its file."""
+        return (self.cluster, self.parties) == _parties(cluster)
+
     def replaced(self, **changes: Any) -> Grant:
         """The next grant for the same deployment, with other terms or revoked."""
         return replace(self, serial=self.serial + 1, **changes)
+
+    def given_to(self, cluster: Cluster) -> Grant:
+        """The same for the parties of this cluster, as they are now."""
+        named, parties = _parties(cluster)
+        return replace(self, cluster=named, parties=parties)
 
     def check_target(self, name: str, program: bytes, reveals: str, entry_point: str) -> None:
         """GrantError unless it is for this model."""
@@ -220,19 +229,25 @@ class Grant:
             )
 
 
-def open_grant(signed: Signed, cluster: Cluster, owner: str, *, past: bool = False) -> Grant:
+def open_grant(signed: Signed, cluster: Cluster, owner: str, *, past: bool = False, elsewhere: bool = False) -> Grant:
     """The grant, if `owner` has signed it for this cluster.
 
     SignatureError or IdentityError for what is forged or altered, GrantError for what he has not granted here.
-    past: whether his certificate may have expired since: for grants that were accepted before.
+    past: whether his certificate may have expired since: for grants that were accepted before. elsewhere: whether it
+    may be for other parties, as those were whose keys have been replaced since: to look at, not to serve by.
     """
     statement = open_signed(signed, cluster, PURPOSE, past=past)
     if statement.role != owner:
         raise GrantError(f"this grant was signed by {statement.role}, and the model is {owner}'s")
     grant = Grant.of(statement.content)
-    if grant.cluster != cluster.digest().hex() or grant.parties != tuple(holder.key_pin for holder in cluster.holders):
+    if not elsewhere and not grant.holds_for(cluster):
         raise GrantError("this grant is for another set of parties; sign one for this cluster")
     return grant
+
+
+def _parties(cluster: Cluster) -> tuple[str, tuple[str, ...]]:
+    """Whom a grant names: the cluster file's digest, and the keys of all who hold shares."""
+    return cluster.digest().hex(), tuple(holder.key_pin for holder in cluster.holders)
 
 
 class Commitment:

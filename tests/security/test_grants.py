@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mpcinfer.config import Limits
+from mpcinfer.party.grants import Grants
 from mpcinfer.party.ledger import Account
 from mpcinfer.party.policy import Policy
 from mpcinfer.trust.grant import Budget, Grant, Terms
@@ -293,6 +294,35 @@ def test_a_file_that_nobody_can_mend_is_not_served(cluster: InProcess) -> None:
     answers = alice.infer(X)
     assert kinds(answers) == names(cluster, "StoreError") and "does not verify" in str(answers[0])
     assert kinds(alice.set_grant(later.replaced())) == names(cluster, "SetGrantResponse")
+    assert right(cluster.caller("client/bob").infer(X))
+
+
+def granted_elsewhere(cluster: InProcess) -> tuple[Grant, Any]:
+    """Every party restarts with a grant that was signed for others, as those were before one had a new key."""
+    alice, grant = deployed(cluster, Terms(("client/bob",)))
+    alice.set_grant(grant.replaced(terms=Terms(("client/bob",))))
+    before = dataclasses.replace(grant.replaced().replaced(), cluster="00", parties=grant.parties[::-1])
+    for i in cluster.parties:
+        stored(cluster, i).write_text(json.dumps(before.sign(alice.signer).to_json()))
+    restart(cluster, 0, 1)
+    return before, alice
+
+
+def test_parties_that_replace_others_serve_once_the_owner_has_agreed(cluster: InProcess) -> None:
+    before, alice = granted_elsewhere(cluster)
+    answers = cluster.caller("client/bob").infer(X)
+    assert kinds(answers) == names(cluster, "GrantError") and "grant NAME --again" in str(answers[0])
+    assert kinds(cluster.caller("client/carol").infer(X)) == names(cluster, "NotFoundError")
+    shown = {a.models[0].grant.payload for a in alice.at_all("ListModels", [party_pb2.ListModelsRequest()] * cluster.n)}
+    assert shown == {before.sign(alice.signer).payload}  # so that he can sign the same again
+    assert kinds(alice.set_grant(before.replaced())) == names(cluster, "GrantError")
+    assert kinds(alice.set_grant(before.replaced().given_to(alice.cluster))) == names(cluster, "SetGrantResponse")
+    assert right(cluster.caller("client/bob").infer(X))
+
+
+def test_without_that_check_they_would_serve(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grants, "check_parties", lambda self, granted: None)
+    granted_elsewhere(cluster)
     assert right(cluster.caller("client/bob").infer(X))
 
 

@@ -172,6 +172,17 @@ def test_only_the_owner_for_this_cluster() -> None:
         open_grant(owner().sign(PURPOSE, {"format": 1}), cluster, "owner/olga")
 
 
+def test_a_grant_for_others_can_be_looked_at_and_given_to_these() -> None:
+    before = dataclasses.replace(first(), cluster="00", parties=first().parties[::-1])
+    assert open_grant(before.sign(owner()), members().cluster, "owner/olga", elsewhere=True) == before
+    assert not before.holds_for(members().cluster)
+    given = before.replaced().given_to(members().cluster)
+    assert given.holds_for(members().cluster) and given.serial == before.serial + 1 and given.terms == before.terms
+    assert open_grant(given.sign(owner()), members().cluster, "owner/olga") == given
+    with pytest.raises(GrantError, match="olga's"):
+        open_grant(before.sign(members().signer("client/carl")), members().cluster, "owner/olga", elsewhere=True)
+
+
 def test_a_grant_is_for_one_model_and_replaced_by_newer_ones_only() -> None:
     grant = first()
     grant.check_target("m", b"p" * 32, "tokens", "generate")
