@@ -22,7 +22,7 @@ from mpcinfer.client.generation import StepCost
 from mpcinfer.models.decoder import Decoder
 
 TIMEOUT = 6 * 3600.0  # seconds, for a text
-TOGETHER_STEPS = 6  # tokens after the prompt, of each text
+TOGETHER_STEPS = 20  # tokens after the prompt, of each text: more than are written before the last prompt is taken in
 TOLERANCE = 0.1  # of a logit: where two of them are closer than twice that, either may be chosen
 
 
@@ -85,7 +85,8 @@ def _measured(ours: Ours, options: argparse.Namespace, say: Console, place: str)
     say.print(f"{place}: token {own['online']['seconds']:.2f} s online")
     if options.together:
         with say.status(f"{place}: {options.together} texts at a time"):
-            found.append(_together(ours, prompt, options.together, min(steps, TOGETHER_STEPS)) | {})
+            many = min(max(steps, TOGETHER_STEPS), loaded.context - len(ids))
+            found.append(_together(ours, prompt, options.together, many))
         found[-1]["ours"] |= deployed | judged(found[-1]["ours"].pop("tokens"))
         say.print(f"{place}: together {found[-1]['ours']['tokens_per_second']:.2f} tokens/s")
     ours.owner.remove("bench")
