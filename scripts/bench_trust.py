@@ -45,7 +45,7 @@ class Side:
     def __init__(self, name: str) -> None:
         self.bare = name == "bare"
         self.cluster = LocalCluster(limits=_LIMITS, witnesses=name == "witnesses")
-        paths = [str(_BARE)] * self.bare + [os.environ["PYTHONPATH"]] * ("PYTHONPATH" in os.environ)
+        paths = [*([str(_BARE)] if self.bare else []), *filter(None, [os.environ.get("PYTHONPATH")])]
         with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}):
             self.cluster.start()
         with ModelOwner.connect(self.cluster.cluster_path) as owner:
