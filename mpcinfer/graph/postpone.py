@@ -29,6 +29,9 @@ _CENTRED = "aten.layer_norm.default"
 _NORMS = (_CENTRED, "aten.rms_norm.default")
 # of the length of a row and of the bits it loses: n x - sum(x), for the mean, must fit with twice the fraction bits
 _CENTRED_BITS = 14
+# what the sum of squares allows a row's numbers is below 2^(31 + bits of its length and shift): so many are left for
+# that, and for the fraction bits of one number
+_ROW_BITS = 31
 # two logits that are below 2 to this power, in units of the last place, are compared by `nn.elementwise.width` bits
 _COMPARED_BITS = 46
 # what moves elements, and does not make more of them
@@ -61,7 +64,8 @@ def _past_sums(program: Program) -> Program:
 
     def only_summed(node: Node) -> bool:
         return node.name not in kept and all(
-            _takes_wide(user, node.name) or (_moves(user) and only_summed(user)) for user in users[node.name]
+            _takes_wide(user, node.name, program.frac_bits) or (_moves(user) and only_summed(user))
+            for user in users[node.name]
         )
 
     wide: set[str] = set()
@@ -89,7 +93,7 @@ def _moves(node: Node) -> bool:
     return moves(node.op) and node.op not in _JOINS and node.op.removeprefix("aten.") not in _GROWING
 
 
-def _takes_wide(user: Node, name: str) -> bool:
+def _takes_wide(user: Node, name: str, frac_bits: int) -> bool:
     """Whether a node takes a number with twice the fraction bits: once, and as what it adds or normalises."""
     at = [i for i, a in enumerate(user.args) if isinstance(a, Ref) and a.name == name]
     if len(at) != user.references.count(name):
@@ -103,7 +107,8 @@ def _takes_wide(user: Node, name: str) -> bool:
     count = 1
     for size in user.args[1]:
         count *= size
-    return (count - 1).bit_length() + int(user.kwargs.get("shift", 0)) <= _CENTRED_BITS
+    bits = (count - 1).bit_length() + int(user.kwargs.get("shift", 0))
+    return bits <= min(_CENTRED_BITS, _ROW_BITS - frac_bits)
 
 
 def _past_products(program: Program, largest: Mapping[str, float]) -> Program:

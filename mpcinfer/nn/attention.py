@@ -57,7 +57,8 @@ async def attention(
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits), abs(v) < 2^(32 - frac_bits) and 2^(38 - frac_bits) / M.
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
-    Scores are truncated by the exponential, not before their maximum is taken, unless a public mask is added to them.
+    Scores are truncated by the exponential, not before their maximum is taken, unless a public mask is added to them; a
+    secret one is added to scores of twice the fraction bits (one more round where they have more).
     Rounds 4 ceil(log4 M) + 12, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
     every pair; offline 276, and about 60 per number of the result. For many pairs more rounds, 33.3 and 137 bytes: see
     `maximum_along`.
@@ -77,6 +78,9 @@ async def attention(
     else:
         keep, added = _mask(scores.shape, mask, causal)
         if isinstance(mask, Shared):
+            # the room that was found for a factor's bits is that of products, not of sums with a mask
+            spare = max(0, 2 * bits - scores.frac_bits)
+            scores, bits = await truncate(ctx, scores, spare), bits - spare
             scores = scores + mask.rescaled(scores.frac_bits)
         weights, sums = await _weights(ctx, scores, bits, keep, added)
     weights = weights.map(lambda t: t.reshape(*q.shape[:-1], columns))

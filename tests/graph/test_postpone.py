@@ -255,3 +255,33 @@ def test_logits_that_are_too_large_to_be_compared(largest: float, wide: bool) ->
     found = postpone.postpone_truncations(program, {name: largest * 2.0**14}).nodes
     assert ("wide" in next(node.kwargs for node in found if node.name == name)) == wide
     assert not any("wide" in node.kwargs for node in program.nodes if node.name == name)
+
+
+@pytest.mark.parametrize(
+    ("frac_bits", "size", "largest", "wide"),
+    [(24, 1024, 240.0, False), (20, 1024, 3500.0, True), (16, 1024, 3500.0, True)],
+)
+def test_centred_rows_that_have_no_room_for_twice_the_bits(
+    frac_bits: int, size: int, largest: float, wide: bool
+) -> None:
+    """One number of a row far above the others: n x - sum(x) must fit with all its fraction bits."""
+
+    class Outlier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm, self.last = nn.Linear(4, size), nn.LayerNorm(size), nn.Linear(size, 2)
+            self.layer.weight.data.mul_(0.1)
+            self.layer.weight.data[0] = torch.tensor([largest, 0, 0, 0])
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(self.layer(x) + y))
+
+    torch.manual_seed(5)
+    model = Outlier().double().eval()
+    inputs = [
+        torch.round(v * 2**frac_bits) / 2**frac_bits for v in (torch.ones(1, 4).double(), torch.randn(1, size).double())
+    ]
+    ours = capture(model, inputs, frac_bits=frac_bits)
+    assert any(node.op == LAYER and "frac_bits" in node.kwargs for node in ours.program.nodes) == wide
+    (got,), _ = run_local(ours, inputs, 2)
+    assert float((got - plaintext(model, inputs)[0]).abs().max()) < 0.05

@@ -18,7 +18,7 @@ from mpcinfer.graph.capture import Captured, capture
 from mpcinfer.graph.explain import explain
 from mpcinfer.graph.plan import plan_inference
 from mpcinfer.models.encoder import Attention, Encoder, EncoderConfig
-from tests.models_local import assert_agrees, run_local
+from tests.models_local import assert_agrees, grid, plaintext, run_local
 
 LENGTH = 8
 TINY = EncoderConfig(vocabulary=40, positions=12, width=32, layers=2, heads=4, hidden=64, activation="gelu", eps=1e-5)
@@ -170,3 +170,25 @@ def test_bert_base_of_128_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert total.rounds <= 1200
     assert online <= 1.5e9
+
+
+class Biased(nn.Module):
+    """Attention whose scores get secret numbers added to them, such as relative positions."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__()
+        bias = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
+        bias[..., 3:] = low
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(torch.tanh(q), torch.tanh(k), v, self.bias)
+
+
+@pytest.mark.parametrize("low", [-4.0, -40.0, -10_000.0])
+def test_secret_masks_have_room_beside_a_factor(low: float) -> None:
+    """32 dimensions: the root is no power of two, and its bits take all the room that products leave."""
+    model = Biased(low).eval()
+    inputs = [grid(1, 1, 6, 32, scale=0.3, seed=seed) for seed in range(3)]
+    (got,), _ = run_local(capture(model, inputs), inputs, 2)
+    assert float((got - plaintext(model, inputs)[0]).abs().max()) < 1e-3
