@@ -61,6 +61,7 @@ class Connection:
         self._checked = False
         self.token: Callable[[], str] | None = None  # of a gateway: for whom the next call is made (a JWT)
         self._lock = threading.Lock()
+        self._telling: set[Any] = set()
         self._links: list[Link | None] = [None] * len(cluster.holders)
         self._closed = False
         try:
@@ -195,7 +196,9 @@ class Connection:
             return
         for link in self._links:
             if link is not None:
-                link.stub.EndSession.future(request, timeout=LIST_TIMEOUT, metadata=metadata)
+                call = link.stub.EndSession.future(request, timeout=LIST_TIMEOUT, metadata=metadata)
+                self._telling.add(call)  # gRPC cancels a call that nobody holds any more
+                call.add_done_callback(self._telling.discard)
 
     def models(self, name: str | None = None, *, timeout: float = LIST_TIMEOUT) -> list[Model]:
         """The deployed models (only those called `name`, if given), by name and version.
