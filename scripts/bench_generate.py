@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from bench_cases import figures, reset_peaks, summed
 from bench_models import LOGITS, smollm
-from bench_network import NETWORKS, measured
+from bench_network import visited
 from bench_ours import Ours, report
 from bench_report import Row
 from demo_smollm import continued
@@ -31,9 +31,7 @@ def run_generate(options: argparse.Namespace, say: Console) -> Row:
     before = os.getloadavg()
     rows: list[Row] = []
     networks: dict[str, Row | None] = {}
-    for place in options.networks:
-        network = NETWORKS[place]
-        networks[place] = measured(network) if network else None
+    for place, network in visited(options.networks, networks):
         with ExitStack() as stack:
             with say.status(f"{place}: starting a dealer and parties"):
                 ours = Ours(options.parties, stack, network)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from bench_cases import figures, reset_peaks
-from bench_network import NETWORKS, measured
+from bench_network import visited
 from bench_ours import Ours, report
 from bench_report import Row
 from rich.console import Console
@@ -45,9 +45,7 @@ def run_growth(options: argparse.Namespace, say: Console) -> Row:
     before = os.getloadavg()
     rows: list[Row] = []
     networks: dict[str, Row | None] = {}
-    for place in options.networks:
-        network = NETWORKS[place]
-        networks[place] = measured(network) if network else None
+    for place, network in visited(options.networks, networks):
         clusters: dict[int, list[tuple[str, int]]] = {}
         for axis in options.axes:
             for size in (TINY if options.tiny else SIZES)[axis]:

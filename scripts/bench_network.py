@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ class Relay:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def visited(names: Iterable[str], found: dict[str, dict[str, float] | None]) -> Iterator[tuple[str, Network | None]]:
+    """Each of these networks; in `found` is then what it was measured to have, None for the loopback device."""
+    for name in names:
+        network = NETWORKS[name]
+        found[name] = measured(network) if network else None
+        yield name, network
 
 
 def measured(network: Network, seconds: float = 0.5) -> dict[str, float]:

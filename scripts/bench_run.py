@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench_cases import Workload, measure
 from bench_functions import PEER_SLACK
-from bench_network import NETWORKS, measured
+from bench_network import visited
 from bench_ours import Ours, report
 from bench_peers.host import PEERS, Parties, PeerFailed
 from bench_report import Row, brief
@@ -30,9 +30,7 @@ def run_timed(options: argparse.Namespace, say: Console, workloads: Mapping[str,
             except PeerFailed as error:
                 say.print(f"[yellow]{name}: {error}[/]")
     before = os.getloadavg()
-    for place in options.networks:
-        network = NETWORKS[place]
-        networks[place] = measured(network) if network else None
+    for place, network in visited(options.networks, networks):
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpcinfer-bench-")))
             peers = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench_cases import OurCase, figures
 from bench_models import WORKLOADS
-from bench_network import NETWORKS, measured
+from bench_network import visited
 from bench_ours import Ours, report
 from bench_report import Row
 from rich.console import Console
@@ -24,9 +24,7 @@ def run_together(options: argparse.Namespace, say: Console) -> Row:
     before = os.getloadavg()
     rows: list[Row] = []
     networks: dict[str, Row | None] = {}
-    for place in options.networks:
-        network = NETWORKS[place]
-        networks[place] = measured(network) if network else None
+    for place, network in visited(options.networks, networks):
         for name in options.workloads:
             with ExitStack() as stack, say.status(f"{place}: {name}"):
                 rows += [
