@@ -16,6 +16,7 @@ from mpcinfer.party.actions import found
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.messages import reveal
+from mpcinfer.party.releasing import Answer
 from mpcinfer.party.session import Run, Session, Sessions
 from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
 from mpcinfer.party.tape import Tape
@@ -149,10 +150,18 @@ async def generate(
         session.counts, session.counted = done.counts, session.length
     writing.taken, writing.chosen = taken, chosen
     answer = [reveal(x) for x in done.outputs]
-    # a text that is only taken in releases nothing
-    commitment = await by.release(part, job, announced, answer, writing.chosen) if answer else b""
-    writing.done.put(Written(writing.taken, answer, online, offline, commitment, part.evidence))
-    return writing.over(taken, chosen)
+
+    def written(commitment: bytes) -> None:
+        writing.done.put(Written(taken, answer, online, offline, commitment, evidence))
+
+    evidence, over = part.evidence, writing.over(taken, chosen)
+    if not answer:  # a text that is only taken in releases nothing
+        written(b"")
+    elif over:
+        written(await by.release(part, job, announced, answer, chosen))
+    else:
+        by.releasing.later(Answer(job, announced, answer, chosen), written)
+    return over
 
 
 def _planned(

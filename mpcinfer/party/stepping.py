@@ -22,17 +22,17 @@ from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
+from mpcinfer.party.releasing import Answer, Releasing
 from mpcinfer.party.sacrifice import Coin, audit
 from mpcinfer.party.session import Session, Sessions, Slot
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
-from mpcinfer.party.vouching import Vouching, check_ballot, count, subject
+from mpcinfer.party.vouching import Vouching, check_ballot
 from mpcinfer.party.waiting import Ballot, Metered, Release, Round
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.context import Context, Opening
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared, Weight
-from mpcinfer.trust.commitment import output_commitment
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import COMPARED
 from mpcinfer.wire.v1 import tensor_pb2
@@ -89,7 +89,7 @@ class Stepping:
         self.sessions = sessions
         self._catalogue = catalogue
         self._limits = limits
-        self._vouching = vouching
+        self.releasing = Releasing(vouching)
         self.pool = Pool(limits.pool_mb)
         self._ahead: Ahead | None = None
 
@@ -117,14 +117,13 @@ class Stepping:
             while waiting:
                 ballots = {i: w for i, w in waiting.items() if isinstance(w, Ballot)}
                 if ballots:
-                    found = count(epoch, list(ballots.values()))
+                    found = self.releasing.count(epoch, list(ballots.values()))
                     for (i, _), answers in zip(ballots.items(), found, strict=True):
                         resume(i, answers)
                     continue
                 releases = {i: w for i, w in waiting.items() if isinstance(w, Release)}
                 if releases:
-                    assert self._vouching is not None
-                    self._vouching.exchange(epoch, [each.subject for each in releases.values()])
+                    self.releasing.now(epoch, [each.subject for each in releases.values()])
                     for i in releases:
                         resume(i, None)
                     continue
@@ -218,11 +217,12 @@ class Stepping:
         number: of the answer, where a request has several. The commitment to the outputs; nothing where there are no
         witnesses. TamperingError, which ends the epoch, if anything differs.
         """
-        if self._vouching is None:
+        if not self.releasing.needed:
             return b""
-        output = output_commitment(job.salt, outputs, number)
-        await Release(part, subject(job, step, number, output))
-        return output
+        answer = Answer(job, step, outputs, number)
+        commitment = answer.commitment()
+        await Release(part, answer.subject(commitment))
+        return commitment
 
     async def deal(
         self,
@@ -283,6 +283,7 @@ class Stepping:
     def end(self) -> None:
         """The epoch is over: all that was fetched ahead is burnt."""
         self.pool.clear()
+        self.releasing.end()
         self._ahead = None
 
     async def _fetched(

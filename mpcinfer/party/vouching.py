@@ -39,6 +39,11 @@ class Vouching:
         subjects: for each request, its public facts, the same for all, and this share's "upload" and "output", which
         are the same for a party and its witness. TamperingError, naming a pair, unless everything agrees.
         """
+        own, signed = self.statement(epoch, subjects)
+        self.check(own, epoch.mesh.consult(packed([signed]), both))
+
+    def statement(self, epoch: Epoch, subjects: list[dict[str, Any]]) -> tuple[dict[str, Any], Signed]:
+        """What `exchange` tells the others, and the same signed; it must be sent before anything else is."""
         mesh = epoch.mesh
         assert isinstance(mesh, WitnessedMesh | ShadowMesh)
         if epoch.binding != self._epoch:
@@ -52,7 +57,10 @@ class Vouching:
             "traffic": mesh.traffic.digests(),
         }
         epoch.vouched += 1
-        told = mesh.consult(packed([self._signer.sign(_PURPOSE, own)]), both)
+        return own, self._signer.sign(_PURPOSE, own)
+
+    def check(self, own: Mapping[str, Any], told: Mapping[int, bytes]) -> None:
+        """Compare what this one states with what all do. told: by index, a party's and its witness's word, packed."""
         said = {index: self._opened(index, message) for index, message in told.items()}
         for index, statements in said.items():
             _check_work(own, index, list(statements.values()))
@@ -138,7 +146,10 @@ def both(party: bytes, witness: bytes) -> bytes:
 
 
 def merged_ballots(party: bytes, witness: bytes) -> bytes:
-    """One vote of a party and its witness for each request: no if either says no, not yet if either has to wait."""
+    """One vote of a party and its witness for each request: no if either says no, not yet if either has to wait.
+
+    Statements that come after them: both.
+    """
     try:
         pairs = zip(read_json(party, "a party"), read_json(witness, "its witness"), strict=True)
         return json.dumps([_merged(own, other) for own, other in pairs]).encode()
@@ -146,7 +157,9 @@ def merged_ballots(party: bytes, witness: bytes) -> bytes:
         raise ProtocolError("a witness votes on something else than its party") from error
 
 
-def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _merged(own: Any, other: Any) -> Any:
+    if isinstance(own, list) and isinstance(other, list):
+        return [*own, *other]
     if own["error"]:
         return own
     if other["error"]:
@@ -162,19 +175,28 @@ def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def count(epoch: Epoch, ballots: list[Ballot]) -> list[dict[int, Any]]:
-    """One control message to every peer for all who vote: everybody's answers to each, this party's included."""
+def count(
+    epoch: Epoch, ballots: list[Ballot], statement: Signed | None = None
+) -> tuple[list[dict[int, Any]], dict[int, bytes]]:
+    """One control message to every peer for all who vote: everybody's answers to each, this party's included.
+
+    statement: what this party or witness vouches for in the same message; then all do, which is returned as well.
+    """
     before = epoch.mesh.bytes_sent
-    raw = epoch.mesh.consult(json.dumps([ballot.own for ballot in ballots]).encode(), merged_ballots)
+    said: list[Any] = [ballot.own for ballot in ballots]
+    if statement is not None:
+        said.append([statement.to_json()])
+    raw = epoch.mesh.consult(json.dumps(said).encode(), merged_ballots)
     found = {peer: read_json(answers, f"party {peer}") for peer, answers in raw.items()}
     for peer, answers in found.items():
-        if not isinstance(answers, list) or len(answers) != len(ballots):
+        if not isinstance(answers, list) or len(answers) != len(said):
             raise ProtocolError(f"party {peer} votes on something else")
+    told = {peer: json.dumps(answers.pop()).encode() for peer, answers in found.items()} if statement else {}
     each, rest = divmod(epoch.mesh.bytes_sent - before, len(ballots))
     for ballot in ballots:
         ballot.part.sent += each
     ballots[0].part.sent += rest
-    return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))]
+    return [{peer: answers[k] for peer, answers in found.items()} for k in range(len(ballots))], told
 
 
 def check_ballot(index: int, joint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
