@@ -75,10 +75,10 @@ async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: 
     await by.masked(part, model, mask_tape)
     began, sent = time.perf_counter(), part.sent
     ahead = by.pool.take(digest, model, shapes, plan)
-    tape, seconds = (await by.taken(part, ahead), ahead.seconds) if ahead is not None else (None, 0.0)
+    tape, beside = await by.taken(part, ahead) if ahead is not None else (None, 0.0)
     if tape is None:
         tape = await by.deal(part, own_tape, plan, digest, model.weights)
-    offline = Phase(seconds + time.perf_counter() - began, 0, part.sent - sent, tape.dealer_bytes)
+    offline = Phase(beside + time.perf_counter() - began, 0, part.sent - sent, tape.dealer_bytes)
     holdings = model.holdings()
     outputs, online = await by.execute(
         part, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)

@@ -30,23 +30,27 @@ class Ahead:
         """
         self.id = id_
         self.rows, self.digests = rows, digests
-        self.seconds = 0.0
+        # that fetching has taken, and for how much of that somebody has waited
+        self.seconds = self.waited = 0.0
+        self._began = 0.0
         self._tape: Future[Tape] = Future()
         threading.Thread(target=self._run, args=(fetch, after), name="ahead", daemon=True).start()
 
     def _run(self, fetch: Callable[[], Tape], after: Ahead | None) -> None:
-        began = time.perf_counter()
         try:
             if after is not None:
-                after.take()
-                began = time.perf_counter()
+                after._tape.result()
+            self._began = time.perf_counter()
             tape = fetch()
         except BaseException as error:
             self._tape.set_exception(error)
         else:
-            self.seconds = time.perf_counter() - began
+            self.seconds = time.perf_counter() - self._began
             self._tape.set_result(tape)
 
     def take(self) -> Tape:
         """The tape, once it is there; raises what fetching it, or what came before, has raised."""
-        return self._tape.result()
+        began = time.perf_counter()
+        tape = self._tape.result()
+        self.waited += max(0.0, self._began + self.seconds - max(began, self._began))
+        return tape

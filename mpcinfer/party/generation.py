@@ -217,11 +217,12 @@ def _look_ahead(
 async def _tape(
     by: Stepping, part: Part, session: Session, tape: bytes, plan: Plan, digest: bytes
 ) -> tuple[Tape, float]:
-    """The tape of a step, and the seconds it took if it was fetched ahead."""
-    slot = session.slot
+    """The tape of a step, and the seconds it took beside other work, if it was fetched ahead."""
+    slot, waited = session.slot, 0.0
     if not slot.ready and slot.ahead is not None:
         ahead, slot.ahead = slot.ahead, None
-        fetched = await by.taken(part, ahead, slot)
+        fetched, beside = await by.taken(part, ahead, slot)
+        waited = ahead.seconds - beside  # part of what is divided among the runs, and of what the caller counts
         if fetched is None:  # it was audited
             slot.skip(ahead.rows)
         else:
@@ -231,7 +232,7 @@ async def _tape(
     if slot.ready:
         if slot.ready[0].digest == session.use().digest(digest):
             run = slot.ready.popleft()
-            return run.tape, run.seconds
+            return run.tape, run.seconds - waited
         slot.drop()
     return await by.deal(part, tape, plan, digest, session.model.weights, session), 0.0
 

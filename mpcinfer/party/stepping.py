@@ -267,9 +267,14 @@ class Stepping:
         self._ahead = Ahead(tape, work, rows * len(runs), runs, after=self._ahead)
         return self._ahead
 
-    async def taken(self, part: Part, ahead: Ahead, slot: Slot | None = None) -> Tape | None:
-        """What was fetched ahead, the same at all parties, or None if it was audited. A failure ends the epoch."""
-        return await self._fetched(part, ahead.take, ahead.id.hex(), slot)
+    async def taken(self, part: Part, ahead: Ahead, slot: Slot | None = None) -> tuple[Tape | None, float]:
+        """What was fetched ahead, the same at all parties, or None if it was audited. A failure ends the epoch.
+
+        And the seconds that it took before this party began to wait for it here.
+        """
+        before = ahead.waited
+        tape = await self._fetched(part, ahead.take, ahead.id.hex(), slot)
+        return tape, ahead.seconds - (ahead.waited - before)
 
     def settle(self) -> None:
         """Wait for what is being fetched ahead: nothing else may be asked of the dealer before it is there.
