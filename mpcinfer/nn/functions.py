@@ -52,15 +52,14 @@ async def inverse_of(ctx: Context, x: Shared, frac_bits: int = INVERSE_BITS) -> 
     high = min(20, encodable(x.frac_bits))
     low = max(2 - x.frac_bits, high - inverse.MAX_OCTAVES)
     negative, absolute = await sign_and_absolute(ctx, x, width(x))
-    y = await inverse.reciprocal(ctx, absolute, low=low, high=high, frac_bits=frac_bits)
     sign = add_public(ctx, negative.times(-2), 1)
-    return await multiply(ctx, y, sign)
+    return await inverse.reciprocal(ctx, absolute, sign, low=low, high=high, frac_bits=frac_bits)
 
 
 @operator("aten.reciprocal.default")
 async def reciprocal(ctx: Context, x: Shared) -> Shared:
     """1/x; see `inverse_of` for what lies near zero and far from it."""
-    y = await truncate(ctx, await inverse_of(ctx, x), INVERSE_BITS - x.frac_bits)
+    y = await inverse_of(ctx, x, x.frac_bits)
     return y.map(lambda t: t.expand(x.shape))
 
 

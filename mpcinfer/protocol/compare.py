@@ -19,8 +19,10 @@ _NEAR_DIGITS = digits.LAYOUTS[NEAR][0] * digits.LAYOUTS[NEAR][1]
 
 
 def block_masks(many: tuple[int, ...], width: int) -> dict[str, Field]:
-    """The masks of the AND blocks of both levels, for comparisons of shape `many`: what `below` opens under."""
+    """The masks of the AND blocks of all levels, for comparisons of shape `many`: what `below` opens under."""
     blocks, leaves = digits.layout(width)
+    if blocks == 1:
+        return {"top": Field(many, Ring(digits.block(leaves, False).width, xor=True))}
     return {
         "leaf": Field((*many, blocks), Ring(digits.block(leaves, True).width, xor=True)),
         "top": Field(many, Ring(digits.block(blocks, False).width, xor=True)),
@@ -30,9 +32,14 @@ def block_masks(many: tuple[int, ...], width: int) -> dict[str, Field]:
 def digit_tables(shape: tuple[int, ...], many: tuple[int, ...], width: int) -> dict[str, Field]:
     """What `below` needs of masks of `shape`: lt tables and sign; and the products of the block masks."""
     blocks, leaves = digits.layout(width)
-    return {
+    tables = {
         "lt": Field((*shape, blocks * leaves), Ring(digits.TABLE_BITS, xor=True)),
         "msb": Field(shape, BIT),
+    }
+    if blocks == 1:
+        return {**tables, "top_products": Field(many, Ring(digits.block(leaves, False).products, xor=True))}
+    return {
+        **tables,
         "leaf_products": Field((*many, blocks), Ring(digits.block(leaves, True).products, xor=True)),
         "top_products": Field(many, Ring(digits.block(blocks, False).products, xor=True)),
     }
@@ -41,9 +48,11 @@ def digit_tables(shape: tuple[int, ...], many: tuple[int, ...], width: int) -> d
 def digit_values(r: torch.Tensor, free: Tensors, width: int) -> Tensors:
     """The values of `digit_tables` for masks r."""
     blocks, leaves = digits.layout(width)
+    tables = {"lt": digits.tables(r, width), "msb": (r >> (width - 1)) & 1}
+    if blocks == 1:
+        return {**tables, "top_products": digits.products(free["top"], digits.block(leaves, False))}
     return {
-        "lt": digits.tables(r, width),
-        "msb": (r >> (width - 1)) & 1,
+        **tables,
         "leaf_products": digits.products(free["leaf"], digits.block(leaves, True)),
         "top_products": digits.products(free["top"], digits.block(blocks, False)),
     }
@@ -75,9 +84,10 @@ def near_values(r: torch.Tensor, free: Tensors) -> Tensors:
 class Comparison(Kind):
     """A mask r of x, tables of r's digits below `width` bits, and AND-block masks for each of `thresholds` thresholds.
 
-    r is uniform on Z_2^width. With `products` it is on Z_2^64, and there is also for each threshold a bit beta that
-    masks the outcome, and beta, beta r as numbers, for bit * x; with `others` = k (and one threshold) masks s of k
-    further values and beta s, for bit * value, both modulo 2^other_bits.
+    r is uniform on Z_2^width. With `numbers` there is also for each threshold a bit beta that masks the outcome, and
+    beta as a number; then r may have `d` bits more, which are not compared. With `products` r is on Z_2^64, and there
+    are beta, that as a number and beta r, for bit * x; with `others` = k (and one threshold) masks s of k further
+    values and beta s, for bit * value, both modulo 2^other_bits.
     """
 
     shape: tuple[int, ...]
@@ -86,20 +96,28 @@ class Comparison(Kind):
     products: bool = False
     others: int = 0
     other_bits: int = 64
+    numbers: bool = False
+    d: int = 0
 
     def __post_init__(self) -> None:
+        if self.d < 0 or self.d and (self.products or self.others or not self.numbers):
+            raise ValueError("only of what is not multiplied are bits left out")
         if self.others and self.thresholds != 1:
             raise ValueError("further values are multiplied by the outcome of one threshold")
 
+    @property
+    def _outcomes(self) -> bool:
+        return self.numbers or self.products or self.others > 0
+
     def free(self) -> dict[str, Field]:
-        """r; the block masks of both levels; beta; s."""
+        """r; the block masks; beta; s."""
         many = (self.thresholds, *self.shape)
         fields = {
             # products with the outcome need all of x: a narrower mask doesn't hide that
-            "r": Field(self.shape, Z64 if self.products or self.others else Ring(self.width)),
+            "r": Field(self.shape, Z64 if self.products or self.others else Ring(self.width + self.d)),
             **block_masks(many, self.width),
         }
-        if self.products or self.others:
+        if self._outcomes:
             fields["beta"] = Field(many, BIT)
         if self.others:
             fields["s"] = Field((self.others, *self.shape), Ring(self.other_bits))
@@ -109,7 +127,7 @@ class Comparison(Kind):
         """lt tables and sign of r; block products; beta, beta r, beta s as numbers."""
         many = (self.thresholds, *self.shape)
         fields = digit_tables(self.shape, many, self.width)
-        if self.products or self.others:
+        if self._outcomes:
             fields["bit"] = Field(many, Z64)
         if self.products:
             fields["bit_r"] = Field(many, Z64)
@@ -120,8 +138,8 @@ class Comparison(Kind):
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
         r = free["r"]
-        values = digit_values(r, free, self.width)
-        if self.products or self.others:
+        values = digit_values(r >> self.d, free, self.width)
+        if self._outcomes:
             values["bit"] = free["beta"].to(torch.int64)
         if self.products:
             values["bit_r"] = values["bit"] * r
@@ -136,9 +154,9 @@ async def below(
     """XOR shares of [x < t] for every public t, [T, *shape], given x opened as c under the correlation's r.
 
     Valid where -2^(width-1) <= x - t < 2^(width-1). Exact. Opened: 7 bits (5 for width 36) per block of 4 (3) digits
-    and then 6 (4, 4, 2) bits, each under a dealt mask word of exactly these bits.
-    Rounds 2; online 4.25 bytes per threshold, element and peer (width 64), 3.1 (48), 2.4 (36), 2.0 (32), between them
-    as the next wider; offline 30 bytes per element and 13 per threshold (width 64).
+    and then 6 (4, 4, 2) bits, each under a dealt mask word of exactly these bits; up to width 17 only 6 bits.
+    Rounds 2 (up to width 17, 1); online 4.25 bytes per threshold, element and peer (width 64), 3.1 (48), 2.4 (36), 2.0
+    (32), 0.75 (17), between them as the next wider; offline 30 bytes per element and 13 per threshold (width 64).
     Source: msb(c - t) xor msb(r) xor [low(c - t) < low(r)] as in Rabbit and edaBits; digit tables as in ABY2.0 and
     one-time truth tables; the folding of blocks by dealt products of masks is ABY2.0's multi-input AND.
     """
@@ -164,14 +182,22 @@ async def _below(
     which: str,
 ) -> SharedBits:
     blocks, leaves = digits.layout(width)
-    inner, outer = digits.block(leaves, True), digits.block(blocks, False)
-    leaf, top = correlation.mask(f"{which}leaf"), correlation.mask(f"{which}top")
+    top = correlation.mask(f"{which}top")
     # the kernels mask what they compute in the same pass, hence open_masked
-    words, tops = digits.leaves(c.value, thresholds, width, lt, ctx.first, leaf.share)
-    opened = (await ctx.open_masked(words, leaf)).value
-    words, high = digits.fold_blocks(
-        opened, leaf.share, correlation[f"{which}leaf_products"], tops, ctx.first, inner, top.share
-    )
+    if blocks == 1:
+        outer = digits.block(leaves, False)
+        words, high = (
+            part.squeeze(-1)
+            for part in digits.leaves(c.value, thresholds, width, lt, ctx.first, top.share.unsqueeze(-1))
+        )
+    else:
+        inner, outer = digits.block(leaves, True), digits.block(blocks, False)
+        leaf = correlation.mask(f"{which}leaf")
+        words, tops = digits.leaves(c.value, thresholds, width, lt, ctx.first, leaf.share)
+        opened = (await ctx.open_masked(words, leaf)).value
+        words, high = digits.fold_blocks(
+            opened, leaf.share, correlation[f"{which}leaf_products"], tops, ctx.first, inner, top.share
+        )
     opened = (await ctx.open_masked(words, top)).value
     bits = digits.finish(
         opened,

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 from mpcinfer.protocol.context import Context, together
-from mpcinfer.protocol.octaves import BOUND, CUT_BITS, DEGREE, VALUE_BITS, near_one, normalise, octaves, spread, tail_of
+from mpcinfer.protocol.multiply import multiply
+from mpcinfer.protocol.octaves import BOUND, CUT_BITS, DEGREE, VALUE_BITS, Table, near_one, normalise, spread, tail_of
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.truncated_product import product_of_truncated, truncated_product
 from mpcinfer.protocol.types import Shared
@@ -43,33 +44,42 @@ def _tail() -> tuple[int, ...]:
     return tail_of(inverse_polynomial(DEGREE, BOUND), Fraction(1))
 
 
-async def reciprocal(ctx: Context, x: Shared, *, low: int = -8, high: int = 20, frac_bits: int = 30) -> Shared:
-    """Shares of 1/x for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale.
+@cache
+def _gains(high: int) -> Table:
+    """The gains themselves, which are multiples of the last one's last place."""
+    return Table(lambda gain, bits: int(gain * Fraction(2) ** bits), high - 1 + CUT_BITS, Fraction(1))
+
+
+async def reciprocal(
+    ctx: Context, x: Shared, sign: Shared | None = None, /, *, low: int = -8, high: int = 20, frac_bits: int = 30
+) -> Shared:
+    """Shares of 1/x for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale; of sign / x, if given.
 
     Input: as `wide_reciprocal`; ValueError for frac_bits above 60 + low, too. Output: relative error below 4.5e-5
     (3.5e-5 over at most 34 octaves), plus one unit in the last place of the output.
-    Rounds 6 for up to 4,096 elements, 7 for more; online 40 + 1.625 T (40 + 4.375 T) bytes per element and peer: 132.6
-    (289.4) for the default range, 57 thresholds; openings and correlations as `wide_reciprocal` and `truncate`.
+    Rounds 6 for up to 4,096 elements, 11 for more; online 8 bytes per element and peer more than `wide_reciprocal`:
+    132.6 (104.5) for the default range; openings and correlations as `wide_reciprocal` and `truncate`.
     """
     if frac_bits > 60 + low:
         raise ValueError(f"no reciprocals down to 2^{low} with {frac_bits} fraction bits")
-    y = await wide_reciprocal(ctx, x, low=low, high=high)
+    y = await wide_reciprocal(ctx, x, sign, low=low, high=high)
     return await truncate(ctx, y, y.frac_bits - frac_bits)
 
 
-async def wide_reciprocal(ctx: Context, x: Shared, *, low: int, high: int) -> Shared:
+async def wide_reciprocal(ctx: Context, x: Shared, sign: Shared | None = None, /, *, low: int, high: int) -> Shared:
     """Shares of 1/x for 2^low <= x <= 2^high with 60 + low fraction bits: whoever multiplies by it truncates it first.
 
     Input: any x from -2^(62 - s) to 2^(62 - s) (in units of its last place), s = max(0, 9 - high - x.frac_bits), which
     is 0 for all but small ranges; below 2^low, zero and negative numbers included, the result is that of 2^low, above
     2^high that of 2^high. ValueError if x's last place is above 2^low, if high - low > 37, or if 64 bits don't hold
-    what lies between: 2^(high + 7) at x's scale below 2^63.
+    what lies between: 2^(high + 7) at x's scale below 2^63. sign: 1 or -1, an integer, which the result is multiplied
+    by.
     Output: relative error below 4.5e-5 (3.5e-5 over at most 34 octaves); below 2^62.
-    How: thresholds at half octaves give a shared gain and h with 1/x = gain / (1 - h), abs(h) <= 11/64, h linear in x
-    on each piece and so exact; 1/(1 - h) by a polynomial of degree 4, the minimax one; times gain.
-    Opened: those of `octaves.normalise`, T = 2 (high - low) + 1; then those of `polynomial` and `truncated_product`.
-    Rounds 5 (6); online 32 + 1.625 T (32 + 4.375 T) bytes per element and peer; correlations `TruncatedComparison`,
-    `TruncatedPowers`, `TruncatedProduct`.
+    How: `octaves`: a shared gain and h with 1/x = gain / (1 - h), abs(h) <= 11/64; 1/(1 - h) by a polynomial of degree
+    4, the minimax one; times gain.
+    Opened: those of `octaves.normalise`, then of `polynomial`, `multiply` if there is a sign, `truncated_product`.
+    Rounds 2 more than `octaves.normalise`: 5 for up to 4,096 elements, 10 for more; online 24 bytes per element and
+    peer more, and 16 for a sign; correlations those of the protocols named.
     Source: normalisation by the leading bit as in Catrina and Saxena 2010. DESIGN's cubic on a whole octave with a
     Newton step has half the thresholds and two more rounds: rows, not elements, need this function most.
     """
@@ -78,11 +88,13 @@ async def wide_reciprocal(ctx: Context, x: Shared, *, low: int, high: int) -> Sh
     if not -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits or high - low > MAX_OCTAVES:
         raise ValueError(f"no reciprocals over 2^{low} to 2^{high} from {x.frac_bits} fraction bits")
     x = spread(x, high)
-    pieces = octaves(x.frac_bits, low, high)
-    h, entry = await normalise(ctx, x, pieces, pieces.gains)
-    gain = Shared(entry.share, pieces.gain_bits)
+    h, (gain,) = await normalise(ctx, x, low, high, (_gains(high),))
     # 1/(1 - h) - 1 is at most 0.21: below 2^61 with 63 fraction bits, as is h
-    rest = await near_one(ctx, h, 0, 1, _tail())
+    polynomial = near_one(ctx, h, 0, 1, _tail())
+    if sign is None:
+        rest = await polynomial
+    else:
+        rest, gain = await together(polynomial, multiply(ctx, gain, sign))
     return Shared(gain.share << bits, gain.frac_bits + bits) + await truncated_product(
         ctx, rest, VALUE_BITS - bits, gain
     )
@@ -99,21 +111,18 @@ async def divided(
     How: y / x = (y gain) (1 + rest), where gain is known a round before rest: y is multiplied by it meanwhile. Each
     product truncates what it is of.
     Opened: those of `octaves.normalise`, of `truncated_product` and `polynomial`, `product_of_truncated`, `truncate`.
-    Rounds 6 for up to 4,096 elements of x, 7 for more, if y takes 3 (4) at most; online 24 bytes per element of y and
-    peer, and of x 32 + 1.625 T (32 + 4.375 T), T as in `wide_reciprocal`, besides what y takes; correlations
-    `TruncatedComparison`, `TruncatedProduct`, `TruncatedPowers`, `ProductOfTruncated`, `Truncation`. Source: as
-    `wide_reciprocal`.
+    Rounds 3 more than `octaves.normalise` (6 for up to 4,096 elements of x, 11 for more) if y takes no more than that;
+    online 24 bytes per element of y and peer, and 24 of x beside those of `octaves.normalise` and of y; correlations
+    those of the protocols named. Source: as `wide_reciprocal`.
     """
     if not -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits or high - low > MAX_OCTAVES:
         y.close()
         raise ValueError(f"no quotients over 2^{low} to 2^{high} from {x.frac_bits} fraction bits")
     x = spread(x, high)
-    pieces = octaves(x.frac_bits, low, high)
-    (h, entry), top = await together(normalise(ctx.scope("octaves"), x, pieces, pieces.gains), y)
+    (h, (gain,)), top = await together(normalise(ctx.scope("octaves"), x, low, high, (_gains(high),)), y)
     kept = frac_bits + _MORE_BITS - low - max(0, high - low - _ROOMY_OCTAVES)
     if top.frac_bits <= kept:
         raise ValueError(f"no quotients of numbers with {top.frac_bits} fraction bits")
-    gain = Shared(entry.share, pieces.gain_bits)
     # 1/(1 - h) - 1 is at most 0.21: below 2^61 with 63 fraction bits, as is h; y gain, y / x but for that, below 2^61.3
     rest, near = await together(
         near_one(ctx.scope("rest"), h, 0, 1, _tail()),

@@ -10,11 +10,10 @@ from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.octaves import (
     CUT_BITS,
     VALUE_BITS,
-    Octaves,
+    Table,
     interpolated,
     near_one,
     normalise,
-    octaves,
     spread,
     tail_of,
 )
@@ -35,8 +34,16 @@ def _tail() -> tuple[int, ...]:
 
 
 @cache
-def _table(pieces: Octaves, bits: int) -> tuple[int, ...]:
-    return tuple(round(-_exact(pieces.real(i)) * (1 << bits)) for i in range(len(pieces.gains)))
+def _tables(bits: int) -> tuple[Table, Table]:
+    """-log(gain), and at scale VALUE_BITS what rounding it has left over."""
+
+    def rounded(gain: Fraction, bits: int) -> int:
+        return round(-_exact(gain) * (1 << bits))
+
+    def left(gain: Fraction, more: int) -> int:
+        return rounded(gain, more) - (rounded(gain, bits) << (more - bits))
+
+    return Table(rounded, bits, None), Table(left, VALUE_BITS, None)
 
 
 async def log(ctx: Context, x: Shared, *, low: int = -16, high: int = 20, frac_bits: int = 16) -> Shared:
@@ -44,17 +51,16 @@ async def log(ctx: Context, x: Shared, *, low: int = -16, high: int = 20, frac_b
 
     Input: as for `rsqrt`; below 2^low, zero and negative numbers included, the result is log(2^low), above 2^high
     log(2^high). ValueError for a range that 64 bits don't hold.
-    Output: absolute error below 1.5e-5, plus 1.5 units in the last place.
-    How: `octaves`; the table has -log(gain), the polynomial is log(1 - h); their sum is the result.
+    Output: absolute error below 1.5e-5, plus one unit in the last place.
+    How: `octaves`; the table has -log(gain), the polynomial is log(1 - h); their sum is the result. What rounding the
+    table's entries has left over is added to the polynomial's value, which is truncated: in all below 2^62.
     Opened: those of `octaves.normalise`, of `polynomial` and `truncate`.
-    Rounds 5 for up to 4,096 elements, 6 for more; online 24 + 1.625 T (24 + 4.375 T) bytes per element and peer,
-    T = 2 (high - low) + 1; correlations `TruncatedComparison`, `TruncatedPowers`, `Truncation`. Source: as
-    `reciprocal`.
+    Rounds 2 more than `octaves.normalise`: 5 for up to 4,096 elements, 10 for more; online 16 bytes per element and
+    peer more; correlations those of the protocols named. Source: as `reciprocal`.
     """
     if not -x.frac_bits <= low < high <= 62 - CUT_BITS - x.frac_bits or not 2 <= frac_bits <= 48:
         raise ValueError(f"no logarithms over 2^{low} to 2^{high} from {x.frac_bits} to {frac_bits} fraction bits")
     x = spread(x, high)
-    pieces = octaves(x.frac_bits, low, high)
-    h, entry = await normalise(ctx, x, pieces, _table(pieces, frac_bits))
-    near = await truncate(ctx, await near_one(ctx, h, 0, -1, _tail()), VALUE_BITS - frac_bits)
-    return Shared(entry.share, frac_bits) + near
+    h, (entry, left) = await normalise(ctx, x, low, high, _tables(frac_bits))
+    near = left + await near_one(ctx, h, 0, -1, _tail())
+    return entry + await truncate(ctx, near, VALUE_BITS - frac_bits)

@@ -10,11 +10,10 @@ from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.octaves import (
     CUT_BITS,
     VALUE_BITS,
-    Octaves,
+    Table,
     interpolated,
     near_one,
     normalise,
-    octaves,
     spread,
     tail_of,
 )
@@ -46,7 +45,7 @@ async def rsqrt(
     """Shares of 1/sqrt(x / over) for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale.
 
     As `wide_rsqrt`, and then truncated: one unit in the last place more. ValueError if there are fewer fraction bits.
-    Rounds 6 for up to 4,096 elements, 7 for more; online 40 + 1.625 T (40 + 4.375 T) bytes per element and peer.
+    Rounds 6 for up to 4,096 elements, 11 for more; online 8 bytes per element and peer more than that.
     """
     return await _narrowed(ctx, await wide_rsqrt(ctx, x, low=low, high=high, over=over), frac_bits)
 
@@ -86,8 +85,8 @@ async def over_root(
     How: the entry is known a round before the polynomial's value: y is multiplied by it meanwhile. That keeps `kept`
     fraction bits, and the value the rest of frac_bits.
     Opened: those of `octaves.normalise`, of `truncated_product` and `polynomial`, `product_of_truncated`.
-    Rounds 5 for up to 4,096 elements of x, 6 for more; online 16 bytes per element of y and peer, and of x 32 + 1.625 T
-    (32 + 4.375 T); correlations `TruncatedComparison`, `TruncatedProduct`, `TruncatedPowers`, `ProductOfTruncated`.
+    Rounds 2 more than `octaves.normalise`: 5 for up to 4,096 elements of x, 10 for more; online 16 bytes per element of
+    y and peer, and 24 of x beside those of `octaves.normalise`; correlations those of the protocols named.
     Source: as `wide_reciprocal`.
     """
     h, entry = await _entries(ctx.scope("octaves"), x, -1, low, high, over, d)
@@ -135,9 +134,8 @@ async def _entries(ctx: Context, x: Shared, sign: int, low: int, high: int, over
     # what a truncation is to leave with more bits is truncated by fewer, or not at all
     more = wider.frac_bits - scale
     x, d = Shared(x.share << max(0, more - d), 0), max(0, d - more)
-    pieces = octaves(wider.frac_bits, low, high)
-    h, entry = await normalise(ctx, x, pieces, _table(pieces, sign, over, bits), d)
-    return h, Shared(entry.share, bits)
+    h, (entry,) = await normalise(ctx, Shared(x.share, wider.frac_bits + d), low, high, (_table(sign, over, bits),), d)
+    return h, entry
 
 
 async def _narrowed(ctx: Context, y: Shared, frac_bits: int) -> Shared:
@@ -147,10 +145,9 @@ async def _narrowed(ctx: Context, y: Shared, frac_bits: int) -> Shared:
 
 
 @cache
-def _table(pieces: Octaves, sign: int, over: int, bits: int) -> tuple[int, ...]:
-    """The entries of all pieces; of a root 0 for the first, which reaches down to 0."""
-    table = [_entry(pieces.real(i), sign, over, bits) for i in range(len(pieces.gains))]
-    return (0, *table[1:]) if sign > 0 else tuple(table)
+def _table(sign: int, over: int, bits: int) -> Table:
+    """Of a root 0 for what is below all octaves, which reaches down to 0."""
+    return Table(lambda gain, bits: _entry(gain, sign, over, bits), bits, Fraction(-sign, 2), empty=sign > 0)
 
 
 def _entry(gain: Fraction, sign: int, over: int, bits: int) -> int:

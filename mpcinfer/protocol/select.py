@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from mpcinfer.protocol.compare import Comparison, below
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.types import Masked, Shared
-from mpcinfer.ring.domain import Z64
+from mpcinfer.ring.domain import Z64, Ring
+from mpcinfer.ring.steps import added
 
 
 def bit_product(
@@ -23,58 +26,83 @@ def bit_number(first: bool, e: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
     return torch.where(e != 0, (1 if first else 0) - bit, bit)
 
 
-async def piecewise_linear(
-    ctx: Context,
-    x: Shared,
-    thresholds: tuple[int, ...],
-    slopes: tuple[int, ...],
-    offsets: tuple[int, ...],
-    width: int = 64,
-) -> Shared:
-    """Shares of a piecewise linear function with integer slopes; x's scale stays.
+Values = tuple[int, ...]
 
-    For T increasing thresholds t_j (integers at x's scale), T + 1 slopes and offsets: slopes[0] x + offsets[0] below
-    t_0, slopes[j] x + offsets[j] on [t_(j-1), t_j), and so on. Exact for
+
+async def piecewise_linear(
+    ctx: Context, x: Shared, thresholds: Values, slopes: Values, offsets: Values, width: int = 64
+) -> Shared:
+    """Shares of one function; see `piecewise_linears`. ReLU is thresholds (0,), slopes (0, 1): 12.4 bytes (11.25)."""
+    return (await piecewise_linears(ctx, x, thresholds, ((slopes, offsets),), width))[0]
+
+
+async def piecewise_linears(
+    ctx: Context, x: Shared, thresholds: Values, functions: tuple[tuple[Values, Values], ...], width: int = 64
+) -> list[Shared]:
+    """Shares of piecewise linear functions with integer slopes and the same thresholds; x's scale stays.
+
+    For T increasing thresholds t_j (integers at x's scale), T + 1 slopes and offsets each: slopes[0] x + offsets[0]
+    below t_0, slopes[j] x + offsets[j] on [t_(j-1), t_j), and so on. Exact for
     -2^(width-1) <= x - t < 2^(width-1); a narrower comparison is cheaper.
     Opened: x + r over Z_2^64; the words of `below`; the outcome bits xor beta.
     Rounds 4; online 8 + 4.4 T bytes per element and peer (8 + 3.25 T for width 48); correlation `Comparison` with
-    products. ReLU is thresholds (0,), slopes (0, 1): 12.4 bytes (11.25).
+    products.
     """
     correlation = ctx.correlation(Comparison(x.shape, width, len(thresholds), products=True))
     c = await ctx.open(x, correlation.mask("r"))
     bits = await below(ctx, c, thresholds, correlation, width)
     e = (await ctx.open(bits, correlation.mask("beta"))).value
-    y = x.share * slopes[-1]
-    if ctx.first:
-        y = y + offsets[-1]
-    for j in range(len(thresholds)):  # below t_j, go back from piece j + 1 to piece j
-        slope, offset = slopes[j] - slopes[j + 1], offsets[j] - offsets[j + 1]
-        if slope:
-            y = y + slope * bit_product(
-                ctx.first, e[j], correlation["bit"][j], c.value, correlation["r"], correlation["bit_r"][j]
-            )
-        if offset:
-            y = y + offset * bit_number(ctx.first, e[j], correlation["bit"][j])
-    return Shared(y, x.frac_bits)
+    # above the last threshold, and what going down to the piece below each one adds
+    last = torch.stack([x.share * slopes[-1] + (offsets[-1] if ctx.first else 0) for slopes, offsets in functions])
+    steep, high = (_going_down(tuple(function[part] for function in functions)) for part in (0, 1))
+    of = (c.value, correlation["r"], correlation["bit_r"])
+    return [Shared(y, x.frac_bits) for y in added(last, ctx.first, e, correlation["bit"], high, steep, of)]
 
 
-async def step(
-    ctx: Context, x: Shared, thresholds: tuple[int, ...], values: tuple[int, ...], width: int = 64
-) -> Shared:
-    """Shares of the integers values[j] on [t_(j-1), t_j), T + 1 of them for T thresholds (see `piecewise_linear`)."""
-    y = await piecewise_linear(ctx, x, thresholds, (0,) * len(values), values, width)
-    return Shared(y.share, 0)
+@cache
+def _going_down(values: tuple[Values, ...]) -> torch.Tensor:
+    """The differences from each piece to the one above, [K, T]."""
+    rows = [[a - b for a, b in zip(row, row[1:], strict=False)] for row in values]
+    return torch.tensor([[(x + (1 << 63)) % (1 << 64) - (1 << 63) for x in row] for row in rows], dtype=torch.int64)
 
 
-async def indicators(ctx: Context, x: Shared, thresholds: tuple[int, ...], width: int = 64) -> Shared:
+async def step(ctx: Context, x: Shared, thresholds: Values, values: Values, width: int = 64) -> Shared:
+    """Shares of one step function; see `steps`."""
+    return (await steps(ctx, x, thresholds, (values,), width))[0]
+
+
+async def steps(
+    ctx: Context, x: Shared, thresholds: Values, functions: tuple[Values, ...], width: int = 64, d: int = 0
+) -> list[Shared]:
+    """Shares of step functions: the integers values[j] on [t_(j-1), t_j), T + 1 of them for T thresholds.
+
+    x / 2^d is compared, its floor or one more; thresholds (of x / 2^d), width and exactness as `piecewise_linears`.
+    Opened: x + r over Z_2^(width + d); the words of `below`; the outcome bits xor beta.
+    Rounds 4 (3 up to width 17); online (width + d) / 8 + 4.4 T bytes per element and peer (0.875 T up to width 17);
+    correlation `Comparison` with numbers.
+    """
+    e, bit = await _outcomes(ctx, x, thresholds, width, d)
+    last = torch.stack([torch.full_like(x.share, values[-1] if ctx.first else 0) for values in functions])
+    return [Shared(y) for y in added(last, ctx.first, e, bit, _going_down(functions))]
+
+
+async def indicators(ctx: Context, x: Shared, thresholds: Values, width: int = 64) -> Shared:
     """Shares of [x < t] for each of T increasing thresholds (integers at x's scale), as integers: [T, *S].
 
-    Exact, valid and opened as in `piecewise_linear`, at the same cost.
+    Exact, valid and opened as in `steps`, at the same cost.
     """
-    correlation = ctx.correlation(Comparison(x.shape, width, len(thresholds), products=True))
-    c = await ctx.open(x, correlation.mask("r"))
-    e = (await ctx.open(await below(ctx, c, thresholds, correlation, width), correlation.mask("beta"))).value
-    return Shared(bit_number(ctx.first, e, correlation["bit"]), 0)
+    e, bit = await _outcomes(ctx, x, thresholds, width, 0)
+    return Shared(bit_number(ctx.first, e, bit), 0)
+
+
+async def _outcomes(
+    ctx: Context, x: Shared, thresholds: Values, width: int, d: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[x / 2^d < t] xor beta, opened, and shares of beta."""
+    correlation = ctx.correlation(Comparison(x.shape, width, len(thresholds), numbers=True, d=d))
+    c = (await ctx.open(x, correlation.mask("r"))).value
+    bits = await below(ctx, Masked(c >> d, Ring(width)), thresholds, correlation, width)
+    return (await ctx.open(bits, correlation.mask("beta"))).value, correlation["bit"]
 
 
 async def sign_and_absolute(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared, Shared]:

@@ -6,7 +6,8 @@ locally, which gives shares of (lt, eq) per digit: the leaves. A block of k leav
     lt = lt_0 + eq_0 lt_1 + eq_0 eq_1 lt_2 + ...        eq = eq_0 eq_1 ... eq_(k-1)
 lt_0 is linear; the other 2k - 1 bits are opened in one word (bit 0: eq_0, bits 2t - 1 and 2t: lt_t and eq_t) under a
 mask word, and every product of masks that the two sums need is dealt. Given the opened word, lt and eq are XORs of
-dealt bits, so folding is a table look-up and a parity. The last level needs no eq and so neither its last bit.
+dealt bits, so folding is a table look-up and a parity. The last level needs no eq and so neither its last bit; where
+one block holds all digits it is the only level.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mpcinfer.ring import bits as packed
 DIGIT_BITS = 4
 TABLE_BITS = 15
 # largest ring width -> (blocks of the first level = leaves of the second, leaves of a first-level block)
-LAYOUTS = {64: (4, 4), 48: (3, 4), 36: (3, 3), 32: (2, 4), 25: (2, 3)}
+LAYOUTS = {64: (4, 4), 48: (3, 4), 36: (3, 3), 32: (2, 4), 25: (2, 3), 17: (1, 4)}
 _CONST = np.uint32(1 << 31)
 
 
@@ -139,7 +140,8 @@ def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, 
                     table = (np.uint32(lt[i, j]) << np.uint32(1)) | np.uint32(first)
                     below = (table >> np.uint32(v)) & np.uint32(1)
                     less = (table >> np.uint32(v + np.uint64(1))) & np.uint32(1)
-                    word ^= np.uint8((below ^ less) << np.uint32(2 * leaf))
+                    if blocks > 1 or leaf + 1 < k:
+                        word ^= np.uint8((below ^ less) << np.uint32(2 * leaf))
                     if leaf == 0:
                         tops[t, i, b] = np.uint8(less)
                     else:

@@ -99,11 +99,11 @@ def test_shapes() -> None:
 @pytest.mark.parametrize(
     ("function", "rounds", "sent"),
     [
-        (lambda m, x, y: x < y, 4, 11.25),
-        (lambda m, x, y: x == y, 4, 14.5),
-        (lambda m, x, y: x < 1e-7, 4, 11.25),
-        (lambda m, x, y: torch.where(x < y, x, y), 5, 27.25),
-        (lambda m, x, y: torch.where(x < y, 1.0, 0.25), 4, 11.25),
+        (lambda m, x, y: x < y, 4, 9.25),
+        (lambda m, x, y: x == y, 4, 12.5),
+        (lambda m, x, y: x < 1e-7, 4, 9.25),
+        (lambda m, x, y: torch.where(x < y, x, y), 5, 25.25),
+        (lambda m, x, y: torch.where(x < y, 1.0, 0.25), 4, 9.25),
         (lambda m, x, y: torch.maximum(x, y), 4, 11.25),
     ],
 )

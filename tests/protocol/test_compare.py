@@ -70,7 +70,7 @@ def test_equal_values_under_many_masks(run: Run, width: int) -> None:
     ("width", "sent", "per_t", "dealt", "dealt_per_t"),
     [
         (64, 8000, 4250, 30_125, 12_875), (48, 6000, 3125, 22_625, 8875),
-        (36, 4500, 2375, 17_000, 3625), (32, 4000, 2000, 15_125, 5625),
+        (36, 4500, 2375, 17_000, 3625), (32, 4000, 2000, 15_125, 5625), (17, 2125, 750, 7625, 1875),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("count", [1, 3])
@@ -78,11 +78,10 @@ def test_costs_and_openings(
     run: Run, width: int, sent: int, per_t: int, dealt: int, dealt_per_t: int, count: int
 ) -> None:
     ran = compared(run, torch.zeros(1000, dtype=torch.int64), tuple(range(count)), width)
-    ran.costs(rounds=3, sent=sent + count * per_t, dealt=dealt + count * dealt_per_t)
     blocks, leaves = digits.LAYOUTS[width]
-    assert ran.opened() == [
-        ("Comparison.r", width), ("Comparison.leaf", 2 * leaves - 1), ("Comparison.top", 2 * blocks - 2),
-    ]  # fmt: skip
+    words = [("leaf", 2 * leaves - 1), ("top", 2 * blocks - 2)] if blocks > 1 else [("top", 2 * leaves - 2)]
+    ran.costs(rounds=1 + len(words), sent=sent + count * per_t, dealt=dealt + count * dealt_per_t)
+    assert ran.opened() == [(f"Comparison.{name}", bits) for name, bits in [("r", width), *words]]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (2, 3, 4)])
@@ -113,7 +112,13 @@ def test_further_values_are_with_one_outcome(parameters: dict[str, Any]) -> None
         Comparison((3,), others=1, **parameters)
 
 
-@pytest.mark.parametrize("width", [64, 48, 36, 32])
+@pytest.mark.parametrize("more", [{}, {"products": True}, {"others": 1, "numbers": True}])
+def test_only_of_what_is_not_multiplied_are_bits_left_out(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="left out"):
+        Comparison((3,), 17, d=4, **more)
+
+
+@pytest.mark.parametrize("width", [64, 48, 36, 32, 17])
 def test_products_with_the_outcome_open_whole_words(run: Run, width: int) -> None:
     """However narrow the comparison: the operand is all of x, and a narrower mask would not hide it."""
     for more in ({"products": True}, {"others": 1}):

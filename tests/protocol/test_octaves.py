@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -20,6 +21,7 @@ from mpcinfer.protocol.octaves import (
     DEGREE,
     VALUE_BITS,
     Octaves,
+    Table,
     interpolated,
     normalise,
     octaves,
@@ -83,75 +85,139 @@ def test_outside_the_nearer_end_counts(limits: tuple[int, int, int]) -> None:
     assert pieces.gains[-1] == pieces.gains[-2]
 
 
+def entry(gain: Fraction, bits: int) -> int:
+    return round(3 * gain * (1 << bits))
+
+
+def inverse_root(gain: Fraction, bits: int) -> int:
+    return round((1 << bits) / float(gain) ** 0.5)
+
+
+def octave_of(gain: Fraction, bits: int) -> int:
+    return round(math.log2(gain) * (1 << bits))
+
+
+# one that is multiplied like the gains, one like their inverse roots, which is 0 below all octaves, one that is added
+ENTRIES = (
+    Table(entry, 20, Fraction(1)),
+    Table(inverse_root, 28, Fraction(-1, 2), empty=True),
+    Table(octave_of, 20, None),
+)
+
+
+def normalised(
+    used: LocalWorld, x: list[int], frac_bits: int, low: int, high: int, tables: tuple[Table, ...], d: int = 0
+) -> tuple[list[int], list[list[int]], list[int]]:
+    """h, each table's entries, and their fraction bits."""
+    found = used.run(lambda ctx, s: normalise(ctx, s, low, high, tables, d), used.share(torch.tensor(x), frac_bits))
+    h = used.reveal([part[0] for part in found]).tolist()
+    entries = [used.reveal(list(part)).tolist() for part in zip(*(part[1] for part in found), strict=True)]
+    return h, entries, [e.frac_bits for e in (found[0][0], *found[0][1])]
+
+
 @pytest.mark.parametrize("limits", [(16, -8, 20), (24, -24, 31), (8, -8, -7)], ids=str)
 def test_shares(world: Callable[..., LocalWorld], parties: int, limits: tuple[int, int, int]) -> None:
     bits, pieces = refined(*limits)
     x = [*around(pieces, bits, *limits[1:]), 0, 1, -1, 2**62, -(2**62), 2**62 + 5]
-    table = tuple(3 * i * i - 100 for i in range(len(pieces.gains)))
-    used = world(parties)
-    found = used.run(lambda ctx, s: normalise(ctx, s, pieces, table), used.share(torch.tensor(x), bits))
-    h, entry = (used.reveal(part) for part in zip(*found, strict=True))
-    assert h.tolist() == [h_of(pieces, v) for v in x]
-    assert entry.tolist() == [table[piece_of(pieces, v)] for v in x]
+    h, entries, scales = normalised(world(parties), x, bits, *limits[1:], ENTRIES)
+    assert h == [h_of(pieces, v) for v in x]
+    for found, table in zip(entries, ENTRIES, strict=True):
+        assert found == [
+            0 if table.empty and not piece_of(pieces, v) else table.entry(pieces.real(piece_of(pieces, v)), table.bits)
+            for v in x
+        ]
+    assert scales == [pieces.frac_bits, 20, 28, 20]
 
 
-@pytest.fixture(params=[octaves_.FEW, 0], ids=["few", "many"])
-def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether numbers are few enough to be compared in one round."""
-    monkeypatch.setattr(octaves_, "FEW", request.param)
-    return bool(request.param)
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers are too many to be compared in one round."""
+    monkeypatch.setattr(octaves_, "FEW", 0)
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize("limits", RANGES, ids=str)
+def test_shares_of_many(world: Callable[..., LocalWorld], limits: tuple[int, int, int]) -> None:
+    """h and the entries are those of one gain, with which x comes as near to one as if all bits were compared."""
+    bits, pieces = refined(*limits)
+    low, high = (1 << (bits + end) for end in limits[1:])
+    x = [*around(pieces, bits, *limits[1:]), low, high, low - 1, 0, 1, -1, high + 1, 2**62, -(2**62)]
+    h, entries, scales = normalised(world(2), x, bits, *limits[1:], ENTRIES)
+    assert scales == [pieces.frac_bits, 20, 28, 20]
+    gains = {pieces.real(i) for i in range(len(pieces.gains))}
+    shift = (limits[2] - limits[1] - 1) // octaves_.GROUP * octaves_.GROUP
+    for v, near_one, *found in zip(x, h, *entries, strict=True):
+        within = min(max(v, low), high)
+        gain = (1 - Fraction(near_one, 1 << pieces.frac_bits)) / Fraction(within, 1 << bits)
+        assert gain in gains
+        assert abs(near_one) <= (BOUND + Fraction(1, 1 << 10)) * (1 << pieces.frac_bits)
+        # of entries of several groups, which are powers of two times one, the smallest is rounded
+        assert abs(found[0] - entry(gain, 20)) <= 2**shift
+        assert abs(found[1] - (0 if v < low else inverse_root(gain, 28))) <= 2 ** (shift // 2)
+        assert abs(found[2] - octave_of(gain, 20)) <= 1
+
+
 @pytest.mark.parametrize("d", [1, 8, 20])
 def test_shares_of_what_is_truncated(world: Callable[..., LocalWorld], parties: int, d: int) -> None:
     pieces = octaves(16, -8, 20)
     inner = [t + i for t in pieces.thresholds for i in (-2, -1, 0, 1, t // 7)]
     x = [(v << d) + part for v in (*inner, 0, 1, -1) for part in (0, 1, (1 << d) - 1)]
     x += [2**62 - 1, -(2**62), 2**62 - (1 << d)]
-    table = tuple(3 * i * i - 100 for i in range(len(pieces.gains)))
-    used = world(parties)
-    found = used.run(lambda ctx, s: normalise(ctx, s, pieces, table, d), used.share(torch.tensor(x), 16 + d))
-    h, entry = (used.reveal(part).tolist() for part in zip(*found, strict=True))
-    for v, got, at in zip(x, h, entry, strict=True):
+    h, (found,), _ = normalised(world(parties), x, 16 + d, -8, 20, ENTRIES[:1], d)
+    for v, got, at in zip(x, h, found, strict=True):
         # floor or one more, and exactly what that one has
         rounded = [v >> d, (v >> d) + 1] if v % (1 << d) else [v >> d]
-        assert (got, at) in [(h_of(pieces, r), table[piece_of(pieces, r)]) for r in rounded]
+        assert (got, at) in [(h_of(pieces, r), entry(pieces.real(piece_of(pieces, r)), 20)) for r in rounded]
 
 
-def costs(few: bool, thresholds: int) -> tuple[float, int]:
-    """Bytes sent and bits dealt for an element, its opening and what depends on d left out."""
-    if few:
-        return thresholds * 13 / 8, 7 * 512 + 1 + thresholds * (177 + 2 * 64)
-    return thresholds * 35 / 8, 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
+@pytest.mark.usefixtures("many")
+def test_many_are_truncated_first(run: Callable[..., Ran]) -> None:
+    ran = run(lambda ctx, s: _h(ctx, s, -2, 2, 8), (torch.arange(64).reshape(8, 8) << 8, 24))
+    assert ran.transcript.rounds == 9 and ran.opened()[:2] == [("Truncation.r", 64), ("Comparison.r", 64)]
 
 
-def test_truncating_costs_no_round(run: Callable[..., Ran], few: bool) -> None:
-    pieces = octaves(16, -2, 2)
-    x = torch.arange(64).reshape(8, 8) << 8
-    ran = run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains, 8), (x, 24))
-    sent, dealt = costs(few, 9)
-    ran.costs(4 - few, int(64 * (8 + sent)), 8 * (dealt + 64 + 8 + 9 * 8))
+async def _h(ctx: Context, x: Shared, low: int, high: int, d: int = 0) -> Shared:
+    return (await normalise(ctx, x, low, high, (inverse._gains(high),), d))[0]
+
+
+def test_truncating_few_costs_no_round(run: Callable[..., Ran]) -> None:
+    ran = run(lambda ctx, s: _h(ctx, s, -2, 2, 8), (torch.arange(64).reshape(8, 8) << 8, 24))
+    ran.costs(3, int(64 * (8 + 9 * 13 / 8)), 8 * (7 * 512 + 1 + 9 * (177 + 2 * 64) + 64 + 8 + 9 * 8))
     assert ran.opened()[0] == ("TruncatedComparison.r", 64)
-    assert ran.frac_bits == [pieces.frac_bits, 0]
 
 
-def test_costs(run: Callable[..., Ran], few: bool) -> None:
-    pieces = octaves(16, -2, 2)
-    ran = run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains), (torch.arange(64).reshape(8, 8), 16))
-    sent, dealt = costs(few, 9)
-    ran.costs(4 - few, int(64 * (8 + sent)), 8 * dealt)
-    words = [("leaf", 12)] if few else [("leaf", 7), ("top", 6)]
-    assert ran.opened() == [(f"TruncatedComparison.{name}", bits) for name, bits in [("r", 64), *words, ("beta", 1)]]
-    assert ran.frac_bits == [pieces.frac_bits, 0]
+def test_costs(run: Callable[..., Ran]) -> None:
+    ran = run(lambda ctx, s: _h(ctx, s, -2, 2), (torch.arange(64).reshape(8, 8), 16))
+    ran.costs(3, int(64 * (8 + 9 * 13 / 8)), 8 * (7 * 512 + 1 + 9 * (177 + 2 * 64)))
+    assert ran.opened() == [
+        (f"TruncatedComparison.{name}", bits) for name, bits in [("r", 64), ("leaf", 12), ("beta", 1)]
+    ]
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize(("tables", "products"), [(0, 8 + 8), (1, 8 + 16), (2, 8 + 8 + 16), (3, 8 + 8 + 16 + 16)])
+def test_costs_of_many(run: Callable[..., Ran], tables: int, products: int) -> None:
+    """No table, the gains', one that is added, ones that are multiplied."""
+    chosen: list[tuple[Table, ...]] = [(), (inverse._gains(20),), (ENTRIES[0],), ENTRIES]
+    protocol = lambda ctx, s: normalise(ctx, s, -8, 20, chosen[tables])  # noqa: E731
+    shares = torch.arange(64).reshape(8, 8)
+
+    async def first(ctx: Context, x: Shared) -> Shared:
+        return (await protocol(ctx, x))[0]
+
+    ran = run(first, (shares, 16))
+    thresholds, within = 6, 11
+    wide = 16 * 15 + 1 + thresholds * (4 * 22 + 15 + 2 * 64)
+    narrow = 4 * 15 + 1 + within * (15 + 64)
+    sent = 8 + thresholds * 35 / 8 + 37 / 8 + within * 7 / 8 + products
+    results = (1, 2, 2, 3)[tables]
+    ran.costs(8, int(64 * sent), 8 * (wide + narrow + 64 * results))
 
 
 def test_one_more_is_too_many(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = octaves(16, 0, 1)
     monkeypatch.setattr(octaves_, "FEW", 5)
-    for count, rounds in ((5, 3), (6, 4)):
-        x = torch.arange(count)
-        assert run(lambda ctx, s: normalise(ctx, s, pieces, pieces.gains), (x, 16)).transcript.rounds == rounds
+    for count, rounds in ((5, 3), (6, 8)):
+        assert run(lambda ctx, s: _h(ctx, s, 0, 1), (torch.arange(count), 16)).transcript.rounds == rounds
 
 
 def test_openings_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +225,14 @@ def test_openings_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def protocol(ctx: Context, x: Shared) -> Shared:
         return await inverse.reciprocal(ctx, Shared(x.share, 16), low=-1, high=1)
+
+    assert_hides(monkeypatch, protocol, torch.arange(14_000) << 2, torch.zeros(14_000, dtype=torch.int64))
+
+
+@pytest.mark.usefixtures("many")
+def test_openings_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def protocol(ctx: Context, x: Shared) -> object:
+        return await normalise(ctx, Shared(x.share, 16), -4, 4, ENTRIES)
 
     assert_hides(monkeypatch, protocol, torch.arange(14_000) << 2, torch.zeros(14_000, dtype=torch.int64))
 

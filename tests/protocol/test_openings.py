@@ -18,7 +18,7 @@ from mpcinfer.protocol.linear import fixed_product, mask_weight
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.lookup import index_bits, one_hot
 from mpcinfer.protocol.multiply import multiply
-from mpcinfer.protocol.octaves import normalise, octaves
+from mpcinfer.protocol.octaves import normalise
 from mpcinfer.protocol.select import relu
 from mpcinfer.protocol.tournament import argmax_along
 from mpcinfer.protocol.tracing import Cost, Plan, trace
@@ -76,8 +76,8 @@ async def _truncated_product(ctx: Context, x: Shared, y: Shared) -> Any:
 
 
 async def _octave(ctx: Context, x: Shared) -> Any:
-    pieces = octaves(16, -2, 2)
-    return await normalise(ctx, x, pieces, pieces.gains, 8)
+    h, _ = await normalise(ctx, Shared(x.share, 24), -2, 2, (), 8)
+    return h
 
 
 async def _fixed(ctx: Context, x: Shared) -> Any:

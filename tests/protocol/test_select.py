@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mpcinfer.protocol.select import maximum, piecewise_linear, relu, sign_and_absolute, step
+from mpcinfer.protocol.select import (
+    indicators,
+    maximum,
+    piecewise_linear,
+    piecewise_linears,
+    relu,
+    sign_and_absolute,
+    step,
+    steps,
+)
 from mpcinfer.protocol.types import Shared
 from tests.openings import assert_hides
 
@@ -160,8 +169,42 @@ def test_step(run: Run, thresholds: Ints, values: Ints) -> None:
 
 def test_step_costs_and_openings(run: Run) -> None:
     ran = run(lambda ctx, s: step(ctx, s, (0, 5, 9), (1, 2, 3, 4)), (torch.zeros(1000, dtype=torch.int64), 16))
-    ran.costs(rounds=4, sent=8000 + 4375 * 3, dealt=30_125 + 28_875 * 3)
+    ran.costs(rounds=4, sent=8000 + 4375 * 3, dealt=30_125 + 20_875 * 3)
     assert ran.opened() == COMPARISON
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_indicators(run: Run, count: int) -> None:
+    thresholds = (-4, 0, 9)[:count]
+    x = torch.arange(-500, 500)
+    ran = run(lambda ctx, s: indicators(ctx, s, thresholds, 48), (x, 16))
+    assert torch.equal(ran.value, torch.stack([x < t for t in thresholds]).to(torch.int64))
+    ran.costs(rounds=4, sent=6000 + 3250 * count, dealt=22_625 + 16_875 * count)
+    assert ran.opened()[0] == ("Comparison.r", 48) and ran.frac_bits == 0
+
+
+def test_several_functions_of_one_number(run: Run) -> None:
+    x, thresholds = numbers(-3, 10)[:30], (-3, 10)
+    functions = ((0, 1, -2), (5, 0, 1 << 40)), ((0, 0, 0), (1, 2, 3))
+    ran = run(lambda ctx, s: piecewise_linears(ctx, s, thresholds, functions), (x >> 2, 16))
+    for value, (slopes, offsets) in zip(ran.value, functions, strict=True):
+        assert torch.equal(value, reference(x >> 2, thresholds, slopes, offsets))
+    assert ran.frac_bits == [16, 16] and ran.opened() == COMPARISON
+
+
+@pytest.mark.parametrize("d", [0, 1, 20, 47])
+def test_steps_of_what_has_lost_bits(run: Run, d: int) -> None:
+    """Of the floor of x / 2^d, or of one more; nothing but the bits that matter is opened."""
+    edges = torch.tensor([-(1 << 16) + 9, -6, -5, -4, -1, 0, 6, 7, 8, (1 << 16) - 9])
+    x = torch.cat([(edges << d) + part for part in {0, (1 << d) // 2, (1 << d) - 1}])
+    values = (3, -9, 1 << 40), (0, 1, 2)
+    ran = run(lambda ctx, s: steps(ctx, s, (-5, 7), values, 17, d), x)
+    down, up = (torch.bucketize((x + more) >> d, torch.tensor((-5, 7)), right=True) for more in (0, (1 << d) - 1))
+    for got, of in zip(ran.value, map(torch.tensor, values), strict=True):
+        assert bool(((got == of[down]) | (got == of[up])).all())
+    assert [bits for _, bits in ran.opened()] == [17 + d, 6, 1]
+    ran = run(lambda ctx, s: steps(ctx, s, (-5, 7), values, 17, d), torch.zeros(1000, dtype=torch.int64))
+    ran.costs(rounds=3, sent=125 * (17 + d) + 875 * 2, dealt=7625 + 9875 * 2)
 
 
 def test_sign_and_absolute(run: Run) -> None:
@@ -184,8 +227,17 @@ def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
         await sign_and_absolute(ctx, x)
         await step(ctx, x.times(-5), (0,), (-1, 1), 48)
 
-    x = torch.arange(-7000, 7000) << 40
+    x = torch.arange(-7000, 7000) << 31
     assert_hides(monkeypatch, both, x, torch.zeros_like(x))
+
+
+def test_openings_of_what_has_lost_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lossy(ctx: Any, x: Shared) -> None:
+        await steps(ctx, x, (-3, 900), ((1, 2, 3), (5, 0, 1)), 17, 11)
+        await steps(ctx, x.times(2), (7,), ((0, 1),), 17, 11)
+
+    x = torch.arange(14_000) << 12
+    assert_hides(monkeypatch, lossy, x, torch.zeros_like(x), width=28)
 
 
 @pytest.mark.parametrize("width", [48, 36, 32])

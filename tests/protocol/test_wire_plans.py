@@ -12,6 +12,7 @@ from mpcinfer.protocol.tracing import Plan
 
 COMPARISON = {
     "kind": "Comparison", "shape": [3], "width": 64, "thresholds": 1, "products": False, "others": 0, "other_bits": 64,
+    "numbers": False, "d": 0,
 }  # fmt: skip
 EXPONENTIAL = {
     "kind": "Exponential", "shape": [3], "frac_bits": 16, "dealt_bits": 42, "ceiling": False, "width": 48, "d": 16,

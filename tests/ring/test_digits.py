@@ -69,7 +69,7 @@ def test_tables_say_which_values_are_below_the_digit(width: int) -> None:
 def compare(c: list[int], r: list[int], thresholds: tuple[int, ...], width: int, seed: bytes) -> np.ndarray:
     """[c - r < t] by the kernels, all shares held by one party, under masks drawn from `seed`: [T, N]."""
     blocks, leaves = digits.layout(width)
-    inner, outer = digits.block(leaves, True), digits.block(blocks, False)
+    inner, outer = digits.block(leaves, True), digits.block(leaves if blocks == 1 else blocks, False)
     n, many = len(c), (len(thresholds), len(c))
     opened = torch.from_numpy(np.array(c, np.uint64).view(np.int64))
     secret = torch.from_numpy(np.array(r, np.uint64).view(np.int64))
@@ -77,8 +77,11 @@ def compare(c: list[int], r: list[int], thresholds: tuple[int, ...], width: int,
     top = prg.expand(prg.derive(seed, "top"), many, Ring(outer.width, xor=True))
     lt = digits.tables(secret, width)
     msb = ((secret >> (width - 1)) & 1).to(torch.uint8)
-    words, tops = digits.leaves(opened, thresholds, width, lt, True, leaf)
-    words, high = digits.fold_blocks(words, leaf, digits.products(leaf, inner), tops, True, inner, top)
+    if blocks == 1:
+        words, high = (part[..., 0] for part in digits.leaves(opened, thresholds, width, lt, True, top[..., None]))
+    else:
+        words, tops = digits.leaves(opened, thresholds, width, lt, True, leaf)
+        words, high = digits.fold_blocks(words, leaf, digits.products(leaf, inner), tops, True, inner, top)
     bits = digits.finish(words, top, digits.products(top, outer), high, True, outer, opened, thresholds, width, msb)
     assert bits.shape == many and n == bits.shape[1]
     return bits.numpy()
@@ -106,7 +109,7 @@ def test_comparisons_are_exact(case: tuple[int, list[tuple[int, int, int]]], see
 def assert_opened_words_hold_the_whole_mask(width: int, first: bool) -> None:
     """A mask word enters by exclusive or, all of it, and what the words hide stays within its bits."""
     blocks, leaves = digits.layout(width)
-    inner, outer = digits.block(leaves, True), digits.block(blocks, False)
+    inner = digits.block(leaves, blocks > 1)
     t, n = 2, 1 << inner.width
     low = (1 << (width - 1)) - 1
     c, r = (prg.expand(prg.derive(bytes(32), name), (n,), Ring(width)) for name in ("c", "r"))
@@ -116,7 +119,10 @@ def assert_opened_words_hold_the_whole_mask(width: int, first: bool) -> None:
     plain, same_tops = digits.leaves(c, (0, 5), width, lt, first, torch.zeros_like(leaf))
     assert torch.equal(masked ^ plain, leaf) and torch.equal(tops, same_tops)
     assert int(masked.max()) < 1 << inner.width and int(tops.max()) <= 1
+    if blocks == 1:
+        return
 
+    outer = digits.block(blocks, False)
     top = (torch.arange(n, dtype=torch.uint8) % (1 << outer.width)).expand(t, n).contiguous()
     arguments = masked, leaf, digits.products(leaf, inner), tops, first, inner
     masked, high = digits.fold_blocks(*arguments, top)
@@ -131,10 +137,10 @@ def test_opened_words_hold_the_whole_mask_and_no_bit_beyond_it(width: int, first
     assert_opened_words_hold_the_whole_mask(width, first)
 
 
-@pytest.mark.parametrize(("kernel", "at"), [("_leaves", 5), ("_fold_blocks", 8)])
+@pytest.mark.parametrize(("kernel", "at", "width"), [("_leaves", 5, 64), ("_leaves", 5, 17), ("_fold_blocks", 8, 64)])
 @pytest.mark.parametrize("fault", ["short", "wide"])
 def test_the_check_catches_a_mask_bit_left_out_and_a_bit_left_bare(
-    monkeypatch: pytest.MonkeyPatch, kernel: str, at: int, fault: str
+    monkeypatch: pytest.MonkeyPatch, kernel: str, at: int, width: int, fault: str
 ) -> None:
     honest = getattr(digits, kernel)
 
@@ -147,7 +153,7 @@ def test_the_check_catches_a_mask_bit_left_out_and_a_bit_left_bare(
 
     monkeypatch.setattr(digits, kernel, faulty)
     with pytest.raises(AssertionError):
-        assert_opened_words_hold_the_whole_mask(64, True)
+        assert_opened_words_hold_the_whole_mask(width, True)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
