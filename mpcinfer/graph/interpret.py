@@ -10,6 +10,7 @@ import torch
 
 from mpcinfer.errors import MpcInferError, ShapeError, UnsupportedError
 from mpcinfer.graph.flow import Flow
+from mpcinfer.graph.lifted import Lifted, apply, lifted, several
 from mpcinfer.graph.program import Constant, Node, Program, Ref
 from mpcinfer.graph.sizes import solve
 from mpcinfer.nn import lookup, public
@@ -28,6 +29,19 @@ async def interpret(program: Program, ctx: Context, holdings: Holdings, inputs: 
     results = [r.name for r in program.results]
     found = await evaluated(program, results, values, lambda node, at: evaluate(node, ctx, at, program.frac_bits))
     return [released(ctx.scope(f"output{i}"), x) for i, x in enumerate(found)]
+
+
+async def interpret_several(
+    program: Program, ctx: Context, holdings: Holdings, requests: Sequence[Sequence[Shared]]
+) -> list[list[Shared]]:
+    """As `interpret`, for requests with inputs of the same shapes, in one run: the outputs of each."""
+    if len(requests) == 1:
+        return [await interpret(program, ctx, holdings, requests[0])]
+    values = {**holdings, **_named(program, [lifted(own) for own in zip(*requests, strict=True)])}
+    results = [r.name for r in program.results]
+    found = await evaluated(program, results, values, lambda node, at: evaluate(node, ctx, at, program.frac_bits))
+    outputs = [released_of_several(ctx.scope(f"output{i}"), x, len(requests)) for i, x in enumerate(found)]
+    return [[x.of(i) for x in outputs] for i in range(len(requests))]
 
 
 async def evaluated(
@@ -59,7 +73,14 @@ def released(ctx: Context, output: Any) -> Shared:
     return rerandomise(ctx, output)
 
 
-def _named(program: Program, inputs: Sequence[Shared]) -> dict[str, Any]:
+def released_of_several(ctx: Context, output: Any, count: int) -> Lifted:
+    """Those of so many requests, each as it may leave."""
+    if isinstance(output, Shared):  # the same for all
+        output = Lifted(output.map(lambda t: t.expand(count, *t.shape)))
+    return Lifted(released(ctx, output.value if isinstance(output, Lifted) else output))
+
+
+def _named(program: Program, inputs: Sequence[Any]) -> dict[str, Any]:
     return {v.name: x for v, x in zip(program.inputs, inputs, strict=True)}
 
 
@@ -73,6 +94,8 @@ async def evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bit
     try:
         if rule is None or is_public:
             return public.evaluate(node.op, args, kwargs, frac_bits)
+        if several(*args, *kwargs.values()):
+            return await apply(rule, node.op, ctx.scope(node.name), args, kwargs)
         return await rule(ctx.scope(node.name), *args, **kwargs)
     except UnsupportedError as error:
         raise UnsupportedError(f"{node.op} at {node.path or node.name}: {error}") from error

@@ -8,11 +8,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from mpcinfer.graph.interpret import Holdings, check_inputs, evaluate, evaluated, public_constant, released
+from mpcinfer.graph.interpret import (
+    Holdings,
+    check_inputs,
+    evaluate,
+    evaluated,
+    public_constant,
+    released,
+    released_of_several,
+)
+from mpcinfer.graph.lifted import Lifted
 from mpcinfer.graph.program import Node, Program, Ref
 from mpcinfer.graph.step import step
 from mpcinfer.nn.sampling import Choice, Seen
@@ -61,20 +71,27 @@ class Planner:
                 Weight(p.name, share, share, p.frac_bits) if p.weight else Shared(share, p.frac_bits)
             )
 
-    def inference(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Plan, Cost, list[tuple[int, ...]]]:
+    def inference(self, shapes: Sequence[tuple[int, ...]], count: int = 1) -> tuple[Plan, Cost, list[tuple[int, ...]]]:
         """The plan of one request with inputs of these shapes, its online cost, and the outputs' shapes.
+
+        count: of so many requests in one run (see `graph.lifted`); the shapes are those of one of them.
 
         Raises what the interpreter raises: UnsupportedError naming operator and module path, ShapeError.
         """
         program = self.program
         check_inputs(program, shapes)
-        inputs = {v.name: Shared(_meta(shape), v.frac_bits) for v, shape in zip(program.inputs, shapes, strict=True)}
+        inputs: dict[str, Any] = {}
+        for v, shape in zip(program.inputs, shapes, strict=True):
+            whole_shape = shape if count == 1 else (count, *shape)
+            x = Shared(_meta(whole_shape), v.frac_bits)
+            inputs[v.name] = x if count == 1 else Lifted(x)
         run = _Run(self._known, self._parties)
         results = [r.name for r in program.results]
+        leaving = released if count == 1 else partial(released_of_several, count=count)
 
         async def protocol(ctx: Context) -> list[tuple[int, ...]]:
             found = await evaluated(program, results, {**self._holdings, **inputs}, run.node(program.frac_bits))
-            outputs = [released(ctx.scope(f"output{i}"), x) for i, x in enumerate(found)]
+            outputs = [leaving(ctx.scope(f"output{i}"), x) for i, x in enumerate(found)]
             return [x.shape for x in outputs]
 
         return self._finished(run, protocol)
@@ -178,6 +195,8 @@ def _anew(result: Any, given: Mapping[int, Any], names: Mapping[str, str]) -> An
         return given[id(result)]
     if isinstance(result, list | tuple):
         return [_anew(item, given, names) for item in result]
+    if isinstance(result, Lifted):
+        return Lifted(_anew(result.value, given, names))
     if isinstance(result, Cached):
         name = names.get(result.name, result.name)
         return Cached(name, result.share, result.masked, result.capacity, result.frac_bits)
@@ -200,6 +219,9 @@ def _key(node: Node, values: Mapping[str, Any], given: list[Any]) -> bytes:
             digest.update(b"[%d" % len(x))
             for item in x:
                 visit(item)
+        elif isinstance(x, Lifted):
+            digest.update(b"lifted")
+            visit(x.value)
         elif isinstance(x, dict):
             digest.update(b"{%d" % len(x))
             for name, item in sorted(x.items()):
@@ -223,10 +245,10 @@ def _key(node: Node, values: Mapping[str, Any], given: list[Any]) -> bytes:
 
 
 def plan_inference(
-    program: Program, shapes: Sequence[tuple[int, ...]], *, parties: int, deployment: str = ""
+    program: Program, shapes: Sequence[tuple[int, ...]], *, parties: int, deployment: str = "", count: int = 1
 ) -> tuple[Plan, Cost, list[tuple[int, ...]]]:
     """See `Planner.inference`."""
-    return Planner(program, parties=parties, deployment=deployment).inference(shapes)
+    return Planner(program, parties=parties, deployment=deployment).inference(shapes, count)
 
 
 async def mask_weights(program: Program, ctx: Context, shares: Holdings) -> list[Weight]:

@@ -6,16 +6,21 @@ import hashlib
 import logging
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from mpcinfer.errors import AbortedError, NotFoundError
-from mpcinfer.graph.interpret import interpret
+from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError
+from mpcinfer.graph.interpret import interpret_several
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.messages import reveal
-from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
-from mpcinfer.party.transcript import Evidence
+from mpcinfer.party.pool import Shapes
+from mpcinfer.party.running import Refused, divided
+from mpcinfer.party.stepping import Part, Phase, Stepping, tapes
+from mpcinfer.party.transcript import Evidence, Transcript
+from mpcinfer.party.waiting import Joint
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 from mpcinfer.wire.v1 import tensor_pb2
@@ -58,33 +63,68 @@ def found(catalogue: Catalogue, admitted: Model, job: Job, step: dict[str, Any])
 
 
 async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> Inferred:
-    """Evaluate a model on shares of inputs."""
+    """Evaluate a model on shares of inputs, in one run with other requests of this step that have the same shapes."""
     admitted, inputs = job.content.model, job.content.inputs
     shapes = tuple(x.shape for x in inputs)
     own_tape, mask_tape = tapes(step, 2)
 
     with by.policy.admission() as admission:
 
-        def prepare() -> tuple[Model, Plan, bytes]:
+        def prepare() -> Model:
             model = found(catalogue, admitted, job, step)
-            planned = model.plan(shapes, part.epoch.mesh.parties)
+            model.plan(shapes, part.epoch.mesh.parties)
             admission.charge(model, job.caller, job.content.queries)
-            return model, *planned
+            return model
 
-        model, plan, digest = await by.agreed(part, prepare)
+        model = await by.agreed(part, prepare)
     await by.masked(part, model, mask_tape)
-    began, sent = time.perf_counter(), part.sent
-    ahead = by.pool.take(digest, model, shapes, plan)
+
+    def able() -> bool:
+        try:
+            return bool(model.plan(shapes, part.epoch.mesh.parties, 2))
+        except MpcInferError:
+            return False
+
+    ran: _Ran = await Joint(part, (model.id, shapes), (own_tape, inputs), partial(_run, by, model, shapes), able)
+    began, sent, rounds = time.perf_counter(), part.sent, part.rounds
+    part.transcript = ran.transcript
+    await by.compare(part, ran.tape)
+    seconds = ran.online.seconds + time.perf_counter() - began
+    online = Phase(seconds, ran.online.rounds + part.rounds - rounds, ran.online.bytes_sent + part.sent - sent)
+    answer, evidence = [reveal(x) for x in ran.outputs], part.evidence
+    return Inferred(model, answer, online, ran.offline, await by.release(part, job, step, answer), evidence)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What one request gets of a run for several: its own outputs, its part of the costs, and what all have seen."""
+
+    outputs: list[Shared] = field(repr=False)
+    online: Phase
+    offline: Phase
+    tape: bytes
+    transcript: Transcript = field(repr=False)
+
+
+async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joint]) -> list[_Ran]:
+    """One run for requests that have been agreed on, under the first one's tape."""
+    count, part = len(members), Part(members[0].part.epoch)
+    own_tape, _ = members[0].content
+    plan, digest = model.plan(shapes, part.epoch.mesh.parties, count)
+    began = time.perf_counter()
+    # several come when there is no time to fetch anything before
+    ahead = by.pool.take(digest, model, shapes, plan) if count == 1 else None
     tape, beside = await by.taken(part, ahead) if ahead is not None else (None, 0.0)
     if tape is None:
         tape = await by.deal(part, own_tape, plan, digest, model.weights)
-    offline = Phase(beside + time.perf_counter() - began, 0, part.sent - sent, tape.dealer_bytes)
-    holdings = model.holdings()
-    outputs, online = await by.execute(
-        part, tape, model.weights, lambda ctx: interpret(model.program, ctx, holdings, inputs)
+    seconds, sent = beside + time.perf_counter() - began, divided(part.sent, count)
+    offline = [Phase(seconds, 0, *costs) for costs in zip(sent, divided(tape.dealer_bytes, count), strict=True)]
+    holdings, requests = model.holdings(), [each.content[1] for each in members]
+    outputs, cost = await by.execute(
+        part, tape, model.weights, lambda ctx: interpret_several(model.program, ctx, holdings, requests), False
     )
-    answer, evidence = [reveal(x) for x in outputs], part.evidence
-    return Inferred(model, answer, online, offline, await by.release(part, job, step, answer), evidence)
+    online = [Phase(cost.seconds, cost.rounds, sent) for sent in divided(cost.bytes_sent, count)]
+    return [_Ran(*own, tape.id, part.transcript) for own in zip(outputs, online, offline, strict=True)]
 
 
 async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:

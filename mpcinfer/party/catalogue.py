@@ -83,9 +83,9 @@ class Model:
         found = solve(self.program.sizes, declared, shapes)
         return next((n for size, n in zip(self.program.sizes, found, strict=True) if size.name == BATCH), 1)
 
-    def plan(self, shapes: Sequence[tuple[int, ...]], parties: int) -> tuple[Plan, bytes]:
-        """The plan for inputs of these shapes, and its digest; traced once."""
-        return self._planned(tuple(shapes), parties, lambda planner: planner.inference(shapes)[0])
+    def plan(self, shapes: Sequence[tuple[int, ...]], parties: int, count: int = 1) -> tuple[Plan, bytes]:
+        """The plan for inputs of these shapes, of so many requests in one run, and its digest; traced once."""
+        return self._planned((tuple(shapes), count), parties, lambda planner: planner.inference(shapes, count)[0])
 
     def step_plan(self, tokens: int, room: int, choice: Choice | None, before: int, parties: int) -> tuple[Plan, bytes]:
         """The plan of a step of a session (see `Planner.step`), and its digest; traced once."""

@@ -17,8 +17,9 @@ from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.messages import reveal
 from mpcinfer.party.releasing import Answer
+from mpcinfer.party.running import Refused
 from mpcinfer.party.session import Run, Session, Sessions
-from mpcinfer.party.stepping import Part, Phase, Refused, Stepping, tapes
+from mpcinfer.party.stepping import Part, Phase, Stepping, tapes
 from mpcinfer.party.tape import Tape
 from mpcinfer.party.transcript import Evidence
 from mpcinfer.protocol.tracing import Plan

@@ -37,8 +37,9 @@ from mpcinfer.party.metrics import PartyMetrics
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.refresh import refresh
+from mpcinfer.party.running import Late, Refused
 from mpcinfer.party.session import Sessions
-from mpcinfer.party.stepping import Late, Part, Refused, Stepping, incident
+from mpcinfer.party.stepping import Part, Stepping, incident
 from mpcinfer.party.transcript import secret_of
 from mpcinfer.party.vouching import Vouching, check_voice, merged_inventories
 from mpcinfer.trust.chain import Head

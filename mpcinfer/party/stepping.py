@@ -23,6 +23,7 @@ from mpcinfer.party.inbox import Job
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.releasing import Answer, Releasing
+from mpcinfer.party.running import Late, Refused, run
 from mpcinfer.party.sacrifice import Coin, audit
 from mpcinfer.party.session import Session, Sessions, Slot
 from mpcinfer.party.tape import Tape, fetch
@@ -46,14 +47,6 @@ class Phase:
     rounds: int
     bytes_sent: int
     bytes_from_dealer: int = 0
-
-
-class Refused(Exception):
-    """Some party voted no: the request has its answer, the epoch goes on."""
-
-
-class Late(Exception):
-    """Some party does not have the request yet: party 0 will announce it again."""
 
 
 @dataclass
@@ -94,48 +87,8 @@ class Stepping:
         self._ahead: Ahead | None = None
 
     def run(self, epoch: Epoch, steps: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-        """Run the parts of a step side by side: what each yields, or Refused or Late. Any other error ends all of them.
-
-        Whatever waits for votes goes first, in one message; once all wait for openings, these share a round.
-        """
-        outcomes: list[Any] = [None] * len(steps)
-        waiting: dict[int, Ballot | Round | Release] = {}
-
-        def resume(i: int, value: Any) -> None:
-            try:
-                waiting[i] = steps[i].send(value)
-            except StopIteration as done:
-                waiting.pop(i, None)
-                outcomes[i] = done.value
-            except (Refused, Late) as error:
-                waiting.pop(i, None)
-                outcomes[i] = error
-
-        try:
-            for i in range(len(steps)):
-                resume(i, None)
-            while waiting:
-                ballots = {i: w for i, w in waiting.items() if isinstance(w, Ballot)}
-                if ballots:
-                    found = self.releasing.count(epoch, list(ballots.values()))
-                    for (i, _), answers in zip(ballots.items(), found, strict=True):
-                        resume(i, answers)
-                    continue
-                releases = {i: w for i, w in waiting.items() if isinstance(w, Release)}
-                if releases:
-                    self.releasing.now(epoch, [each.subject for each in releases.values()])
-                    for i in releases:
-                        resume(i, None)
-                    continue
-                rounds = {i: w for i, w in waiting.items() if isinstance(w, Round)}
-                values, at = _shared_round(epoch, list(rounds.values())), 0
-                for i, each in rounds.items():
-                    resume(i, values[at : at + len(each.openings)])
-                    at += len(each.openings)
-            return outcomes
-        finally:
-            for step in steps:
-                step.close()
+        """Run the parts of a step side by side: see `running.run`."""
+        return run(epoch, steps, _shared_round, self.releasing)
 
     async def vote(
         self, part: Part, refusal: MpcInferError | None, note: str = "", *, late: bool = False, upload: str = ""
@@ -182,22 +135,25 @@ class Stepping:
         tape: Tape,
         weights: dict[str, Weight],
         protocol: Callable[[Context], Coroutine[Any, Any, Any]],
+        compare: bool = True,
     ) -> tuple[Any, Phase]:
         """Run a protocol with the other parties: its result here, and what it cost.
 
-        TamperingError, which ends the epoch, unless all parties have seen the same opened.
+        TamperingError, which ends the epoch, unless all parties have seen the same opened. compare: false where those
+        for whom it is run look at that themselves.
         """
         began, rounds, sent = time.perf_counter(), part.rounds, part.sent
         ctx = Context(self.index, part.epoch.mesh.parties, tape, weights)
         part.transcript, part.evidence = Transcript(), None
         result = await Metered(part, protocol(ctx))
-        await self._compare(part, tape)
+        if compare:
+            await self.compare(part, tape.id)
         return result, Phase(time.perf_counter() - began, part.rounds - rounds, part.sent - sent)
 
-    async def _compare(self, part: Part, tape: Tape) -> None:
+    async def compare(self, part: Part, tape: bytes) -> None:
         """One more round, so that nothing is released before all have seen the same."""
         epoch = part.epoch
-        seal = part.transcript.seal(epoch.secret, epoch.id, part.id, tape.id)
+        seal = part.transcript.seal(epoch.secret, epoch.id, part.id, tape)
         last = Round(part, seal=seal)
         await last
         others = [peer for peer, other in last.seals.items() if not hmac.compare_digest(other, seal)]
@@ -207,7 +163,7 @@ class Stepping:
                 f"party {' and '.join(map(str, others))} saw other values opened than party {self.index}: some party "
                 "has sent different values to different parties. Nothing was released; compare the parties' audit logs"
             )
-        part.evidence = Evidence(epoch.id, tape.id, seal, part.transcript.openings, epoch.manifest)
+        part.evidence = Evidence(epoch.id, tape, seal, part.transcript.openings, epoch.manifest)
 
     async def release(
         self, part: Part, job: Job, step: dict[str, Any], outputs: Sequence[tensor_pb2.Tensor] = (), number: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,8 @@ from mpcinfer.protocol.context import Opening
 
 if TYPE_CHECKING:
     from mpcinfer.party.stepping import Part
+
+Work = Coroutine[Any, Any, Sequence[Any]]
 
 
 class Ballot:
@@ -46,6 +48,26 @@ class Release:
 
     def __await__(self) -> Generator[Release, None, None]:
         yield self
+
+
+class Joint:
+    """That what can be done for several parts of a step at once is done: then it is what this one gets of it.
+
+    key: the same for all that may be done at once. work: does it for so many of them, what each gets in order. able:
+    whether it is possible for several.
+    """
+
+    def __init__(
+        self, part: Part, key: Any, content: Any, work: Callable[[Sequence[Joint]], Work], able: Callable[[], bool]
+    ) -> None:
+        self.part = part
+        self.key = key
+        self.content = content
+        self.work = work
+        self.able = able
+
+    def __await__(self) -> Generator[Joint, Any, Any]:
+        return (yield self)
 
 
 class Metered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+import mpcinfer.graph.lifted as lifted
 import mpcinfer.party.stepping as stepping
 import mpcinfer.protocol.linear as linear_module
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, StoreError, UnavailableError
 from mpcinfer.party.lane import Lane
 from mpcinfer.party.pool import READY
+from mpcinfer.party.running import portions
 from mpcinfer.party.stepping import Stepping
 from mpcinfer.party.tape import Tape
 from mpcinfer.protocol.types import Weight
@@ -119,6 +121,88 @@ def test_requests_that_wait_share_rounds(cluster: InProcess, caller: Caller) -> 
     assert {a.online.rounds for each in answers for a in each} == {9}
     # each is told what it has cost, and nothing is told twice
     assert sum(a[0].online.bytes_sent + a[0].offline.bytes_sent for a in answers) <= mesh.bytes_sent - sent
+
+
+def waiting_behind(cluster: InProcess, caller: Caller, requests: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
+    """A request, and others that wait for it at all parties and are then done in one step: the answers."""
+    gate = Gate(cluster.parties[1].lane)
+    first = later(lambda: caller.infer(X))
+    assert gate.reached.wait(60)
+    waiting = [later(request) for request in requests]
+    wait_for(lambda: all(len(p.inbox) == 1 + len(requests) for p in cluster.parties.values()))
+    gate.open.set()
+    assert right(first.result(60))
+    return waiting
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_requests_of_one_shape_are_one_run(tmp_path: Path, count: int) -> None:
+    with InProcess(tmp_path, 2, Limits(pool_mb=0)) as cluster:
+        caller = cluster.caller()
+        caller.deploy(PROGRAM, WEIGHTS)
+        alone = caller.infer(X)
+        inputs = [torch.randn(3, 4) for _ in range(count)]
+        before = dealt(cluster)
+        waiting = waiting_behind(
+            cluster,
+            caller,
+            [lambda x=x: cluster.caller("client/bob").infer(x) for x in inputs],  # type: ignore[misc]
+        )
+        answers = [w.result(60) for w in waiting]
+        assert all(right(a, x) for a, x in zip(answers, inputs, strict=True))
+        assert dealt(cluster) - before == 1 + len(portions(count))
+        assert {a.online.rounds for each in answers for a in each} == {alone[0].online.rounds}
+        # what each is told that it has cost is its part
+        for i in range(2):
+            told = [a[i].online.bytes_sent for a in answers]
+            assert sum(told) < count * alone[i].online.bytes_sent + 64 * count
+            assert max(told) <= 1.2 * alone[i].online.bytes_sent
+        plan, _ = cluster.parties[0].catalogue.find("m", 0).plan([(3, 4)], 2)
+        assert sum(a[1].offline.bytes_from_dealer for a in answers) >= 0.9 * count * plan.correction_bytes()
+
+
+def test_a_run_that_gives_one_request_what_is_another_s_is_noticed(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault: an operator that reaches along the axis of requests."""
+    real = lifted._PREPARE["mpc.linear"]
+
+    def mixed(args: Any, kwargs: Any) -> Any:
+        (x, *rest), kwargs = real(args, kwargs) or ([], {})
+        return [x.map(lambda t: t.roll(1, 0)), *rest], kwargs
+
+    assert right(caller.infer(X))
+    monkeypatch.setitem(lifted._PREPARE, "mpc.linear", mixed)
+    inputs = [X, -X, X / 2]
+    waiting = waiting_behind(cluster, caller, [lambda x=x: caller.infer(x) for x in inputs])  # type: ignore[misc]
+    assert not any(right(w.result(60), x) for w, x in zip(waiting, inputs, strict=True))
+
+
+def test_a_caller_that_goes_while_its_request_is_done_leaves_the_others_alone(
+    cluster: InProcess, caller: Caller
+) -> None:
+    assert right(caller.infer(X))
+    gate = Gate(cluster.parties[1].lane, skip=1)
+    held = Gate(cluster.parties[1].lane)
+    first = later(lambda: caller.infer(X))
+    epoch = cluster.parties[0].former.current
+    goes = cluster.caller("client/bob")
+    assert held.reached.wait(60)
+    good = [later(lambda: caller.infer(X)) for _ in range(2)]
+    calls = [stub.Infer.future(r, timeout=60) for stub, r in zip(goes.stubs, goes.inferences(-X), strict=True)]
+    wait_for(lambda: all(len(p.inbox) == 4 for p in cluster.parties.values()))
+    held.open.set()
+    assert gate.reached.wait(60)
+    assert all(call.cancel() for call in calls)
+    wait_for(lambda: all(len(p.inbox) == 2 for p in cluster.parties.values()))
+    gate.open.set()
+    assert all(right(each.result(60)) for each in (first, *good))
+    assert cluster.parties[0].former.current is epoch and right(caller.infer(X))
+
+
+def test_portions_are_few_and_of_few_sizes() -> None:
+    assert all(sum(portions(n)) == n and len(portions(n)) <= 2 for n in range(1, 17))
+    assert {size for n in range(1, 33) for size in portions(n)} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
 
 
 def test_a_request_that_is_refused_leaves_those_beside_it_alone(cluster: InProcess, caller: Caller) -> None:

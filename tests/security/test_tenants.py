@@ -57,7 +57,7 @@ class Transcripts:
         def round_(epoch: Any, rounds: Sequence[Any]) -> list[torch.Tensor]:
             values = shared_round(epoch, rounds)  # type: ignore[arg-type]
             openings = [opening for each in rounds for opening in each.openings]
-            here.together += len({each.part.id for each in rounds}) > 1
+            here.together += len({id(each.part) for each in rounds}) > 1
             for opening, value in zip(openings, values, strict=True):
                 here._take("sent", opening.ring, opening.masked)
                 if epoch.mesh.index == 0:
