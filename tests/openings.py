@@ -185,6 +185,10 @@ def assert_uniform(views: Sequence[View], alpha: float = ALPHA, symbols: int = S
     small = {key: values for key, values in pooled.items() if sum(v.numel() for v in values) < enough(key[2])}
     for what, label, ring in small:  # too few to judge alone: with all others of that ring
         pooled.setdefault((what, "other openings", ring), []).extend(pooled.pop((what, label, ring)))
+    for what, label, ring in [key for key, values in pooled.items() if sum(v.numel() for v in values) < enough(key[2])]:
+        # still too few: with the one of that ring that has the fewest of those that are judged alone
+        alone = [values for key, values in pooled.items() if (key[0], key[2]) == (what, ring) and key[1] != label]
+        pooled[what, label, ring] += min(alone, key=lambda values: sum(v.numel() for v in values), default=[])
     found: list[tuple[float, str]] = []
     for (what, label, ring), values in pooled.items():
         x = torch.cat(values).to(torch.int64).numpy()

@@ -96,7 +96,8 @@ class Evaluation:
 
     `node` is the one it has come to, where it stopped if it stopped. `chosen`: arguments of nodes that depend on how
     large their operands are: by how many bits norms shift their rows, so that there is room for their squares, at most
-    `most_shift` (fewer keep more precision), and the bits of the factor of attention's scores. `largest`: of each node
+    `most_shift` (fewer keep more precision), and of attention's scores the bits of their factor and
+    how large they may be. `largest`: of each node
     the largest absolute value, `headroom` times.
     """
 
@@ -163,6 +164,11 @@ class Evaluation:
         """Products of queries and keys, which a public factor multiplies: of as many bits as there is room for."""
         size = math.log2(max(products.magnitude(), 2.0**-20) * self._headroom**2)
         self.chosen[self.node.name] = {"factor_bits": math.floor(TRUNCATED - 2 * self.frac_bits - size)}
+
+    def reach(self, scores: Interval) -> None:
+        """The power of two that scores are below, where their largest is looked for among their leading bits."""
+        size = scores.magnitude() * self._headroom**2
+        self.chosen[self.node.name] |= {"reach": max(0, math.frexp(size)[1])}
 
     def truncated(self, x: Interval, bits: int, secrets: int = 1) -> Interval:
         """x after it was computed with so many fraction bits more than it keeps."""

@@ -207,8 +207,10 @@ def _attention(
     scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
     run.scores(scores)
     scores = scores.times(factor)
-    if mask is not None and not mask.truth:
-        scores = scores + mask.apply(lambda t: t.clamp(min=MASKED))
+    added = None if mask is None or mask.truth else mask
+    run.reach(scores if added is None else scores + added)
+    if added is not None:
+        scores = scores + added.apply(lambda t: t.clamp(min=MASKED))
     run.need(scores, run.frac_bits, run.numbers)
     # what they are divided by leaves this room, and their weighted sums are truncated
     run.need(v, run.frac_bits + max(30, EXP_BITS + math.log2(max(1, k.low.shape[-2]))), TRUNCATED)

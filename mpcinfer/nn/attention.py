@@ -15,7 +15,7 @@ from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, width
 from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
-from mpcinfer.nn.softmax import octaves_of_sum, powers_below
+from mpcinfer.nn.softmax import coarse_powers, octaves_of_sum, powers_below, roomy_bits, span
 from mpcinfer.protocol.cache import appending, cached_product
 from mpcinfer.protocol.context import Begun, Context
 from mpcinfer.protocol.inverse import divided
@@ -47,6 +47,7 @@ async def attention(
     enable_gqa: bool = False,
     *,
     factor_bits: int = 0,
+    reach: int | None = None,
 ) -> Shared:
     """softmax(q k^T scale + mask) v: q [*S, L, D], k [*S, M, D], v [*S, M, E] -> [*S, L, E].
 
@@ -56,12 +57,15 @@ async def attention(
     added. Skipped pairs cost nothing but a masked zero in the product with v. A row that skips all gives zeros.
     Input: abs(q k^T scale) < 2^(58 - 2 frac_bits), abs(v) < 2^(32 - frac_bits) and 2^(38 - frac_bits) / M.
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
-    factor_bits: what room there is in the products of q and k for a scale that is no power of two (see graph.bounds).
-    Scores are truncated by the exponential, not before their maximum is taken, unless a public mask is added to them; a
-    secret one is added to scores of twice the fraction bits (one more round where they have more).
-    Rounds 4 ceil(log4 M) + 12, one more where there is too little; per pair that is kept 37.7 bytes, and 8 for
-    every pair; offline 276, and about 60 per number of the result. For many pairs more rounds, 33.3 and 137 bytes: see
-    `maximum_along`.
+    factor_bits: what room there is in the products of q and k for a scale that is no power of two; reach: 2 to this
+    power is above all scores, masks included, or None (see graph.bounds). Scores beyond it would wrap around.
+    Scores are truncated by the exponential, not before. Where their reach is known, what is subtracted from a row is
+    not its largest but a number near it (see `coarse_powers`); else public masks are added to truncated scores, and
+    secret ones to scores of twice the fraction bits (one more round where they have more).
+    Rounds 3 ceil(log4 M) + 11 for scores that reach 2^12 at most, 4 ceil(log4 M) + 11 up to 2^26, and one more where
+    their reach is not known or there is too little room; per pair that is kept 24.2 bytes (28.9, 37.7), and 8 for
+    every pair; offline about 160 (200, 276), and about 60 per number of the result. Of unknown reach more rounds, 33.3
+    and 137 bytes for many pairs: see `tournament.maximum_along`.
     """
     if dropout:
         raise UnsupportedError("dropout: a deployed model draws no random numbers")
@@ -70,19 +74,23 @@ async def attention(
         q = q.map(lambda t: t.reshape(*t.shape[:-3], k.shape[-3], -1, t.shape[-1]))
     if isinstance(k, Cached) != isinstance(v, Cached):
         raise UnsupportedError("keys from a cache and values that are not, or the other way round")
-    scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, factor_bits)
+    scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, factor_bits, reach)
     columns = k.capacity if isinstance(k, Cached) else k.shape[-2]
     scores = scores.map(lambda t: t.reshape(*heads[:-1], columns))
     if isinstance(k, Cached):
-        weights, sums = await _weights_of_cached(ctx, scores, bits, _hidden(k, scores.shape, mask, causal))
+        weights = await _powers(ctx, scores, bits, reach, hidden=_hidden(k, scores.shape, mask, causal))
     else:
         keep, added = _mask(scores.shape, mask, causal)
+        roomy = span(scores, reach) is not None
         if isinstance(mask, Shared):
             # the room that was found for a factor's bits is that of products, not of sums with a mask
-            spare = max(0, 2 * bits - scores.frac_bits)
+            spare = 0 if roomy else max(0, 2 * bits - scores.frac_bits)
             scores, bits = await truncate(ctx, scores, spare), bits - spare
             scores = scores + mask.rescaled(scores.frac_bits)
-        weights, sums = await _weights(ctx, scores, bits, keep, added)
+        elif roomy and added is not None:
+            scores, added = add_public(ctx, scores, added << (scores.frac_bits - mask.frac_bits)), None
+        weights = await _weights(ctx, scores, bits, reach, keep, added)
+    sums = weights.map(lambda t: t.sum(-1, keepdim=True))
     weights = weights.map(lambda t: t.reshape(*q.shape[:-1], columns))
 
     async def values(ctx: Context) -> Shared:
@@ -93,18 +101,29 @@ async def attention(
         return y.map(lambda t: t.reshape(*heads[:-1], -1))
 
     y = values(ctx.scope("values"))
-    return await divided(ctx.scope("divided"), y, sums, **octaves_of_sum(columns), frac_bits=v.frac_bits)
+    return await divided(ctx.scope("divided"), y, sums, **octaves_of_sum(columns, about=True), frac_bits=v.frac_bits)
 
 
-async def _scores(ctx: Context, q: Shared, k: Shared | Cached, factor: float, factor_bits: int) -> tuple[Shared, int]:
+def _factor_bits(factor: float, frac_bits: int, room: int, reach: int | None) -> int:
+    """How many bits of a public factor products of queries and keys are multiplied by; 0: it is for the queries."""
+    most = FACTOR_BITS
+    if reach is not None:  # more than is needed would leave scores no room above for coarse comparisons
+        most = min(most, max(_LEAST_FACTOR_BITS, roomy_bits(reach) - 2 * frac_bits + math.frexp(factor)[1]))
+    bits = min(room, most)
+    return bits if bits >= _LEAST_FACTOR_BITS else 0
+
+
+async def _scores(
+    ctx: Context, q: Shared, k: Shared | Cached, factor: float, room: int, reach: int | None
+) -> tuple[Shared, int]:
     """q k^T factor, and how many bits it is to be truncated by."""
     n, d = fraction(factor)
     bits = k.frac_bits
     if n & (n - 1) == 0:
         q = q.times(n)
-    elif factor_bits >= _LEAST_FACTOR_BITS:  # there is room for it in the products
-        d = min(factor_bits, FACTOR_BITS) - math.frexp(factor)[1]
-        q = q.times(math.floor(math.ldexp(factor, d)))
+    elif chosen := _factor_bits(factor, bits, room, reach):
+        d = chosen - math.frexp(factor)[1]
+        q = q.times(round(math.ldexp(factor, d)))
     else:
         wider = q.rescaled(q.frac_bits + _QUERY_BITS)
         q = await scale(ctx.scope("scale"), wider, factor)
@@ -160,39 +179,61 @@ async def _comparable(
     return x, 64, x.frac_bits - kept
 
 
-async def _weights_of_cached(ctx: Context, scores: Shared, bits: int, hidden: torch.Tensor) -> tuple[Shared, Shared]:
-    """As `_weights`, for scores that are all computed."""
-    x, compared, d = await _comparable(ctx, scores, bits)
-    far = -(1 << OFFSET_BITS) if ctx.first else 0  # no score is below it, nor so far above that they don't compare
-    hidden = hidden.to(x.share.device)
-    x = x.map(lambda t: torch.where(hidden, far, t))
-    top = (await maximum_along(ctx, x, compared)).map(lambda t: t.unsqueeze(-1))
-    powers = (await powers_below(ctx, x - top, d)).map(lambda t: torch.where(hidden, 0, t))
-    return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
+async def _powers(
+    ctx: Context,
+    scores: Shared,
+    bits: int,
+    reach: int | None,
+    *,
+    added: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+) -> Shared:
+    """e^(score - about the largest) of rows, or of groups of elements; zero where hidden."""
+
+    def visible(x: Shared, far: int) -> Shared:
+        """What is hidden gets a number that is far from none of the scores that it is compared with, and below all."""
+        if hidden is None:
+            return x
+        return x.map(lambda t: torch.where(hidden.to(t.device), far if ctx.first else 0, t))
+
+    room = span(scores, reach)
+    if room is not None:
+        x = visible(scores, -(1 << (scores.frac_bits + room + 1)))
+        powers = await coarse_powers(ctx, x, room, groups)
+    else:
+        x, compared, d = await _comparable(ctx, scores, bits, added)
+        x = visible(x, -(1 << OFFSET_BITS))
+        if groups is None:
+            top = (await maximum_along(ctx, x, compared)).map(lambda t: t.unsqueeze(-1))
+        else:
+            top = (await maximum_of_groups(ctx, x, groups, compared)).map(lambda t: t[groups.to(t.device)])
+        powers = await powers_below(ctx, x - top, d)
+    return powers if hidden is None else powers.map(lambda t: torch.where(hidden.to(t.device), 0, t))
 
 
 async def _weights(
-    ctx: Context, scores: Shared, bits: int, keep: torch.Tensor | None, added: torch.Tensor | None
-) -> tuple[Shared, Shared]:
-    """e^(score - the row's largest), zero where skipped, [*S, L, M], and their sums over rows, [*S, L, 1]."""
+    ctx: Context,
+    scores: Shared,
+    bits: int,
+    reach: int | None,
+    keep: torch.Tensor | None,
+    added: torch.Tensor | None,
+) -> Shared:
+    """e^(score - about the row's largest), zero where skipped, [*S, L, M]."""
     if keep is None:
-        x, compared, d = await _comparable(ctx, scores, bits, added)
-        top = (await maximum_along(ctx, x, compared)).map(lambda t: t.unsqueeze(-1))
-        powers = await powers_below(ctx, x - top, d)
-        return powers, powers.map(lambda t: t.sum(-1, keepdim=True))
+        return await _powers(ctx, scores, bits, reach, added=added)
     at = keep.reshape(-1).nonzero()[:, 0]
     kept = scores.map(lambda t: t.reshape(-1)[at.to(t.device)])
-    x, compared, d = await _comparable(ctx, kept, bits, None if added is None else added.reshape(-1)[at])
     groups = torch.unique_consecutive(at // scores.shape[-1], return_inverse=True)[1]
-    top = await maximum_of_groups(ctx, x, groups, compared)
-    powers = await powers_below(ctx, x - top.map(lambda t: t[groups.to(t.device)]), d)
+    more = None if added is None else added.reshape(-1)[at]
+    powers = await _powers(ctx, kept, bits, reach, added=more, groups=groups)
 
     def placed(t: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(scores.shape, dtype=torch.int64, device=t.device).reshape(-1)
         return zeros.index_copy(0, at.to(t.device), t).reshape(scores.shape)
 
-    weights = powers.map(placed)
-    return weights, weights.map(lambda t: t.sum(-1, keepdim=True))
+    return powers.map(placed)
 
 
 @operator("mpc.append")

@@ -2,30 +2,73 @@
 
 from __future__ import annotations
 
+import torch
+
 from mpcinfer.nn.elementwise import width
 from mpcinfer.nn.registry import operator
 from mpcinfer.nn.shape import rows
+from mpcinfer.protocol import coarse
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.exponential import exp_nonpositive
 from mpcinfer.protocol.inverse import wide_reciprocal
 from mpcinfer.protocol.logarithm import log
+from mpcinfer.protocol.powers import bounded_power
 from mpcinfer.protocol.tournament import maximum_along
 from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.digits import DIGIT_BITS
+from mpcinfer.ring.domain import Z64
 
 # exponentials keep this many fraction bits, so that a long row's sum does not gather their rounding errors
 EXP_BITS = 24
 _INVERSE_BITS = 30
+# of numbers of which the largest is taken coarsely: they are below 2 to this power if there is room for it, and never
+# above 2 to the other, which is what powers take; the bits that differences need above; the fraction bits they need
+USUAL_SPAN, _MOST_SPAN, _SPARE_BITS, _LEAST_BITS = 11, 26, 3, 24
+# up to here words are short: two of them are 2^-5
+_SHORT_SPAN = 12
 
 
-def octaves_of_sum(count: int) -> dict[str, int]:
-    """The range of a sum of exponentials: from 1, the maximum's own, to their count.
+def octaves_of_sum(count: int, *, about: bool = False) -> dict[str, int]:
+    """The range of a sum of exponentials: from 1, the maximum's own, to their count; `about`: of `coarse_powers`.
 
     A rounding error beyond either end meets the function of that end.
     """
-    return {"low": 0, "high": max(1, (count - 1).bit_length())}
+    return {"low": 0, "high": max(1, (count * 33 // 32).bit_length() if about else (count - 1).bit_length())}
+
+
+def span(x: Shared, reach: int | None) -> int | None:
+    """An s for `coarse_powers`, given that abs(x) < 2^reach; None if there is no room for one, or nothing is known."""
+    found = 0 if reach is None else min(max(reach, USUAL_SPAN), Z64.bits - _SPARE_BITS - x.frac_bits)
+    return found if reach is not None and reach <= found <= _MOST_SPAN else None
+
+
+def roomy_bits(reach: int) -> int:
+    """The fraction bits up to which numbers below 2^reach have the usual `span`, or what they need."""
+    return Z64.bits - _SPARE_BITS - max(reach, USUAL_SPAN)
+
+
+async def coarse_powers(ctx: Context, x: Shared, span: int, groups: torch.Tensor | None = None) -> Shared:
+    """e^(x - m), with EXP_BITS, for an m of each row, or group, that is its largest number or less, by below 2^-5.
+
+    Input: abs(x) < 2^span, or x = -2^(span + 1), whose power is 0 if there is another in its row; see `span`.
+    Rows along the last axis, or groups as `tournament.maximum_of_groups` has them. The sum of a row is at least 1, and
+    below 33/32 of their count.
+    How: numbers are compared in words, of 2^(span - 18) or 2^(span - 33); m is one less than the largest of them.
+    Rounds 3 ceil(log4 k) + 4, for span > 12 4 ceil(log4 k) + 4; online, for 35 fraction bits and span 11, 24.2 bytes
+    per element and peer, offline about 160; openings: those of `coarse.largest` and `powers.bounded_power`.
+    """
+    x = x.rescaled(max(x.frac_bits, _LEAST_BITS))
+    width = coarse.SHORT if span <= _SHORT_SPAN else coarse.LONG
+    drop = x.frac_bits + span - (width - _SPARE_BITS)
+    if groups is None:
+        top = (await coarse.maximum_along(ctx.scope("largest"), x, width, drop)).map(lambda t: t.unsqueeze(-1))
+    else:
+        found = await coarse.maximum_of_groups(ctx.scope("largest"), x, groups, width, drop)
+        top = found.map(lambda t: t[groups.to(t.device)])
+    below = x.share - (top.share << drop) + ((1 << drop) if ctx.first else 0)
+    return await bounded_power(ctx, Shared(below, x.frac_bits), span + _SPARE_BITS - 1, EXP_BITS)
 
 
 async def powers_below(ctx: Context, x: Shared, d: int = 0) -> Shared:

@@ -28,6 +28,24 @@ def _duels(size: int, winner: int) -> list[tuple[int, bool]]:
     return [(at, second == winner) for at, (first, second) in enumerate(_pairs(size)) if winner in (first, second)]
 
 
+def count_of_pairs(size: int) -> int:
+    """In a contest of so many."""
+    return len(_pairs(size))
+
+
+def pair_differences(x: torch.Tensor) -> torch.Tensor:
+    """Of each two of x [k, *S] the difference: [pairs, *S]."""
+    return torch.stack([x[i] - x[j] for i, j in _pairs(len(x))])
+
+
+def products_of_outcomes(beta: torch.Tensor, size: int) -> torch.Tensor:
+    """For each number but the first, the products of the bits of its pairs, by subset that is not empty.
+
+    beta [pairs, *S], a bit for each pair -> [size - 1, 2^(size - 1) - 1, *S].
+    """
+    return torch.stack([_products([beta[at] for at, _ in _duels(size, i)])[1:] for i in range(1, size)])
+
+
 def _products(bits: list[torch.Tensor]) -> torch.Tensor:
     """The products of all subsets of `bits`, each [*S]: [2^len, *S], a subset's number having its members as digits."""
     found = [torch.ones_like(bits[0])]
@@ -49,6 +67,35 @@ def _coefficients(bits: int) -> torch.Tensor:
                 value *= (1 - 2 * f) if subset >> i & 1 else f
             table[word, subset] = value
     return table
+
+
+def winning(e: torch.Tensor, size: int) -> torch.Tensor:
+    """For each number but the first, the coefficients of 1 and of its `products_of_outcomes` in [it has won].
+
+    e [pairs, *S]: each outcome [the first of a pair is less than the second], xor the pair's bit ->
+    [size - 1, 2^(size - 1), *S].
+    """
+    e = e.to(torch.int64)
+    words = torch.stack(
+        [
+            torch.stack([(e[at] ^ (not true)) << b for b, (at, true) in enumerate(_duels(size, i))]).sum(0)
+            for i in range(1, size)
+        ]
+    )
+    return _coefficients(size - 1).to(words.device)[words].movedim(-1, 1)
+
+
+def picked(
+    first: bool,
+    coefficients: torch.Tensor,
+    bits: torch.Tensor,
+    c: torch.Tensor,
+    r: torch.Tensor | int,
+    bits_r: torch.Tensor | int,
+) -> torch.Tensor:
+    """A share of the sum over i of [i has won] (c_i - r_i), from public c and shares of products, r, and both's."""
+    rest = coefficients[:, 1:] * (bits * c.unsqueeze(1) - bits_r)
+    return (coefficients[:, 0] * ((c if first else 0) - r) + rest.sum(1)).sum(0)
 
 
 @kind
@@ -75,7 +122,7 @@ class Contest(Kind):
         """Of what there is for each pair, each number but the first, and each of these and subset."""
         most = self.size - 1
         return (
-            (len(_pairs(self.size)), *self.shape),
+            (count_of_pairs(self.size), *self.shape),
             (most, *self.shape),
             (most, (1 << most) - 1, *self.shape),
         )
@@ -108,10 +155,9 @@ class Contest(Kind):
         """See `derived`."""
         r, beta = free["r"], free["beta"][0].to(torch.int64)
         all_r = torch.cat([torch.zeros_like(r[:1]), r])
-        pairs = torch.stack([all_r[i] - all_r[j] for i, j in _pairs(self.size)])
-        bits = torch.stack([_products([beta[at] for at, _ in _duels(self.size, i)])[1:] for i in range(1, self.size)])
+        bits = products_of_outcomes(beta, self.size)
         values = {
-            **digit_values(pairs, free, self.width),
+            **digit_values(pair_differences(all_r), free, self.width),
             "bits": bits,
             "bits_r": bits * r.unsqueeze(1),
         }
@@ -155,25 +201,13 @@ async def largest(
     else:
         opened, u = await d, Masked(torch.empty(0), Z64)
     c = torch.cat([torch.zeros_like(opened.value[:1]), opened.value])
-    pairs = Masked(torch.stack([c[i] - c[j] for i, j in _pairs(size)]), Z64)
-    outcomes = await below(ctx, pairs, (0,), correlation, width)
+    outcomes = await below(ctx, Masked(pair_differences(c), Z64), (0,), correlation, width)
     e = (await ctx.open(outcomes, correlation.mask("beta"))).value[0]
-
-    # of each number but the first: its coefficients of the products of betas, and of 1
-    words = torch.stack(
-        [
-            torch.stack(
-                [(e[at].to(torch.int64) ^ (not true)) << b for b, (at, true) in enumerate(_duels(size, i))]
-            ).sum(0)
-            for i in range(1, size)
-        ]
-    )
-    coefficients = _coefficients(size - 1).to(words.device)[words].movedim(-1, 1)  # [k - 1, 2^(k - 1), *S]
+    coefficients, bit_products = winning(e, size), correlation["bits"]
 
     def won(c: torch.Tensor, r: torch.Tensor | int, bits_r: torch.Tensor | int) -> torch.Tensor:
-        """Shares of the winner's difference from the first: the sum over i of [i has won] (c_i - r_i)."""
-        rest = coefficients[:, 1:] * (correlation["bits"] * c.unsqueeze(1) - bits_r)
-        return (coefficients[:, 0] * ((c if ctx.first else 0) - r) + rest.sum(1)).sum(0)
+        """Shares of the winner's difference from the first."""
+        return picked(ctx.first, coefficients, bit_products, c, r, bits_r)
 
     found = x.map(lambda t: t[..., 0] + won(opened.value, correlation["r"], correlation["bits_r"]))
     others = [
@@ -181,6 +215,6 @@ async def largest(
         for i, y in enumerate(carried)
     ]
     if placed:
-        places = torch.arange(1, size, device=words.device).reshape(-1, *[1] * (words.dim() - 1))
-        others.append(Shared(won(places.expand(words.shape), 0, 0)))
+        places = torch.arange(1, size, device=c.device).reshape(-1, *[1] * (c.dim() - 1))
+        others.append(Shared(won(places.expand(opened.value.shape), 0, 0)))
     return found, others

@@ -21,10 +21,10 @@ from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS
 from mpcinfer.ring.domain import BIT, Z64, Ring
 
 # x is taken modulo 16; up to 2^-4 above zero is let through, so that a maximum taken coarsely does no harm
-_WINDOW_BITS = 4
-_SLACK_BITS = 4
+WINDOW_BITS = 4
+SLACK_BITS = 4
 # the scales of the dealt e^-r and of the public e^c: rounding costs 2^-20 at either end of the window, less between
-_DEALT_BITS, _PUBLIC_BITS = 42, 19
+DEALT_BITS, PUBLIC_BITS = 42, 19
 # with a ceiling e^(x/2) is computed, up to e^4, and then squared: relative errors are below 2^-17 from x = 0 on
 CEILING = 8
 _HALF_DEALT_BITS, _HALF_PUBLIC_BITS, _SQUARED_BITS = 39, 17, 25
@@ -93,7 +93,7 @@ class Exponential(Kind):
 
     def free(self) -> dict[str, Field]:
         """r and block masks of the ends; block masks of the low bits; beta for all outcomes: wrap, clip, below."""
-        blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
+        blocks, leaves = _low_layout(self.frac_bits + WINDOW_BITS)
         one = (1, *self.shape)
         return self._comparison().free() | {
             "r": Field(self.shape, Ring(self.width + self.d)),
@@ -104,7 +104,7 @@ class Exponential(Kind):
 
     def derived(self) -> dict[str, Field]:
         """Tables and products of both comparisons; e^-m times 1, clip, below, and these times wrap; below."""
-        blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
+        blocks, leaves = _low_layout(self.frac_bits + WINDOW_BITS)
         one = (1, *self.shape)
         fields = self._comparison().derived() | {
             "low_leaf_products": Field((*one, blocks), Ring(digits.block(leaves, True).products, xor=True)),
@@ -115,9 +115,9 @@ class Exponential(Kind):
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
-        blocks, leaves = _low_layout(self.frac_bits + _WINDOW_BITS)
+        blocks, leaves = _low_layout(self.frac_bits + WINDOW_BITS)
         m = _shifted(free["r"], self.d)
-        low = m & ((1 << (self.frac_bits + _WINDOW_BITS)) - 1)
+        low = m & ((1 << (self.frac_bits + WINDOW_BITS)) - 1)
         power = scaled_exp(-low, self.frac_bits, self.dealt_bits)
         wraps, *ends = free["beta"].to(torch.int64)
         powers = torch.stack([power, *(end * power for end in ends)])
@@ -166,8 +166,8 @@ async def _power(
     x is truncated by d bits, and then has a multiple of 4 of them if d > 0.
     """
     f = -(-(x.frac_bits - d) // digits.DIGIT_BITS) * digits.DIGIT_BITS
-    x, window = x.rescaled(f + d), f + _WINDOW_BITS
-    slack = 1 << (f - _SLACK_BITS)
+    x, window = x.rescaled(f + d), f + WINDOW_BITS
+    slack = 1 << (f - SLACK_BITS)
     correlation = ctx.correlation(Exponential(x.shape, f, dealt_bits, ceiling, width, d))
     below_slack = Shared(x.share - (slack << d) if ctx.first else x.share)
     c = _shifted((await ctx.open(below_slack, correlation.mask("r"))).value, d)
@@ -216,7 +216,7 @@ async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None,
     if d and (left % digits.DIGIT_BITS or width + d > Z64.bits):
         raise ValueError(f"no exponentials of numbers that lose {d} of {x.frac_bits} fraction bits")
     # below 1.07 * 2^61, so it truncates safely
-    y = await _power(ctx, x, 0, _DEALT_BITS, _PUBLIC_BITS, ceiling=False, width=width, d=d)
+    y = await _power(ctx, x, 0, DEALT_BITS, PUBLIC_BITS, ceiling=False, width=width, d=d)
     return await truncate(ctx, y, y.frac_bits - (left if frac_bits is None else frac_bits))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from typing import Any
+
 import torch
 
 from mpcinfer.protocol import contest
@@ -38,25 +41,49 @@ async def _contest(
     return (largest, *others)
 
 
-async def _level(
-    ctx: Context, x: Shared, carried: tuple[Shared, ...], width: int, bits: int = 64, placed: bool = False
-) -> tuple[Shared, ...]:
-    """Who is left of each `_radix(x)` that meet along the last axis, the last of them fewer perhaps; see `_contest`."""
-    size, radix = x.shape[-1], _radix(x)
+Contest = Callable[[Context, tuple[Shared, ...]], Coroutine[Any, Any, tuple[Shared, ...]]]
+
+
+async def knock_out(ctx: Context, x: tuple[Shared, ...], radix: int, contest: Contest) -> tuple[Shared, ...]:
+    """Who is left of each `radix` that meet along the last axis, the last of them fewer perhaps, and what they carry.
+
+    x: numbers and what each carries, all of one shape [*S, k]. contest: of [*S, j], 0 < j <= radix, makes [*S].
+    """
+    size = x[0].shape[-1]
     whole = size // radix * radix
 
     def grouped(y: Shared, start: int, group: int) -> Shared:
         count = (y.shape[-1] - start) // group
         return y.map(lambda t: t[..., start : start + count * group].reshape(*t.shape[:-1], count, group))
 
-    parts = [grouped(y, 0, radix) for y in (x, *carried)] if whole else []
-    rest = [grouped(y, whole, size - whole) for y in (x, *carried)] if size > whole else []
-    results = await together(
-        *(_contest(ctx, part[0], tuple(part[1:]), width, bits, placed) for part in (parts, rest) if part)
-    )
+    parts = tuple(grouped(y, 0, radix) for y in x) if whole else ()
+    rest = tuple(grouped(y, whole, size - whole) for y in x) if size > whole else ()
+    results = await together(*(contest(ctx, part) for part in (parts, rest) if part))
     return tuple(
         Shared(torch.cat([part.share for part in each], -1), each[0].frac_bits) for each in zip(*results, strict=True)
     )
+
+
+async def knock_out_of_groups(
+    ctx: Context, x: Shared, groups: torch.Tensor, radix: int, contest: Contest
+) -> tuple[Shared, torch.Tensor]:
+    """As `knock_out`, within each group of elements: [P] -> [Q], and the groups of who is left."""
+    sizes = torch.bincount(groups)
+    starts = sizes.cumsum(0) - sizes
+    place = torch.arange(len(groups)) - starts[groups]
+    leaders = (place % radix == 0).nonzero()[:, 0]
+    members = (sizes[groups] - place).clamp(max=radix)[leaders]
+    by_size = {size: leaders[members == size] for size in range(1, radix + 1) if bool((members == size).any())}
+    results = await together(
+        *(contest(ctx, (_picked(x, first.unsqueeze(1) + torch.arange(size)),)) for size, first in by_size.items())
+    )
+    order = torch.cat(list(by_size.values())).argsort()
+    x = _picked(Shared(torch.cat([winners.share for (winners,) in results]), x.frac_bits), order)
+    return x, groups[leaders]
+
+
+def _contests(width: int, bits: int = 64, placed: bool = False) -> Contest:
+    return lambda ctx, x: _contest(ctx, x[0], x[1:], width, bits, placed)
 
 
 async def maximum_along(ctx: Context, x: Shared, width: int = 64) -> Shared:
@@ -67,7 +94,7 @@ async def maximum_along(ctx: Context, x: Shared, width: int = 64) -> Shared:
     `contest.largest`.
     """
     while x.shape[-1] > 1:
-        (x,) = await _level(ctx, x, (), width)
+        (x,) = await knock_out(ctx, (x,), _radix(x), _contests(width))
     return x.map(lambda t: t[..., 0])
 
 
@@ -77,25 +104,9 @@ async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor, width
     groups: for each element the number of its group, int64 [P], ascending from 0 without gaps.
     Rounds and bytes as `maximum_along`, for the largest group and for each element but one of a group.
     """
-    while True:
-        sizes = torch.bincount(groups)
-        if not len(groups) or int(sizes.max()) == 1:
-            return x
-        radix = _radix(x)
-        starts = sizes.cumsum(0) - sizes
-        place = torch.arange(len(groups)) - starts[groups]
-        leaders = (place % radix == 0).nonzero()[:, 0]
-        members = (sizes[groups] - place).clamp(max=radix)[leaders]
-        by_size = {size: leaders[members == size] for size in range(1, radix + 1) if bool((members == size).any())}
-        results = await together(
-            *(
-                _contest(ctx, _picked(x, first.unsqueeze(1) + torch.arange(size)), (), width, 64, False)
-                for size, first in by_size.items()
-            )
-        )
-        order = torch.cat(list(by_size.values())).argsort()
-        x = _picked(Shared(torch.cat([winners.share for (winners,) in results]), x.frac_bits), order)
-        groups = groups[leaders]
+    while len(groups) and int(torch.bincount(groups).max()) > 1:
+        x, groups = await knock_out_of_groups(ctx, x, groups, _radix(x), _contests(width))
+    return x
 
 
 def _picked(x: Shared, at: torch.Tensor) -> Shared:
@@ -120,7 +131,7 @@ async def argmax_along(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared
     if x.shape[-1] == 1:
         return x.map(lambda t: t[..., 0]), Shared(torch.zeros_like(x.share[..., 0]))
     group = _radix(x)
-    x, place = await _level(ctx, x, (), width, placed=True)
+    x, place = await knock_out(ctx, (x,), group, _contests(width, placed=True))
     bits = _PLACE_BITS if x.shape[-1] > 1 and x.share.numel() > _MANY else 64
     while x.shape[-1] > 1:
         radix = _radix(x)
@@ -128,7 +139,7 @@ async def argmax_along(ctx: Context, x: Shared, width: int = 64) -> tuple[Shared
             place, bits = await lift(ctx, place, bits), 64
         if ctx.first:
             place = place.map(lambda t, r=radix, g=group: t + torch.arange(t.shape[-1], device=t.device) % r * g)  # type: ignore[misc]
-        x, place = await _level(ctx, x, (place,), width, bits)
+        x, place = await knock_out(ctx, (x, place), radix, _contests(width, bits))
         group *= radix
     if bits < 64:
         place = await lift(ctx, place, bits)

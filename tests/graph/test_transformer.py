@@ -168,8 +168,8 @@ def test_bert_base_of_128_tokens(capsys: pytest.CaptureFixture[str]) -> None:
             f"\nBERT-base, 128 tokens, 2 parties: {total.rounds} rounds, {online / 1e9:.3f} GB online in all "
             f"({2 * words.online_bytes / 1e9:.3f} GB of it to look words up), {before / 1e9:.3f} GB from the dealer\n"
         )
-    assert total.rounds <= 1200
-    assert online <= 1.5e9
+    assert total.rounds <= 600
+    assert online <= 1e9
 
 
 class Biased(nn.Module):

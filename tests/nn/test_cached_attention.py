@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ def inputs(heads: int, keys: int, new: int, rows: int, width: int, values: int) 
     return [grid(*shape, scale=2.0, seed=i) for i, shape in enumerate(shapes)]
 
 
+@pytest.mark.parametrize("reach", [None, 11, 20])
 @pytest.mark.parametrize(
     ("heads", "keys", "new", "rows", "width", "values", "room", "window"),
     [
@@ -77,11 +79,20 @@ def inputs(heads: int, keys: int, new: int, rows: int, width: int, values: int) 
     ],
 )
 def test_agrees(
-    parties: int, heads: int, keys: int, new: int, rows: int, width: int, values: int, room: int, window: int
+    parties: int,
+    heads: int,
+    keys: int,
+    new: int,
+    rows: int,
+    width: int,
+    values: int,
+    room: int,
+    window: int,
+    reach: int | None,
 ) -> None:
     q, k, v = inputs(heads, keys, new, rows, width, values)
     mask, shared = causal(new, rows, window), heads != keys
-    cached, plain, _ = attend(q, k, v, mask, room, parties, enable_gqa=shared)
+    cached, plain, _ = attend(q, k, v, mask, room, parties, enable_gqa=shared, reach=reach)
     expected = functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=shared)
     assert cached.shape == expected.shape
     assert float((cached - expected).abs().max()) < ERROR and float((cached - plain).abs().max()) < 2 * ERROR
@@ -90,17 +101,18 @@ def test_agrees(
 @pytest.mark.parametrize("factor", [0.5, 0.3])
 def test_scales(factor: float) -> None:
     q, k, v = inputs(2, 2, 1, 6, 4, 4)
-    for bits in (0, 20, 30):
-        cached, _, _ = attend(q, k, v, None, 8, scale=factor, factor_bits=bits)
+    for bits, reach in product((0, 20, 30), (None, 8, 14)):
+        cached, _, _ = attend(q, k, v, None, 8, scale=factor, factor_bits=bits, reach=reach)
         expected = functional.scaled_dot_product_attention(q, k, v, scale=factor)
         assert float((cached - expected).abs().max()) < ERROR
 
 
-def test_scores_far_below_zero_beat_rows_that_are_not_there() -> None:
+@pytest.mark.parametrize("reach", [None, 9, 16])
+def test_scores_far_below_zero_beat_rows_that_are_not_there(reach: int | None) -> None:
     """The largest score of a row is far below the zeros that a product with absent rows yields."""
     q, k, v = inputs(1, 1, 2, 3, 4, 4)
     q, k = q.abs() * 4, -k.abs() * 4
-    cached, _, _ = attend(q, k, v, causal(2, 3), 16)
+    cached, _, _ = attend(q, k, v, causal(2, 3), 16, reach=reach)
     expected = functional.scaled_dot_product_attention(q, k, v, causal(2, 3))
     assert float((cached - expected).abs().max()) < ERROR
 
@@ -115,6 +127,20 @@ def test_scores_up_to_the_ends_of_their_domain(parties: int, score: int) -> None
         cached, plain, _ = attend(sign * q, k, v, None, 8, parties, scale=1.0)
         assert float((cached - v[..., at : at + 1, :]).abs().max()) < 2.0**-14
         assert float((plain - cached).abs().max()) < 2.0**-14
+
+
+@pytest.mark.parametrize("reach", [11, 12, 26])
+def test_scores_up_to_the_ends_of_what_they_reach(parties: int, reach: int) -> None:
+    """Absent rows are below the lowest of them, and still near enough to be compared with the highest."""
+    end = 2.0**reach - 2.0**-12
+    q, k = torch.ones(1, 1, 2, 1, dtype=torch.float64), torch.tensor([end, -end, -end]).double().reshape(1, 1, 3, 1)
+    q[..., 1, :] = -1
+    v = grid(1, 1, 3, 4)
+    cached, _, _ = attend(q, k, v, None, 8, parties, scale=1.0, reach=reach)
+    expected = torch.stack([v[0, 0, 0], v[0, 0, 1:].mean(0)])
+    assert float((cached - expected).abs().max()) < 2.0**-14
+    lowest, _, _ = attend(q[..., :1, :], k[..., 1:, :], v[..., 1:, :], None, 8, parties, scale=1.0, reach=reach)
+    assert float((lowest - expected[1]).abs().max()) < 2.0**-14
 
 
 def test_messages_depend_on_the_room_alone(parties: int) -> None:
