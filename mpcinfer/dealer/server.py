@@ -13,7 +13,7 @@ from mpcinfer.errors import ConfigError
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.trust.signing import Signer
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.memory import guard_memory
+from mpcinfer.wire.memory import guard_memory, one_heap
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import dealer_pb2_grpc
 
@@ -28,11 +28,12 @@ def build(node: Node) -> tuple[Dealer, Server]:
     last = node.cluster.witness(node.cluster.n - 1)
     dealer = Dealer(node.cluster.n, node.cluster.digest(), Signer(identity), witnessed=last is not None)
     service = DealerService(node.cluster, dealer, node.limits)
-    # every party may be joining and dealing at once, plus status and health checks
+    # every party may be joining and dealing at once, plus status and health checks; and what is large is sent while it
+    # is used, at one time for each of the requests that share a step
     server = Server(
         node,
         identity,
-        4 * len(node.cluster.holders) + 8,
+        4 * len(node.cluster.holders) + 8 + node.limits.max_batch,
         lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s),
         service.metrics.figures,
     )
@@ -43,6 +44,7 @@ def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
     guard_memory()
+    one_heap()
     stopped = stop_signal()
     torch.set_num_threads(1)
     _, server = build(node)

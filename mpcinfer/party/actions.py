@@ -118,11 +118,12 @@ async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joi
     if tape is None:
         tape = await by.deal(part, own_tape, plan, digest, model.weights)
     seconds, sent = beside + time.perf_counter() - began, divided(part.sent, count)
-    offline = [Phase(seconds, 0, *costs) for costs in zip(sent, divided(tape.dealer_bytes, count), strict=True)]
     holdings, requests = model.holdings(), [each.content[1] for each in members]
     outputs, cost = await by.execute(
         part, tape, model.weights, lambda ctx: interpret_several(model.program, ctx, holdings, requests), False
     )
+    seconds += tape.waited
+    offline = [Phase(seconds, 0, *costs) for costs in zip(sent, divided(tape.dealer_bytes, count), strict=True)]
     online = [Phase(cost.seconds, cost.rounds, sent) for sent in divided(cost.bytes_sent, count)]
     return [_Ran(*own, tape.id, part.transcript) for own in zip(outputs, online, offline, strict=True)]
 

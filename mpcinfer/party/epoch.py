@@ -61,7 +61,7 @@ class Epoch:
     # whose signatures count, and what share of the dealer's tapes is audited
     cluster: Cluster | None = field(default=None, repr=False)
     audit_rate: float = 0.0
-    _dealing: Any = field(default=None, repr=False)
+    _dealing: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def over(self) -> bool:
@@ -71,19 +71,19 @@ class Epoch:
     @contextmanager
     def cancelling(self, call: grpc.Call) -> Iterator[None]:
         """While this runs, `call` to the dealer is cancelled as soon as the mesh is broken or the dealer lost."""
-        self._dealing = call
+        self._dealing.append(call)
         try:
             if self.over:
                 call.cancel()
             yield
         finally:
-            self._dealing = None
+            self._dealing.remove(call)
 
     def check(self) -> None:
         """Cancel what is pointless by now; called when any link has ended or the dealer is lost."""
-        call = self._dealing
-        if call is not None and self.over:
-            call.cancel()
+        if self.over:
+            for call in self._dealing.copy():
+                call.cancel()
 
     def forget(self, slots: list[bytes]) -> None:
         """Tell the dealer that the masks of these caches are not needed any more."""

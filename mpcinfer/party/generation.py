@@ -20,7 +20,7 @@ from mpcinfer.party.releasing import Answer
 from mpcinfer.party.running import Refused
 from mpcinfer.party.session import Run, Session, Sessions
 from mpcinfer.party.stepping import Part, Phase, Stepping, tapes
-from mpcinfer.party.tape import Tape
+from mpcinfer.party.tape import AHEAD, Tape
 from mpcinfer.party.transcript import Evidence
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
@@ -128,8 +128,7 @@ async def generate(
     await by.masked(part, model, mask_tape)
     began, sent = time.perf_counter(), part.sent
     tape, seconds = await _tape(by, part, session, own_tape, plan, digest)
-    seconds += time.perf_counter() - began
-    offline = Phase(seconds, 0, part.sent - sent, tape.dealer_bytes)
+    seconds, sent = seconds + time.perf_counter() - began, part.sent - sent
     length, counted = session.length + new.shape[1], session.counted
     counted = counted if before is None else length
     taken, chosen = min(writing.taken + new.shape[1], writing.tokens.shape[1]), writing.chosen + (choice is not None)
@@ -147,6 +146,7 @@ async def generate(
     )
     session.grow(done.caches, new, tape.kept)
     session.token = done.token
+    offline = Phase(seconds + tape.waited, 0, sent, tape.dealer_bytes)
     if done.counts is not None:
         session.counts, session.counted = done.counts, session.length
     writing.taken, writing.chosen = taken, chosen
@@ -205,8 +205,11 @@ def _look_ahead(
     if (wanted := planned(begun)) is None:
         return
     plan, digest = wanted
+    written = taken == writing.tokens.shape[1]
+    if not written and len(plan.portions) > AHEAD:  # of a prompt what is large is fetched while it is used
+        return
     # a prompt's parts differ, and a tape that may be audited has one run
-    if taken == writing.tokens.shape[1] and not part.epoch.audit_rate:
+    if written and not part.epoch.audit_rate:
         room = (announced["pool_mb"] << 20) // (4 * max(1, plan.expanded_bytes))
         while times < min(_MOST_RUNS, 2 * slot.pace, room) and planned(begun + times) == wanted:
             times += 1

@@ -34,7 +34,7 @@ from mpcinfer.party.vouching import Vouching
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.trust.signing import Signer
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.memory import guard_memory
+from mpcinfer.wire.memory import guard_memory, one_heap
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2_grpc
 
@@ -155,6 +155,7 @@ def serve(node: Node) -> None:
     """Run until SIGTERM or SIGINT."""
     configure_logging(node.log_level)
     guard_memory()
+    one_heap()
     stopped = stop_signal()
     # the lane needs the interpreter back in every round, also while another thread expands what is fetched ahead
     sys.setswitchinterval(0.0005)

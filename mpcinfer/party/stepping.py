@@ -36,6 +36,7 @@ from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared, Weight
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import COMPARED
+from mpcinfer.wire.memory import give_back
 from mpcinfer.wire.v1 import tensor_pb2
 
 
@@ -137,7 +138,7 @@ class Stepping:
         protocol: Callable[[Context], Coroutine[Any, Any, Any]],
         compare: bool = True,
     ) -> tuple[Any, Phase]:
-        """Run a protocol with the other parties: its result here, and what it cost.
+        """Run a protocol with the other parties: its result here, and what it cost without what it waited for the tape.
 
         TamperingError, which ends the epoch, unless all parties have seen the same opened. compare: false where those
         for whom it is run look at that themselves.
@@ -146,9 +147,11 @@ class Stepping:
         ctx = Context(self.index, part.epoch.mesh.parties, tape, weights)
         part.transcript, part.evidence = Transcript(), None
         result = await Metered(part, protocol(ctx))
+        tape.end()
         if compare:
             await self.compare(part, tape.id)
-        return result, Phase(time.perf_counter() - began, part.rounds - rounds, part.sent - sent)
+        seconds = time.perf_counter() - began - tape.waited
+        return result, Phase(seconds, part.rounds - rounds, part.sent - sent)
 
     async def compare(self, part: Part, tape: bytes) -> None:
         """One more round, so that nothing is released before all have seen the same."""
@@ -219,7 +222,7 @@ class Stepping:
         """
         seconds, epoch = self._limits.step_timeout_s, part.epoch
         runs = [digest] if use is None else [use.after(i * rows).digest(digest) for i in range(use.times)]
-        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use)
+        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use, whole=True)
         self._ahead = Ahead(tape, work, rows * len(runs), runs, after=self._ahead)
         return self._ahead
 
@@ -295,6 +298,7 @@ class Stepping:
             weight.mask = partial(masks.kept.share, weight.name)
         model.weights = {w.name: w for w in masked}
         model.masked_in = epoch.id
+        give_back()
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, MpcInferError | None]:

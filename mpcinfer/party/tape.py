@@ -1,50 +1,72 @@
-"""A tape: the correlations of one request, fetched from the dealer and expanded, each drawn once."""
+"""A tape: the correlations of one request, fetched from the dealer and expanded, each drawn once.
+
+A large one is expanded while it is drawn, a few portions ahead, and its corrections are taken from the dealer at that
+pace: what it takes of memory is bounded. That it fails on the way ends the epoch, as anything does that breaks.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
-import grpc
 import torch
 
-from mpcinfer.errors import AbortedError, NotFoundError, ProtocolError
+from mpcinfer.errors import NotFoundError, ProtocolError
+from mpcinfer.party.delivery import Delivery, Held
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.passing import Unwatched
 from mpcinfer.party.sacrifice import Dealt
+from mpcinfer.protocol.batch import Batch
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
-from mpcinfer.trust.signing import Signed
-from mpcinfer.wire import channel
-from mpcinfer.wire.frames import GRPC_HEADER
 from mpcinfer.wire.v1 import dealer_pb2
 
-_Received = tuple[bytearray, int, Signed | None]
+AHEAD = 2  # portions that are there before they are drawn
+
+_Shares = dict[str, tuple[Kind, Tensors]]
+_Expand = Callable[[Sequence[Batch], Delivery], _Shares]
 
 
 class Tape:
-    """The `Source` of one run. Everything is expanded, and prepared for the weights at hand, before the run begins."""
+    """The `Source` of one run. What is on it is expanded, and prepared for the weights at hand, before it is drawn."""
 
     def __init__(
         self,
         id_: bytes,
-        shares: dict[str, tuple[Kind, Tensors]],
+        shares: _Shares,
         dealer_bytes: int,
         kept: KeptMasks,
         evidence: Dealt | None = None,
+        rest: Rest | None = None,
     ) -> None:
-        """kept: its masks that outlive it. evidence: what an audit needs, if there may be one."""
+        """kept: its masks that outlive it. evidence: what an audit needs, if there may be one. rest: what adds to the
+        shares while they are drawn, if not all of them are there.
+
+        dealer_bytes: those that have come; all, once it has ended.
+        """
         self.id = id_
         self._shares = shares
         self.dealer_bytes = dealer_bytes
         self.kept = kept
         self.evidence = evidence
+        self._rest = rest
+        self.waited = 0.0  # seconds, for what was not there when it was drawn
+        if rest is not None:
+            weakref.finalize(self, rest.close)
 
     def draw(self, name: str, item: Kind) -> Tensors:
-        """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before."""
+        """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before.
+
+        Raises what has gone wrong with the portion that it is in.
+        """
+        if self._rest is not None:
+            self.waited += self._rest.reach(name)
         try:
             planned, shares = self._shares.pop(name)
         except KeyError:
@@ -53,11 +75,17 @@ class Tape:
             raise ProtocolError(f"correlation {name} is not of the kind that was planned")
         return shares
 
+    def end(self) -> None:
+        """All has been drawn; raises what is wrong with what has come since."""
+        if self._rest is not None:
+            self.waited += self._rest.end()
+            self.dealer_bytes = self._rest.delivery.frame_bytes
+
     def runs(self, times: int) -> list[Tape]:
         """The tapes of the runs of a plan that was dealt so often on one."""
         if times == 1:
             return [self]
-        parts: list[dict[str, tuple[Kind, Tensors]]] = [{} for _ in range(times)]
+        parts: list[_Shares] = [{} for _ in range(times)]
         shares, self._shares = self._shares, {}  # from here on only the runs give them away
         for name, drawn in shares.items():
             run, _, own = name.partition("/")
@@ -74,6 +102,77 @@ def run_id(tape: bytes, run: int) -> bytes:
     return hashlib.sha256(tape + run.to_bytes(4, "big")).digest()[:16]
 
 
+class Rest:
+    """The later portions of a tape: expanded in a thread, as far ahead of what is drawn as they may be."""
+
+    def __init__(self, plan: Plan, there: int, shares: _Shares, delivery: Delivery, expand: _Expand) -> None:
+        """there: how many portions are expanded already. shares: where the others' go."""
+        self.delivery = delivery
+        self._places, self._portions = plan.places, plan.portions
+        self._there, self._drawn = there, 0
+        self._shares, self._expand = shares, expand
+        self._failure: BaseException | None = None
+        self._closed = self._ended = False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="tape", daemon=True).start()
+
+    def reach(self, name: str) -> float:
+        """Wait until this is there, and let those come that are to follow: the seconds that it took."""
+        place = self._places.get(name, 0)
+        if place <= self._drawn and place < self._there:
+            return 0.0
+        began = time.perf_counter()
+        with self._changed:
+            self._drawn = max(self._drawn, place)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: place < self._there or self._failure is not None)
+            if place >= self._there and self._failure is not None:
+                raise self._failure
+        return time.perf_counter() - began
+
+    def end(self) -> float:
+        """Wait until all has come: the seconds that it took. Raises what has gone wrong."""
+        began = time.perf_counter()
+        with self._changed:
+            self._drawn = len(self._portions)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Nobody will draw any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            for place in range(self._there, len(self._portions)):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or place <= self._drawn + AHEAD)  # noqa: B023
+                    if self._closed:
+                        return
+                self._add(self._expand(self._portions[place], self.delivery))
+            self.delivery.end()
+        except BaseException as error:
+            self._failure = error
+        else:
+            self._ended = True
+        finally:
+            self.delivery.close()
+            with self._changed:
+                self._changed.notify_all()
+
+    def _add(self, shares: _Shares) -> None:
+        with self._changed:
+            if not self._closed:
+                self._shares.update(shares)
+            self._there += 1
+            self._changed.notify_all()
+
+
 def fetch(
     epoch: Epoch,
     tape: bytes,
@@ -82,40 +181,58 @@ def fetch(
     weights: Mapping[str, Weight],
     timeout: float,
     use: CacheUse | None = None,
+    *,
+    whole: bool = False,
 ) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
 
-    use: the rows that products with caches are of, and how often the plan is to be run: then see `Tape.runs`.
+    use: the rows that products with caches are of, and how often the plan is to be run: then see `Tape.runs`. whole:
+    expand all of it at once; else what is large is expanded as it is drawn. Of a tape that may be audited, or that a
+    witness takes part in, all corrections have come when this returns; of others those that come first.
 
     Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must
     end: the two ends' key chains need not be at the same place any more.
     """
-    parties, index = epoch.mesh.parties, epoch.mesh.index
-    last = index == parties - 1
-    whole = plan if use is None else plan.repeated(use.times)
-    size = whole.correction_bytes() if last else 0
-    correction, dealer_bytes, statement = _corrections(epoch, tape, plan, digest, size, timeout, use)
+    last = epoch.mesh.index == epoch.mesh.parties - 1
+    dealt = plan if use is None else plan.repeated(use.times)
+    size = dealt.correction_bytes() if last else 0
+    delivery = _delivery(epoch, tape, plan, digest, size, timeout, use)
+    signed = _signed(epoch, plan)
+    corrections = bytearray()
+    if signed or epoch.passing is not Unwatched:
+        corrections = delivery.take(size)
+        delivery.end()
     bound = use.digest(digest) if use is not None else digest
     keys = epoch.key.next(tape, bound)
     evidence = None
-    if _signed(epoch, plan):
-        if whole is not plan:
+    if signed:
+        if dealt is not plan:
             raise ProtocolError("a tape of several runs cannot be audited")
-        evidence = Dealt(tape, bound, plan, keys, correction, weights, use, statement)
+        evidence = Dealt(tape, bound, plan, keys, corrections, weights, use, delivery.statement)
         evidence.check(epoch)
-    shares: dict[str, tuple[Kind, Tensors]] = {}
-    rest = memoryview(correction)
+    if corrections:
+        delivery = Held(corrections, delivery.frame_bytes)
 
     def opened(weight: str) -> torch.Tensor:
         return weights[weight].masked
 
-    for batch in whole.batches:
-        size = batch.correction_bytes if last else 0
-        expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=rest[:size], opened=opened)
-        for name, member in zip(batch.names, expanded, strict=True):
-            shares[name] = batch.item, member
-        rest = rest[size:]
-    return Tape(tape, shares, dealer_bytes, KeptMasks(keys, plan), evidence)
+    def expand(portion: Sequence[Batch], delivery: Delivery) -> _Shares:
+        sizes = [batch.correction_bytes if last else 0 for batch in portion]
+        rest, shares = memoryview(delivery.take(sum(sizes))), _Shares()
+        for batch, size in zip(portion, sizes, strict=True):
+            expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=rest[:size], opened=opened)
+            shares |= {name: (batch.item, member) for name, member in zip(batch.names, expanded, strict=True)}
+            rest = rest[size:]
+        return shares
+
+    there = len(dealt.portions) if whole else min(AHEAD, len(dealt.portions))
+    shares: _Shares = {}
+    for portion in dealt.portions[:there]:
+        shares |= expand(portion, delivery)
+    if not last or there == len(dealt.portions):
+        delivery.end()
+    rest = Rest(dealt, there, shares, delivery, expand) if there < len(dealt.portions) else None
+    return Tape(tape, shares, delivery.frame_bytes, KeptMasks(keys, plan), evidence, rest)
 
 
 def _signed(epoch: Epoch, plan: Plan) -> bool:
@@ -123,12 +240,12 @@ def _signed(epoch: Epoch, plan: Plan) -> bool:
     return epoch.audit_rate > 0 and plan.correction_bytes() > 0
 
 
-def _corrections(
+def _delivery(
     epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, size: int, timeout: float, use: CacheUse | None
-) -> _Received:
-    """The corrections, `size` bytes, the frame bytes in which they came, and the dealer's word on them, if any."""
+) -> Delivery:
+    """The corrections, `size` bytes, from the dealer; a witness has them from its party."""
     if epoch.passed is not None:
-        return epoch.passed(tape, size, timeout), 0, None
+        return Held(epoch.passed(tape, size, timeout))
     request = dealer_pb2.DealRequest(
         session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest, signed=_signed(epoch, plan)
     )
@@ -137,45 +254,10 @@ def _corrections(
         request.caches.CopyFrom(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count, times=use.times))
     if digest in epoch.plans_told:
         try:
-            return _receive(epoch, request, size, timeout)
+            return Delivery(epoch, request, timeout)
         except NotFoundError:  # the dealer keeps the plans used lately; this says so before the tape is touched
             epoch.plans_told.discard(digest)
     request.plan = plan.to_bytes()
-    received = _receive(epoch, request, size, timeout)
+    delivery = Delivery(epoch, request, timeout)
     epoch.plans_told.add(digest)
-    return received
-
-
-def _receive(epoch: Epoch, request: dealer_pb2.DealRequest, size: int, timeout: float) -> _Received:
-    received, at, frames, statement = bytearray(size), 0, 0, None
-    account, began = epoch.mesh.account, time.perf_counter()
-    call, passing = epoch.dealer.Deal(request, timeout=timeout), None
-    try:
-        with epoch.cancelling(call):
-            for part in call:
-                chunk = part.chunk
-                if at + len(chunk) > size:
-                    call.cancel()
-                    raise ProtocolError("the dealer sent more than the plan asks for")
-                # begun only now: a plan that the dealer did not know is asked for again
-                passing = passing or epoch.passing(request.tape)
-                passing.add(chunk)
-                received[at : at + len(chunk)] = chunk
-                at += len(chunk)
-                frames += part.ByteSize() + GRPC_HEADER
-                if part.HasField("statement"):
-                    statement = Signed.of(part.statement)
-    except grpc.RpcError as error:
-        if epoch.mesh.broken:
-            raise AbortedError(
-                "a party or the dealer left while randomness was dealt; send the request again"
-            ) from error
-        raise channel.from_rpc_error(error, "dealer") from error
-    finally:
-        if passing is not None:
-            passing.end()
-        account.dealer_seconds += time.perf_counter() - began
-        account.dealer_bytes += frames
-    if at != size:
-        raise ProtocolError("the dealer sent another amount than the plan asks for")
-    return received, frames, statement
+    return delivery

@@ -3,6 +3,9 @@
 The layers of a network ask for the same kinds again and again. What is equal in a plan becomes one correlation with
 one more axis, of which each member is a slice. What a member is, and what is sent for it, stays as it was; only the
 streams that it is expanded from are its batch's, named after the first member.
+
+A large plan is dealt in portions, one after the other in the order in which they are drawn, each with batches of its
+own: whoever expands them holds a few at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from mpcinfer.protocol.correlation import (
 # of all fields of a batch: what is worked on at a time stays in the cache
 _MOST_ELEMENTS = 1 << 17
 _MOST_IN_COMMON = 64  # of a kind whose members share an operand
+PORTION_BYTES = 64 << 20  # of a portion, expanded, unless one correlation has more
 _PROBE = 1_000_003  # the extent of the new axis while it is looked for: no other axis is as long
 
 
@@ -89,6 +93,23 @@ class Batch:
         shapes = {n: f.shape for fields in fields_of(self.item) for n, f in fields.items()}
         parts = {n: share.unbind(axes[n]) for n, share in shares.items()}
         return [{n: part[i].reshape(shapes[n]) for n, part in parts.items()} for i in range(len(self.names))]
+
+
+def expanded_bytes(item: Kind) -> int:
+    """What a party's shares of all fields take of memory."""
+    return sum(f.count * f.ring.width // 8 for fields in fields_of(item) for f in fields.values())
+
+
+def portions(entries: Sequence[tuple[str, Kind]]) -> list[Sequence[tuple[str, Kind]]]:
+    """The entries of a plan in runs, none of which is larger than it may be: the same for all who have the plan."""
+    cuts, size = [0], 0
+    for at, (_, item) in enumerate(entries):
+        own = expanded_bytes(item)
+        if size and size + own > PORTION_BYTES:
+            cuts.append(at)
+            size = 0
+        size += own
+    return [entries[first:end] for first, end in zip(cuts, [*cuts[1:], len(entries)], strict=True)]
 
 
 def batches(entries: Sequence[tuple[str, Kind]]) -> list[Batch]:

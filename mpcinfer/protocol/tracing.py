@@ -19,9 +19,9 @@ import torch
 
 from mpcinfer.canonical import canonical
 from mpcinfer.errors import InputError, ProtocolError
-from mpcinfer.protocol.batch import Batch, batches
+from mpcinfer.protocol.batch import Batch, batches, expanded_bytes, portions
 from mpcinfer.protocol.context import Context, Opening, drive
-from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, fields_of, from_json, to_json
+from mpcinfer.protocol.correlation import Correlation, Kind, Tensors, from_json, to_json
 from mpcinfer.protocol.types import Mask, Weight
 
 _SEPARATORS = re.compile("[/#]")
@@ -34,6 +34,8 @@ class Plan:
     entries: tuple[tuple[str, Kind], ...]
     # whose lasting masks the entries refer to (hex), or "" if none
     deployment: str = ""
+    # whether they are those of several runs, which are dealt together
+    together: bool = False
 
     def repeated(self, runs: int) -> Plan:
         """The plan of so many runs one after the other, whose names begin with the run's number; of one, itself."""
@@ -41,7 +43,7 @@ class Plan:
             return self
         if runs not in self._repeated:
             entries = tuple((f"{run}/{name}", item) for run in range(runs) for name, item in self.entries)
-            self._repeated[runs] = Plan(entries, self.deployment)
+            self._repeated[runs] = Plan(entries, self.deployment, together=True)
         return self._repeated[runs]
 
     @cached_property
@@ -70,9 +72,21 @@ class Plan:
         return hashlib.sha256(self.to_bytes()).digest()
 
     @cached_property
+    def portions(self) -> list[list[Batch]]:
+        """The entries as they are dealt, in portions that are drawn one after the other; of several runs there is one:
+        equal correlations of all of them are dealt together.
+        """
+        return [batches(part) for part in ([self.entries] if self.together else portions(self.entries))]
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """In which portion each entry is."""
+        return {name: i for i, part in enumerate(self.portions) for batch in part for name in batch.names}
+
+    @property
     def batches(self) -> list[Batch]:
-        """The entries as they are dealt."""
-        return batches(self.entries)
+        """Those of all portions, in order."""
+        return [batch for part in self.portions for batch in part]
 
     @cached_property
     def kept(self) -> dict[str, tuple[str, Kind]]:
@@ -87,8 +101,7 @@ class Plan:
     @cached_property
     def expanded_bytes(self) -> int:
         """What a tape of it takes of a party's memory."""
-        fields_ = [f for _, item in self.entries for fields in fields_of(item) for f in fields.values()]
-        return sum(f.count * f.ring.width // 8 for f in fields_)
+        return sum(expanded_bytes(item) for _, item in self.entries)
 
     def correction_bytes(self) -> int:
         """What the dealer sends for one tape of it."""

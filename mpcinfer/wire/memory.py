@@ -1,4 +1,7 @@
-"""What a process holds in memory stays there: no core dump, no other process of its user looking in, no swap."""
+"""What a process holds in memory stays there: no core dump, no other process of its user looking in, no swap.
+
+And it holds no more than it must: what large tensors have left is used again.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import ctypes
 import logging
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
 _PR_SET_DUMPABLE = 4
+_M_ARENA_MAX = -8
 # Present and future pages, each once it is touched: address space that is only reserved takes no memory.
 _MCL_ALL_ON_FAULT = 1 | 2 | 4
 _CAP_IPC_LOCK = 14
@@ -40,6 +45,20 @@ def guard_memory(*, swap: bool = True) -> None:
         _unlocked(f"RLIMIT_MEMLOCK is {hard >> 20} MiB")
     elif libc.mlockall(_MCL_ALL_ON_FAULT):
         _unlocked(os.strerror(ctypes.get_errno()))
+
+
+def one_heap() -> None:
+    """Call before there are threads. With a heap for each, as glibc has, what one has freed no other can have: tensors
+    that are made in one thread and dropped in another would take half as much memory again. Others have one anyway.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """Return to the system what was freed and is not in use: after much more was needed than will be again."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _swaps() -> bool:

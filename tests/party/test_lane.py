@@ -286,14 +286,14 @@ def test_a_tape_that_fails_ahead_ends_the_epoch_before_anything_else_is_dealt(
     """Else the key chains of a party and the dealer would stand at different places, and results be noise."""
     real, failed = stepping.fetch, threading.Event()
 
-    def fetch(epoch: Any, *args: Any) -> Tape:
+    def fetch(epoch: Any, *args: Any, **options: Any) -> Tape:
         if threading.current_thread().name == "ahead" and epoch.mesh.index == 1 and not failed.is_set():
             chain = epoch.key._key
-            real(epoch, *args)
+            real(epoch, *args, **options)
             epoch.key._key = chain  # as if the last message of the dealer had been lost
             failed.set()
             raise UnavailableError("lost")
-        return real(epoch, *args)
+        return real(epoch, *args, **options)
 
     monkeypatch.setattr(stepping, "fetch", fetch)
     before = cluster.parties[0].former.current

@@ -9,7 +9,7 @@ import torch
 
 from mpcinfer.errors import ProtocolError
 from mpcinfer.protocol import batch
-from mpcinfer.protocol.batch import Batch, batches
+from mpcinfer.protocol.batch import Batch, batches, expanded_bytes
 from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes
@@ -25,6 +25,7 @@ from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.polynomial import TruncatedPowers
 from mpcinfer.protocol.rerandomise import ZeroSharing
 from mpcinfer.protocol.scaled import TruncatedScaling
+from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.protocol.truncated_product import ProductOfTruncated, TruncatedProduct
 from mpcinfer.ring import prg, sharing
@@ -174,6 +175,20 @@ def test_batches_are_in_the_order_of_their_first_members() -> None:
     a, b = Truncation((2,), 16), Truncation((2,), 17)
     entries: list[tuple[str, Kind]] = [("1", a), ("2", b), ("3", a), ("4", SquarePair((2,))), ("5", b)]
     assert [x.names for x in batches(entries)] == [("1", "3"), ("2", "5"), ("4",)]
+
+
+def test_portions_are_in_order_and_have_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = Truncation((2,), 16), SquarePair((10,))
+    items = [small, small, large, small, small, small, small]
+    monkeypatch.setattr(batch, "PORTION_BYTES", 3 * expanded_bytes(small))
+    assert expanded_bytes(large) > batch.PORTION_BYTES
+    plan = Plan(tuple((str(i), item) for i, item in enumerate(items)))
+    assert [[b.names for b in part] for part in plan.portions] == [[("0", "1")], [("2",)], [("3", "4", "5")], [("6",)]]
+    assert plan.places == {"0": 0, "1": 0, "2": 1, "3": 2, "4": 2, "5": 2, "6": 3}
+    assert [b.names for b in plan.batches] == [("0", "1"), ("2",), ("3", "4", "5"), ("6",)]
+    assert plan.expanded_bytes == 6 * expanded_bytes(small) + expanded_bytes(large)
+    (runs,) = plan.repeated(2).portions  # equal correlations of runs that are dealt at once are dealt together
+    assert ("0/0", "0/1", "0/3", "0/4", "0/5", "0/6", "1/0") == runs[0].names[:7]
 
 
 def test_batches_have_a_size() -> None:

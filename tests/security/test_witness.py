@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import mpcinfer.party.stepping as stepping
-import mpcinfer.party.tape as tape_module
 from mpcinfer.client.cluster import Connection
 from mpcinfer.client.data import Client
 from mpcinfer.client.owner import ModelOwner
 from mpcinfer.config import PROTOCOL_VERSION
 from mpcinfer.errors import ForbiddenError, MpcInferError, TamperingError
 from mpcinfer.graph.capture import capture
+from mpcinfer.party.delivery import Delivery
 from mpcinfer.party.passing import Passing
 from mpcinfer.party.server import Party
 from mpcinfer.party.stepping import Stepping
@@ -289,15 +289,15 @@ def altered_forwarding(patch: Patch, cluster: InProcess) -> None:
 
 def altered_corrections(patch: Patch, cluster: InProcess) -> None:
     """Party 1 uses other corrections than the dealer has sent, and passes the right ones on."""
-    original = tape_module._corrections
+    original = Delivery.take
 
-    def corrections(epoch: Any, *arguments: Any) -> Any:
-        received, *rest = original(epoch, *arguments)
-        if epoch is cluster.parties[1].lane._epoch and received:
-            received[:] = bytes(byte ^ 1 for byte in received)  # all: of the tables, only some entries are ever read
-        return received, *rest
+    def take(self: Delivery, size: int) -> bytearray:
+        taken = original(self, size)
+        if type(self) is Delivery:  # from the dealer, not from a party
+            taken[:] = bytes(byte ^ 1 for byte in taken)  # all: of the tables, only some entries are ever read
+        return taken
 
-    patch.setattr(tape_module, "_corrections", corrections)
+    patch.setattr(Delivery, "take", take)
 
 
 def corrections_passed_on_altered(patch: Patch, cluster: InProcess) -> None:

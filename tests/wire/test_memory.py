@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -69,3 +70,41 @@ def test_what_is_not_protected_is_said_once() -> None:
         pytest.skip("everybody may lock memory here")
     assert said.startswith("0 (0, 0) ") and said.endswith(" 0")
     assert log.count("may be swapped to disk") == 1 and "LimitMEMLOCK" in log
+
+
+HEAPS = """
+import ctypes, sys, threading
+import mpcinfer.wire.memory as memory
+if sys.argv[1] == "one":
+    memory.one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.fopen.restype = ctypes.c_void_p, ctypes.c_void_p
+libc.free.argtypes, libc.fclose.argtypes = [ctypes.c_void_p], [ctypes.c_void_p]
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+together = threading.Barrier(4)
+def work():
+    held = libc.malloc(100_000)
+    together.wait()
+    libc.free(held)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+memory.give_back()
+out = libc.fopen(b"/dev/stdout", b"w")
+libc.malloc_info(0, out)
+libc.fclose(out)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others have one heap anyway")
+def test_threads_share_a_heap() -> None:
+    def heaps(which: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", HEAPS, which], capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout.count("<heap nr=")
+
+    assert heaps("one") == 1
+    assert heaps("own") > 1  # this test can fail

@@ -1,0 +1,111 @@
+"""What the dealer sends of a tape, in the order in which it is drawn: taken part by part, not before it is wanted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+
+import grpc
+
+from mpcinfer.errors import AbortedError, ProtocolError
+from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.passing import Unwatched
+from mpcinfer.trust.signing import Signed
+from mpcinfer.wire import channel
+from mpcinfer.wire.frames import GRPC_HEADER
+from mpcinfer.wire.v1 import dealer_pb2
+
+
+class Delivery:
+    """The corrections of one tape. One thread at a time takes them.
+
+    statement: the dealer's word on them, if it was asked for, once all have come. frame_bytes: of what has come.
+    """
+
+    def __init__(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> None:
+        """Waits until all parties have named the plan. Raises what the dealer or the connection to it raises, as our
+        errors; so do all other methods.
+        """
+        self.statement: Signed | None = None
+        self.frame_bytes = 0
+        self._account = epoch.mesh.account
+        self._chunks = self._received(epoch, request, timeout)
+        self._rest = memoryview(b"")
+        self._more()
+
+    def take(self, size: int) -> bytearray:
+        """The next ones, so many bytes; ProtocolError if fewer come."""
+        taken, at = bytearray(size), 0
+        while at < size:
+            if not self._more():
+                raise ProtocolError("the dealer sent another amount than the plan asks for")
+            part = self._rest[: size - at]
+            taken[at : at + len(part)] = part
+            at += len(part)
+            self._rest = self._rest[len(part) :]
+        return taken
+
+    def end(self) -> None:
+        """Nothing more may come; ProtocolError if it does."""
+        if self._more():
+            self.close()
+            raise ProtocolError("the dealer sent more than the plan asks for")
+
+    def close(self) -> None:
+        """What has not come yet is not wanted any more."""
+        self._chunks.close()
+
+    def _more(self) -> bool:
+        """Whether there is more; waits for it."""
+        if not self._rest:
+            began = time.perf_counter()
+            try:
+                self._rest = memoryview(next(self._chunks, b""))
+            finally:
+                self._account.dealer_seconds += time.perf_counter() - began
+        return bool(self._rest)
+
+    def _received(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> Generator[bytes]:
+        passing: Unwatched | None = None
+        account = self._account
+        call = epoch.dealer.Deal(request, timeout=timeout)
+        try:
+            with epoch.cancelling(call):
+                for part in call:
+                    # begun only now: a plan that the dealer did not know is asked for again
+                    passing = passing or epoch.passing(request.tape)
+                    size = part.ByteSize() + GRPC_HEADER
+                    self.frame_bytes += size
+                    account.dealer_bytes += size
+                    if part.HasField("statement"):
+                        self.statement = Signed.of(part.statement)
+                    if part.chunk:
+                        passing.add(part.chunk)
+                        yield part.chunk
+        except GeneratorExit:
+            call.cancel()
+            raise
+        except grpc.RpcError as error:
+            if epoch.mesh.broken:
+                raise AbortedError(
+                    "a party or the dealer left while randomness was dealt; send the request again"
+                ) from error
+            raise channel.from_rpc_error(error, "dealer") from error
+        finally:
+            if passing is not None:
+                passing.end()
+
+
+class Held(Delivery):
+    """Corrections that have come already."""
+
+    def __init__(self, corrections: bytearray | bytes, frame_bytes: int = 0) -> None:
+        self.statement, self.frame_bytes = None, frame_bytes
+        self._rest = memoryview(corrections)
+
+    def close(self) -> None:
+        """See `Delivery`."""
+        self._rest = memoryview(b"")
+
+    def _more(self) -> bool:
+        return bool(self._rest)

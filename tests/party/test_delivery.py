@@ -1,0 +1,240 @@
+"""Tapes in portions: taken from the dealer as they are drawn, checked to the end, and given up when nobody draws."""
+
+from __future__ import annotations
+
+import gc
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+import mpcinfer.dealer.service as service_module
+import mpcinfer.party.tape as tape_module
+import mpcinfer.protocol.batch as batch_module
+from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, TamperingError, UnavailableError
+from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.tape import AHEAD, Tape, fetch
+from mpcinfer.protocol.correlation import fields_of
+from mpcinfer.protocol.multiply import Triple
+from mpcinfer.protocol.tracing import Plan
+from mpcinfer.protocol.truncate import Truncation
+from mpcinfer.ring.kernels import MUL
+from mpcinfer.ring.sharing import combine
+from mpcinfer.wire.v1 import dealer_pb2
+from tests.inprocess import InProcess, Keys, kinds, mlp, wait_for
+from tests.party.test_lane import WEIGHTS, X, right
+from tests.party.test_tape import KEYS, TAPE, FailedCall, FakeDealer, KeyChain, epoch
+from tests.security.dealings import Table, flipped
+
+ITEM, OTHER = Truncation((4,), 16), Triple(MUL, (4,), (4,))
+COUNT = 8  # portions of an ITEM and an OTHER each
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(map(batch_module.expanded_bytes, (ITEM, OTHER)))
+    monkeypatch.setattr(batch_module, "PORTION_BYTES", size)
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="n={}".format)
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return Table(Keys(tmp_path_factory.mktemp("keys"), request.param), request.param)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    found = Plan(tuple((f"{i}#{j}", item) for i in range(COUNT) for j, item in enumerate((ITEM, OTHER))))
+    assert len(found.portions) == COUNT > 2 * AHEAD
+    return found
+
+
+class Portions(FakeDealer):
+    """Deals to the last of two parties, a portion in a message; what comes after `good` of them is as told."""
+
+    def __init__(self, plan: Plan, good: int = COUNT, then: list[bytes | Exception] | None = None) -> None:
+        super().__init__(1)
+        keys = [KeyChain(key).next(TAPE, plan.digest()).passing for key in KEYS]
+        parts = [
+            b"".join(bytes(part) for batch in portion for part in batch.deal(keys, {}.__getitem__))
+            for portion in plan.portions
+        ]
+        self.messages: list[bytes | Exception] = [*parts[:good], *(then or [])]
+        self.asked = 0  # messages that the party has asked for
+
+    def Deal(self, request: dealer_pb2.DealRequest, timeout: float) -> Any:
+        def stream() -> Iterator[dealer_pb2.DealResponse]:
+            for message in self.messages:
+                self.asked += 1
+                if isinstance(message, Exception):
+                    raise message
+                yield dealer_pb2.DealResponse(chunk=message)
+
+        call = super().Deal(request, timeout)
+        type(call).__iter__ = lambda _: stream()  # type: ignore[method-assign]
+        return call
+
+
+def taken(plan: Plan, dealer: FakeDealer, within: Epoch | None = None, **options: Any) -> Tape:
+    return fetch(within or epoch(dealer), TAPE, plan, plan.digest(), {}, 5, **options)
+
+
+def drawn(tape: Tape, plan: Plan) -> dict[str, Any]:
+    """All of it, in the order of a run."""
+    shares = {name: tape.draw(name, item) for name, item in plan.entries}
+    tape.end()
+    return shares
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "as it is drawn"])
+@pytest.mark.parametrize("rate", [0.0, 0.5], ids=["", "audited"])
+def test_the_portions_of_all_parties_belong_together(table: Table, plan: Plan, rate: float, whole: bool) -> None:
+    for each in table.epochs:
+        each.audit_rate = rate
+    tape = secrets.token_bytes(16)
+    tapes = table.each(lambda i: fetch(table.epochs[i], tape, plan, plan.digest(), {}, 20, whole=whole))
+    shares = [drawn(tape, plan) for tape in tapes]
+    for name, item in plan.entries:
+        fields = {f: declared for each in fields_of(item) for f, declared in each.items()}
+        values = {f: combine([s[name][f] for s in shares], declared.ring) for f, declared in fields.items()}
+        if item == ITEM:
+            assert torch.equal(values["high"], (values["r"] >> 16) & ((1 << 48) - 1))
+        else:
+            assert torch.equal(values["c"], values["a"] * values["b"])
+    assert tapes[-1].dealer_bytes > plan.correction_bytes() and (rate > 0 or tapes[0].dealer_bytes == 0)
+
+
+def test_a_wrong_bit_in_the_last_portion_is_found(table: Table, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in table.epochs:
+        each.audit_rate = 0.5
+    honest, last = table.dealer._dealt, plan.batches[-1]
+
+    def dealt(batch: Any, *more: Any) -> list[memoryview]:
+        parts = honest(batch, *more)
+        return [flipped(parts[0]), *parts[1:]] if batch == last else parts
+
+    assert table.audited(table.fetched(plan)) == [None] * table.n
+    monkeypatch.setattr(table.dealer, "_dealt", dealt)
+    found = table.audited(table.fetched(plan))
+    assert all(isinstance(each, TamperingError) and "Triple" in str(each) for each in found)
+
+
+def test_no_more_is_taken_than_may_be_there(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    dealer = Portions(plan)
+    tape, here = taken(plan, dealer), []
+    for name, item in plan.entries:
+        tape.draw(name, item)
+        place = plan.places[name]
+        here.append(dealer.asked)
+        assert place < here[-1] <= place + AHEAD + 1
+    tape.end()
+    assert dealer.asked == COUNT and not dealer.cancelled
+    assert tape.dealer_bytes > plan.correction_bytes()
+
+    monkeypatch.setattr(tape_module, "AHEAD", COUNT)  # this test can fail
+    dealer = Portions(plan)
+    taken(plan, dealer)
+    assert dealer.asked == COUNT
+
+
+def test_what_is_drawn_out_of_order_is_waited_for(plan: Plan) -> None:
+    tape = taken(plan, Portions(plan))
+    for name, item in reversed(plan.entries):
+        tape.draw(name, item)
+    for name in ("0#0", f"{COUNT - 1}#0", "unknown"):
+        with pytest.raises(ProtocolError, match="not on this tape"):
+            tape.draw(name, ITEM)
+    tape.end()
+
+
+@pytest.mark.parametrize(
+    ("then", "kind", "text"),
+    [
+        ([], ProtocolError, "another amount"),
+        ([b"\0" * 7], ProtocolError, "another amount"),
+        ([FailedCall(grpc.StatusCode.UNAVAILABLE)], UnavailableError, "dealer"),
+    ],
+    ids=["missing", "short", "dead"],
+)
+def test_a_portion_that_does_not_come(plan: Plan, then: Any, kind: type[MpcInferError], text: str) -> None:
+    good = AHEAD + 2
+    tape = taken(plan, Portions(plan, good, then))
+    entries = list(plan.entries)
+    for name, item in entries[: 2 * good]:
+        tape.draw(name, item)
+    with pytest.raises(kind, match=text):
+        tape.draw(*entries[2 * good])
+    with pytest.raises(kind, match=text):
+        tape.end()
+
+
+def test_a_party_that_leaves_between_portions(plan: Plan) -> None:
+    dealer = Portions(plan, AHEAD + 1, [FailedCall(grpc.StatusCode.CANCELLED)])
+    within = epoch(dealer)
+    tape = taken(plan, dealer, within)
+    within.mesh.broken = True  # type: ignore[misc]
+    with pytest.raises(AbortedError, match="again"):
+        drawn(tape, plan)
+
+
+def test_a_portion_that_is_too_long(plan: Plan) -> None:
+    tape = taken(plan, Portions(plan, COUNT, [b"\0"]))
+    for name, item in plan.entries:
+        tape.draw(name, item)
+    with pytest.raises(ProtocolError, match="more than the plan"):
+        tape.end()
+
+
+def test_what_nobody_draws_is_not_waited_for(plan: Plan) -> None:
+    dealer = Portions(plan)
+    tape = taken(plan, dealer)
+    assert not dealer.cancelled and any(thread.name == "tape" for thread in threading.enumerate())
+    del tape
+    gc.collect()
+    wait_for(lambda: dealer.cancelled)
+    wait_for(lambda: not any(thread.name == "tape" for thread in threading.enumerate()))
+    assert dealer.asked < COUNT
+
+
+# --- in a cluster ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="n={}".format)
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[InProcess]:
+    with InProcess(tmp_path, request.param) as running:
+        yield running
+
+
+def test_a_dealer_that_fails_while_its_tape_is_used(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    caller = cluster.caller()
+    caller.deploy(mlp(), WEIGHTS)
+    assert right(caller.infer(X))
+    assert cluster.dealer is not None
+    honest, begun, failed = cluster.dealer._dealt, threading.Event(), threading.Event()
+    draw = Tape.draw
+
+    def dealt(batch: Any, *more: Any) -> list[memoryview]:
+        if any(name.startswith("linear1") for name in batch.names) and not failed.is_set():
+            begun.wait(30)
+            failed.set()
+            raise RuntimeError("gone")
+        return honest(batch, *more)
+
+    def drawing(self: Tape, name: str, item: Any) -> Any:
+        found = draw(self, name, item)
+        begun.set()
+        return found
+
+    x = torch.cat([X, X])  # of another shape, so that no tape is ready
+    new_epoch = cluster.new_epoch()
+    monkeypatch.setattr(Tape, "draw", drawing)
+    monkeypatch.setattr(cluster.dealer, "_dealt", dealt)
+    monkeypatch.setattr(service_module, "CHUNK", 16)
+    answers = kinds(caller.infer(x))
+    assert begun.is_set() and failed.is_set() and "InferResponse" not in answers
+    new_epoch()
+    assert right(caller.infer(x), x)
