@@ -96,8 +96,8 @@ class Evaluation:
 
     `node` is the one it has come to, where it stopped if it stopped. `chosen`: arguments of nodes that depend on how
     large their operands are: by how many bits norms shift their rows, so that there is room for their squares, at most
-    `most_shift` (fewer keep more precision), and of attention's scores the bits of their factor and
-    how large they may be. `largest`: of each node
+    `most_shift` (fewer keep more precision), and of attention the bits of its factor, how large
+    scores may be, and what room there is for sums of values. `largest`: of each node
     the largest absolute value, `headroom` times.
     """
 
@@ -169,6 +169,17 @@ class Evaluation:
         """The power of two that scores are below, where their largest is looked for among their leading bits."""
         size = scores.magnitude() * self._headroom**2
         self.chosen[self.node.name] |= {"reach": max(0, math.frexp(size)[1])}
+
+    def sums(self, values: Interval) -> None:
+        """Values that powers weight: how many bits are left for the powers' fraction and for how many there are."""
+        size = math.log2(max(values.magnitude(), 2.0**-20) * self._headroom)
+        self.chosen[self.node.name] |= {"sum_bits": math.floor(TRUNCATED - self.frac_bits - size)}
+
+    def rows(self, at: int, now: int) -> int:
+        """How many rows the node's argument number `at`, which has `now`, may ever have: more if it is a cache."""
+        grown = {cache.result: cache.rows for cache in self._program.caches}
+        ref = self.node.args[at]
+        return max(now, grown.get(ref.name, 0)) if isinstance(ref, Ref) else now
 
     def truncated(self, x: Interval, bits: int, secrets: int = 1) -> Interval:
         """x after it was computed with so many fraction bits more than it keeps."""

@@ -12,11 +12,12 @@ from torch.nn import functional
 from mpcinfer.graph.intervals import TRUNCATED, Evaluation, Function, Interval
 from mpcinfer.graph.transfer import bilinear, bounds
 from mpcinfer.graph.transfer_functions import near
-from mpcinfer.nn.elementwise import FACTOR_BITS
+from mpcinfer.nn.attention import LEAST_FACTOR_BITS, QUERY_BITS
+from mpcinfer.nn.elementwise import FACTOR_BITS, fraction
 from mpcinfer.nn.normalise import room
 from mpcinfer.nn.public import MASKED, MASKED_FROM
 from mpcinfer.nn.shape import axes_of
-from mpcinfer.nn.softmax import EXP_BITS
+from mpcinfer.nn.softmax import LEAST_POWER_BITS, count_bits
 
 # norms
 
@@ -45,12 +46,17 @@ def _normalised(
     _squares(run, x, axes)
     count = max(1, math.prod(x.low.shape[a] for a in axes))
     if x.point:
-        y = Interval.of(exact(x.low))
-        if gain is not None or bias is not None:
-            run.need(y, room(count, run.frac_bits), TRUNCATED)
-        return y.times(2.0**-down)
+        return _result(run, exact(x.low), gain, bias, count).times(2.0**-down)
     largest = torch.full_like(x.low, math.sqrt(count))
     return _affine(run, Interval(-largest, largest), gain, bias, count).times(2.0**-down)
+
+
+def _result(run: Evaluation, y: torch.Tensor, gain: Interval | None, bias: Interval | None, count: int) -> Interval:
+    """What a norm of rows of `count` numbers yields, which must have room where it has a gain or a bias."""
+    found = Interval.of(y)
+    if gain is not None or bias is not None:
+        run.need(found, room(count, run.frac_bits), TRUNCATED)
+    return found
 
 
 def _affine(run: Evaluation, y: Interval, gain: Interval | None, bias: Interval | None, count: int) -> Interval:
@@ -114,9 +120,10 @@ def _group_norm(
 ) -> Interval:
     rows = x.apply(lambda t: t.reshape(t.shape[0], groups, -1))
     _squares(run, rows, [-1])
-    if x.point:
-        return Interval.of(functional.group_norm(x.low, groups, _low(weight), _low(bias), eps))
     count = rows.low.shape[-1]
+    if x.point:
+        y = functional.group_norm(x.low, groups, _low(weight), _low(bias), eps)
+        return _result(run, y, weight, bias, count)
     largest = torch.full_like(x.low, math.sqrt(count))
     return _affine(run, Interval(-largest, largest), _channels(x, weight), _channels(x, bias), count)
 
@@ -204,16 +211,22 @@ def _attention(
     factor = 1 / math.sqrt(q.low.shape[-1]) if scale is None else scale
     if enable_gqa:
         k, v = (x.apply(lambda t: t.repeat_interleave(q.low.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + 4)
+    scores = bilinear(run, torch.matmul, q, k.apply(lambda t: t.transpose(-1, -2)), bits=run.frac_bits + QUERY_BITS)
     run.scores(scores)
     scores = scores.times(factor)
+    if run.chosen[run.node.name]["factor_bits"] < LEAST_FACTOR_BITS:  # then queries are scaled, with more bits
+        n = abs(fraction(factor)[0])
+        if n & (n - 1):
+            run.need(q, run.frac_bits + QUERY_BITS + math.log2(n), TRUNCATED)
+        run.need(scores, 2 * run.frac_bits + QUERY_BITS, TRUNCATED, 2)
     added = None if mask is None or mask.truth else mask
     run.reach(scores if added is None else scores + added)
     if added is not None:
         scores = scores + added.apply(lambda t: t.clamp(min=MASKED))
     run.need(scores, run.frac_bits, run.numbers)
-    # what they are divided by leaves this room, and their weighted sums are truncated
-    run.need(v, run.frac_bits + max(30, EXP_BITS + math.log2(max(1, k.low.shape[-2]))), TRUNCATED)
+    # what they are divided by leaves this room; and their weighted sums are truncated, however long a text becomes
+    run.need(v, run.frac_bits + max(30, LEAST_POWER_BITS + count_bits(run.rows(2, k.low.shape[-2]))), TRUNCATED)
+    run.sums(v)
     if not (q.point and k.point and v.point and (mask is None or mask.point)):
         shape = (*scores.low.shape[:-1], v.low.shape[-1])
         low, high = v.low.amin(-2, keepdim=True).clamp(max=0), v.high.amax(-2, keepdim=True).clamp(min=0)

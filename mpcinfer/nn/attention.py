@@ -15,7 +15,7 @@ from mpcinfer.errors import UnsupportedError
 from mpcinfer.nn.elementwise import FACTOR_BITS, add_public, fraction, scale, width
 from mpcinfer.nn.public import MASKED_FROM
 from mpcinfer.nn.registry import operator
-from mpcinfer.nn.softmax import coarse_powers, octaves_of_sum, powers_below, roomy_bits, span
+from mpcinfer.nn.softmax import EXP_BITS, coarse_powers, count_bits, octaves_of_sum, powers_below, roomy_bits, span
 from mpcinfer.protocol.cache import appending, cached_product
 from mpcinfer.protocol.context import Begun, Context
 from mpcinfer.protocol.inverse import divided
@@ -27,9 +27,9 @@ from mpcinfer.ring.digits import DIGIT_BITS
 from mpcinfer.ring.kernels import MATMUL
 
 # more fraction bits for queries that are multiplied by a scale that is no power of two
-_QUERY_BITS = 4
+QUERY_BITS = 4
 # what such a scale needs to be exact enough without them: scores of 64 are then off by 2^-11 at most
-_LEAST_FACTOR_BITS = 16
+LEAST_FACTOR_BITS = 16
 # of scores before they are truncated: more would leave too little above the window in which e^x is not zero
 _MOST_BITS = 59
 
@@ -48,6 +48,7 @@ async def attention(
     *,
     factor_bits: int = 0,
     reach: int | None = None,
+    sum_bits: int | None = None,
 ) -> Shared:
     """softmax(q k^T scale + mask) v: q [*S, L, D], k [*S, M, D], v [*S, M, E] -> [*S, L, E].
 
@@ -55,10 +56,11 @@ async def attention(
     capacity in what follows, and no pair is skipped.
     mask: None; public, boolean (False: skipped) or additive (at most -2^14: skipped), [L, M] or more axes; or secret,
     added. Skipped pairs cost nothing but a masked zero in the product with v. A row that skips all gives zeros.
-    Input: abs(q k^T scale) < 2^(58 - 2 frac_bits), abs(v) < 2^(32 - frac_bits) and 2^(38 - frac_bits) / M.
+    Input: abs(q k^T scale) < 2^(58 - 2 frac_bits), abs(v) < 2^(32 - frac_bits) and 2^(62 - sum_bits - frac_bits).
     Output: error below 5e-5 of the largest abs(v), plus 1.5 units in the last place.
     factor_bits: what room there is in the products of q and k for a scale that is no power of two; reach: 2 to this
-    power is above all scores, masks included, or None (see graph.bounds). Scores beyond it would wrap around.
+    power is above all scores, masks included, or None (see graph.bounds). Scores beyond it would wrap around. sum_bits:
+    what room there is for the fraction bits of powers, 24 or fewer, and those that count them; None: for all.
     Scores are truncated by the exponential, not before. Where their reach is known, what is subtracted from a row is
     not its largest but a number near it (see `coarse_powers`); else public masks are added to truncated scores, and
     secret ones to scores of twice the fraction bits (one more round where they have more).
@@ -77,8 +79,9 @@ async def attention(
     scores, bits = await _scores(ctx, q, k, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, factor_bits, reach)
     columns = k.capacity if isinstance(k, Cached) else k.shape[-2]
     scores = scores.map(lambda t: t.reshape(*heads[:-1], columns))
+    kept = EXP_BITS if sum_bits is None else min(EXP_BITS, sum_bits - count_bits(columns))
     if isinstance(k, Cached):
-        weights = await _powers(ctx, scores, bits, reach, hidden=_hidden(k, scores.shape, mask, causal))
+        weights = await _powers(ctx, scores, bits, reach, kept, hidden=_hidden(k, scores.shape, mask, causal))
     else:
         keep, added = _mask(scores.shape, mask, causal)
         roomy = span(scores, reach) is not None
@@ -89,7 +92,7 @@ async def attention(
             scores = scores + mask.rescaled(scores.frac_bits)
         elif roomy and added is not None:
             scores, added = add_public(ctx, scores, added << (scores.frac_bits - mask.frac_bits)), None
-        weights = await _weights(ctx, scores, bits, reach, keep, added)
+        weights = await _weights(ctx, scores, bits, reach, kept, keep, added)
     sums = weights.map(lambda t: t.sum(-1, keepdim=True))
     weights = weights.map(lambda t: t.reshape(*q.shape[:-1], columns))
 
@@ -108,9 +111,9 @@ def _factor_bits(factor: float, frac_bits: int, room: int, reach: int | None) ->
     """How many bits of a public factor products of queries and keys are multiplied by; 0: it is for the queries."""
     most = FACTOR_BITS
     if reach is not None:  # more than is needed would leave scores no room above for coarse comparisons
-        most = min(most, max(_LEAST_FACTOR_BITS, roomy_bits(reach) - 2 * frac_bits + math.frexp(factor)[1]))
+        most = min(most, max(LEAST_FACTOR_BITS, roomy_bits(reach) - 2 * frac_bits + math.frexp(factor)[1]))
     bits = min(room, most)
-    return bits if bits >= _LEAST_FACTOR_BITS else 0
+    return bits if bits >= LEAST_FACTOR_BITS else 0
 
 
 async def _scores(
@@ -125,9 +128,9 @@ async def _scores(
         d = chosen - math.frexp(factor)[1]
         q = q.times(round(math.ldexp(factor, d)))
     else:
-        wider = q.rescaled(q.frac_bits + _QUERY_BITS)
+        wider = q.rescaled(q.frac_bits + QUERY_BITS)
         q = await scale(ctx.scope("scale"), wider, factor)
-        bits, d = bits + _QUERY_BITS, 0
+        bits, d = bits + QUERY_BITS, 0
     if isinstance(k, Cached):
         y = await cached_product(ctx, q, k, transposed=True)
     else:
@@ -184,6 +187,7 @@ async def _powers(
     scores: Shared,
     bits: int,
     reach: int | None,
+    frac_bits: int,
     *,
     added: torch.Tensor | None = None,
     groups: torch.Tensor | None = None,
@@ -200,7 +204,7 @@ async def _powers(
     room = span(scores, reach)
     if room is not None:
         x = visible(scores, -(1 << (scores.frac_bits + room + 1)))
-        powers = await coarse_powers(ctx, x, room, groups)
+        powers = await coarse_powers(ctx, x, room, groups, frac_bits)
     else:
         x, compared, d = await _comparable(ctx, scores, bits, added)
         x = visible(x, -(1 << OFFSET_BITS))
@@ -208,7 +212,7 @@ async def _powers(
             top = (await maximum_along(ctx, x, compared)).map(lambda t: t.unsqueeze(-1))
         else:
             top = (await maximum_of_groups(ctx, x, groups, compared)).map(lambda t: t[groups.to(t.device)])
-        powers = await powers_below(ctx, x - top, d)
+        powers = await powers_below(ctx, x - top, d, frac_bits)
     return powers if hidden is None else powers.map(lambda t: torch.where(hidden.to(t.device), 0, t))
 
 
@@ -217,17 +221,18 @@ async def _weights(
     scores: Shared,
     bits: int,
     reach: int | None,
+    frac_bits: int,
     keep: torch.Tensor | None,
     added: torch.Tensor | None,
 ) -> Shared:
     """e^(score - about the row's largest), zero where skipped, [*S, L, M]."""
     if keep is None:
-        return await _powers(ctx, scores, bits, reach, added=added)
+        return await _powers(ctx, scores, bits, reach, frac_bits, added=added)
     at = keep.reshape(-1).nonzero()[:, 0]
     kept = scores.map(lambda t: t.reshape(-1)[at.to(t.device)])
     groups = torch.unique_consecutive(at // scores.shape[-1], return_inverse=True)[1]
     more = None if added is None else added.reshape(-1)[at]
-    powers = await _powers(ctx, kept, bits, reach, added=more, groups=groups)
+    powers = await _powers(ctx, kept, bits, reach, frac_bits, added=more, groups=groups)
 
     def placed(t: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(scores.shape, dtype=torch.int64, device=t.device).reshape(-1)

@@ -22,6 +22,8 @@ from mpcinfer.ring.domain import Z64
 
 # exponentials keep this many fraction bits, so that a long row's sum does not gather their rounding errors
 EXP_BITS = 24
+# and no less than so many where values are so large that their sums have no room for all of them
+LEAST_POWER_BITS = 20
 _INVERSE_BITS = 30
 # of numbers of which the largest is taken coarsely: they are below 2 to this power if there is room for it, and never
 # above 2 to the other, which is what powers take; the bits that differences need above; the fraction bits they need
@@ -30,12 +32,17 @@ USUAL_SPAN, _MOST_SPAN, _SPARE_BITS, _LEAST_BITS = 11, 26, 3, 24
 _SHORT_SPAN = 12
 
 
+def count_bits(count: int) -> int:
+    """Of powers of `coarse_powers`: 2 to this is above the sum of so many."""
+    return (count * 33 // 32).bit_length()
+
+
 def octaves_of_sum(count: int, *, about: bool = False) -> dict[str, int]:
     """The range of a sum of exponentials: from 1, the maximum's own, to their count; `about`: of `coarse_powers`.
 
     A rounding error beyond either end meets the function of that end.
     """
-    return {"low": 0, "high": max(1, (count * 33 // 32).bit_length() if about else (count - 1).bit_length())}
+    return {"low": 0, "high": max(1, count_bits(count) if about else (count - 1).bit_length())}
 
 
 def span(x: Shared, reach: int | None) -> int | None:
@@ -49,8 +56,10 @@ def roomy_bits(reach: int) -> int:
     return Z64.bits - _SPARE_BITS - max(reach, USUAL_SPAN)
 
 
-async def coarse_powers(ctx: Context, x: Shared, span: int, groups: torch.Tensor | None = None) -> Shared:
-    """e^(x - m), with EXP_BITS, for an m of each row, or group, that is its largest number or less, by below 2^-5.
+async def coarse_powers(
+    ctx: Context, x: Shared, span: int, groups: torch.Tensor | None = None, frac_bits: int = EXP_BITS
+) -> Shared:
+    """e^(x - m), with `frac_bits`, for an m of each row, or group, that is its largest number or less, by below 2^-5.
 
     Input: abs(x) < 2^span, or x = -2^(span + 1), whose power is 0 if there is another in its row; see `span`.
     Rows along the last axis, or groups as `tournament.maximum_of_groups` has them. The sum of a row is at least 1, and
@@ -68,19 +77,19 @@ async def coarse_powers(ctx: Context, x: Shared, span: int, groups: torch.Tensor
         found = await coarse.maximum_of_groups(ctx.scope("largest"), x, groups, width, drop)
         top = found.map(lambda t: t[groups.to(t.device)])
     below = x.share - (top.share << drop) + ((1 << drop) if ctx.first else 0)
-    return await bounded_power(ctx, Shared(below, x.frac_bits), span + _SPARE_BITS - 1, EXP_BITS)
+    return await bounded_power(ctx, Shared(below, x.frac_bits), span + _SPARE_BITS - 1, frac_bits)
 
 
-async def powers_below(ctx: Context, x: Shared, d: int = 0) -> Shared:
-    """e^x of differences x <= 0 of a model's numbers, with EXP_BITS fraction bits or more; x is to lose d bits."""
+async def powers_below(ctx: Context, x: Shared, d: int = 0, frac_bits: int = EXP_BITS) -> Shared:
+    """e^x of differences x <= 0 of a model's numbers, with `frac_bits` fraction bits; x is to lose d bits."""
     if d:
-        return await exp_nonpositive(ctx, x, max(EXP_BITS, x.frac_bits - d), 64 - d, d)
+        return await exp_nonpositive(ctx, x, frac_bits, 64 - d, d)
     # a scale that is refined leaves less room above
-    return await exp_nonpositive(ctx, x, max(EXP_BITS, x.frac_bits), 64 if x.frac_bits % DIGIT_BITS else width(x))
+    return await exp_nonpositive(ctx, x, frac_bits, 64 if x.frac_bits % DIGIT_BITS else width(x))
 
 
 async def _powers(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
-    """e^(x - the row's largest) with EXP_BITS or more, and x minus the row's largest."""
+    """e^(x - the row's largest) with EXP_BITS, and x minus the row's largest."""
     top = await maximum_along(ctx, x, width(x))
     below = x - top.map(lambda t: t.unsqueeze(-1))
     return await powers_below(ctx, below), below

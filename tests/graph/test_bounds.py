@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mpcinfer.errors import InputError, RangeError, ShapeError
 from mpcinfer.graph.bounds import with_limits
 from mpcinfer.graph.capture import Captured, capture
 from mpcinfer.graph.program import Program
+from mpcinfer.nn.softmax import LEAST_POWER_BITS, count_bits
+from tests.decoders_local import captured_decoder, tiny_decoder
 from tests.graph.conftest import Digits
 from tests.models_local import Outputs, plaintext, run_local
 
@@ -132,3 +135,60 @@ def test_nothing_but_powers_of_two_is_kept_of_the_examples() -> None:
     first, second = (capture(model, [v]).program for v in (x, y))
     assert first.to_bytes() == second.to_bytes()
     assert Program.from_bytes(first.to_bytes()) == first
+
+
+def test_scores_whose_scale_queries_must_take_have_fewer_bits_above() -> None:
+    """Where products have no room for a scale above 1, queries are scaled, to more fraction bits than were checked."""
+    values = nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64).reshape(1, 1, 2, 1))
+
+    def chosen(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        q = x.reshape(1, 1, 1, 1)
+        return functional.scaled_dot_product_attention(q, torch.cat([q, -q], -2), m.values, scale=3.0)
+
+    captured = capture(Outputs({"chosen": chosen}, values=values).double().eval(), [torch.ones(1, 1).double()])
+    ((limit, proven),) = declared(captured)
+    assert proven and limit == 2.0**12
+    for x in (limit - 2.0**-16, 2.0**-16 - limit):  # q meets q and -q: the first is its own
+        (y,), _ = run_local(captured, [torch.full((1, 1), x, dtype=torch.float64)], 2)
+        assert abs(float(y) - 1) <= 2.0**-14
+
+
+def group_norm(gain: float) -> nn.GroupNorm:
+    norm = nn.GroupNorm(1, 4).double().eval()
+    norm.weight.data = torch.full((4,), gain, dtype=torch.float64)
+    return norm
+
+
+def test_what_groups_are_normalised_to_must_have_room() -> None:
+    """As of rows, of which it was always asked: with a gain of 2^13 the result would have wrapped around."""
+    x = torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 4, 1)
+    trial = nn.Sequential(group_norm(2.0**13)).double().eval()
+    with pytest.raises(RangeError, match="group_norm"):
+        capture(trial, [x * 2.0**9])
+    with pytest.raises(RangeError, match="instance_norm"):
+        norm = nn.InstanceNorm1d(1, affine=True).double().eval()
+        norm.weight.data = torch.full((1,), 2.0**13, dtype=torch.float64)
+        capture(norm, [torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]) * 2.0**9])
+    fitting = capture(group_norm(2.0**8), [x])
+    (y,), _ = run_local(fitting, [x], 2)
+    (want,) = plaintext(group_norm(2.0**8), [x])
+    assert float((y - want).abs().max()) < 2.0**-4
+
+
+def room_for_sums(size: float, context: int) -> int:
+    """The room that attention has for powers, of a decoder whose values are about so large, for texts so long."""
+    model = tiny_decoder(layers=1, context=context)
+    attention = model.blocks[0].attention
+    attention.v.weight *= size / float(attention.v.weight.abs().sum(1).max())
+    attention.out.weight /= size
+    nodes = captured_decoder(model).program.nodes
+    (found,) = (node.kwargs["sum_bits"] for node in nodes if node.op == "aten.scaled_dot_product_attention.default")
+    return int(found)
+
+
+def test_sums_of_values_have_room_however_long_a_text_becomes() -> None:
+    """Examples are of 12 tokens; before, room was asked for as many."""
+    assert room_for_sums(4096, 64) == room_for_sums(4096, 2048) == 33 >= LEAST_POWER_BITS + count_bits(2048)
+    assert room_for_sums(16_384, 64) == 31
+    with pytest.raises(RangeError, match="scaled_dot_product_attention"):
+        room_for_sums(16_384, 2048)

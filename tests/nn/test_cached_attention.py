@@ -143,6 +143,18 @@ def test_scores_up_to_the_ends_of_what_they_reach(parties: int, reach: int) -> N
     assert float((lowest - expected[1]).abs().max()) < 2.0**-14
 
 
+@pytest.mark.parametrize(("sum_bits", "right"), [(None, False), (34, True)])
+@pytest.mark.parametrize("reach", [None, 4])
+def test_many_equal_scores_of_large_values(reach: int | None, sum_bits: int | None, right: bool) -> None:
+    """2,048 values of 3,000: with all 24 fraction bits of the powers their sum would wrap around."""
+    rows = 2048
+    q, k = torch.zeros(1, 1, 1, 2, dtype=torch.float64), torch.ones(1, 1, rows, 2, dtype=torch.float64)
+    cached, _, _ = attend(
+        q, k, torch.full((1, 1, rows, 1), 3000.0).double(), None, rows, reach=reach, sum_bits=sum_bits
+    )
+    assert (abs(float(cached) - 3000) <= 5e-5 * 3000) == right
+
+
 def test_messages_depend_on_the_room_alone(parties: int) -> None:
     sizes = []
     for rows in (3, 6):
