@@ -31,6 +31,9 @@ from mpcinfer.ring.domain import BIT, Ring
 
 # of words that are compared; differences of two must have one bit less
 SHORT, LONG = short.BITS + 1, 36
+# the last of so many or fewer rows meet in one contest if no more are left in each: 4 kB are dealt for it, and a level
+# of rounds is saved
+_LAST, _FEW = 8, 512
 
 
 @kind
@@ -52,8 +55,8 @@ class CoarseContest(Kind):
     def __post_init__(self) -> None:
         if self.width not in (SHORT, LONG):
             raise ValueError(f"words are of {SHORT} or {LONG} bits")
-        if not (1 if self.drop else 2) <= self.size <= MOST or not 0 <= self.drop <= 64 - self.width:
-            raise ValueError("a contest is of two to four words, or of one to four numbers of at most 64 bits")
+        if not (1 if self.drop else 2) <= self.size <= _LAST or not 0 <= self.drop <= 64 - self.width:
+            raise ValueError("a contest is of two to eight words, or of one to eight numbers of at most 64 bits")
 
     def _pairs(self) -> tuple[int, ...]:
         return (count_of_pairs(self.size), *self.shape)
@@ -94,7 +97,7 @@ class CoarseContest(Kind):
 
 
 async def largest(ctx: Context, x: Shared, width: int, drop: int = 0) -> Shared:
-    """The largest word of each one to four: [*S, k] -> [*S], shares modulo 2^width, whatever is above. Exact.
+    """The largest word of each one to eight: [*S, k] -> [*S], shares modulo 2^width, whatever is above. Exact.
 
     Input: words, with drop = 0, whose differences are below 2^(width - 1); or numbers x modulo 2^(width + drop), whose
     word is floor(x / 2^drop) or one more, which the opening decides. width: SHORT or LONG.
@@ -102,8 +105,8 @@ async def largest(ctx: Context, x: Shared, width: int, drop: int = 0) -> Shared:
     pair what `below_short` or `below` opens of the words' difference, whose mask is m_i - m_j; all outcomes xor beta.
     The rest as `contest.largest`, in the smaller ring.
     Rounds 3, or 4 for long words (1 for one number, none for one word); online 13.1 (32) bytes per peer and four words,
-    8.9 (21.3) for three, 3.5 (7) for two; of numbers (width + drop) / 8 each and 0.9 (3.1) per pair; correlation
-    `CoarseContest`.
+    8.9 (21.3) for three, 3.5 (7) for two, 42.9 (101.5) for eight; of numbers (width + drop) / 8 each and 0.9 (2.5) per
+    pair; correlation `CoarseContest`.
     Source: as `contest.largest`; that one opening cuts numbers and masks the comparisons of what is left is our own.
     """
     size = x.shape[-1]
@@ -139,22 +142,32 @@ def _contests(width: int, drop: int = 0) -> Contest:
     return contest
 
 
+def _radix(most: int, rows: int) -> int:
+    """How many meet in one contest, of rows of which none has more than `most`."""
+    return _LAST if most <= _LAST and rows <= _FEW else MOST
+
+
 async def maximum_along(ctx: Context, x: Shared, width: int, drop: int) -> Shared:
     """The largest words of numbers that lose drop > 0 bits, over the last axis: [*S, k] -> [*S], shares modulo 2^width.
 
-    Input and words as `largest`. Rounds 3 (4) ceil(log4 k), 1 for k = 1; openings and correlation those of `largest`.
+    Input and words as `largest`. Rounds 3 (4) ceil(log4 k), 1 for k = 1; for up to 512 rows 3 (4) ceil(log4(k / 2)) if
+    k > 4. Openings and correlation those of `largest`.
     """
-    (x,) = await knock_out(ctx, (x,), MOST, _contests(width, drop))
+
+    def radix() -> int:
+        return _radix(x.shape[-1], x.share.numel() // max(1, x.shape[-1]))
+
+    (x,) = await knock_out(ctx, (x,), radix(), _contests(width, drop))
     while x.shape[-1] > 1:
-        (x,) = await knock_out(ctx, (x,), MOST, _contests(width))
+        (x,) = await knock_out(ctx, (x,), radix(), _contests(width))
     return x.map(lambda t: t[..., 0])
 
 
 async def maximum_of_groups(ctx: Context, x: Shared, groups: torch.Tensor, width: int, drop: int) -> Shared:
     """As `maximum_along`, of each group of elements: [P] -> [G]; groups as in `tournament.maximum_of_groups`."""
-    if not len(groups):
-        return x
-    x, groups = await knock_out_of_groups(ctx, x, groups, MOST, _contests(width, drop))
-    while int(torch.bincount(groups).max()) > 1:
-        x, groups = await knock_out_of_groups(ctx, x, groups, MOST, _contests(width))
+    contest, left = _contests(width, drop), True
+    while len(groups) and left:
+        sizes = torch.bincount(groups)
+        x, groups = await knock_out_of_groups(ctx, x, groups, _radix(int(sizes.max()), len(sizes)), contest)
+        contest, left = _contests(width), len(groups) > len(sizes)
     return x

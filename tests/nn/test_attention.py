@@ -83,7 +83,7 @@ def test_a_masked_pair_costs_eight_bytes() -> None:
     assert saved >= 8 + 16
     diagonal = torch.eye(n, dtype=torch.bool)
     rounds, one_each = run(lambda m, q, k, v: attend(q, k, v, diagonal), tensors)
-    assert (full - one_each) / (2 * n * (n - 1)) == pytest.approx(saved, rel=0.02)
+    assert (full - one_each) / (2 * n * (n - 1)) == pytest.approx(saved, rel=0.08)  # contests are of other sizes
     assert rounds == 12  # no maximum is needed
 
 
@@ -130,7 +130,7 @@ def test_masks_that_are_added() -> None:
     added = grid(1, 2, 6, 6, scale=8.0, seed=4)
     added[..., ::2, 3] = -(2.0**15)
     tensors = inputs(1, 2, 6, 4)
-    assert run(lambda m, q, k, v: attend(q, k, v, added), tensors)[0] == 19
+    assert run(lambda m, q, k, v: attend(q, k, v, added), tensors)[0] == 15
 
     async def masked(ctx: Context, q: Shared, k: Shared, v: Shared, mask: Shared) -> Shared:
         return await attention(ctx, q, k, v, mask, reach=16)
@@ -139,7 +139,7 @@ def test_masks_that_are_added() -> None:
     shares = [world.share(torch.round(x * 2**16).long(), 16) for x in (*tensors, added)]
     got = world.reveal(world.run(masked, *shares)).double() / 2**16
     assert float((got - attend(*tensors, added)).abs().max()) <= SOFTMAX * 2.0**-16
-    assert world.transcript.rounds == 19
+    assert world.transcript.rounds == 15
 
 
 @pytest.mark.parametrize("frac_bits", [12, 16, 20])
