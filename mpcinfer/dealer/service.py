@@ -64,12 +64,12 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                     continue
                 while len(pending) + len(part) >= CHUNK:
                     room = CHUNK - len(pending)
-                    yield self._message(pending + part[:room])
+                    yield self._message(b"".join((pending, part[:room])))
                     pending.clear()
                     part = part[room:]
                 pending += part
             if pending:
-                yield self._message(pending)
+                yield self._message(bytes(pending))
             if statement is not None:
                 yield dealer_pb2.DealResponse(statement=statement)
 
@@ -123,8 +123,8 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         except Exception as error:
             channel.abort(context, error)
 
-    def _message(self, chunk: bytearray) -> dealer_pb2.DealResponse:
-        message = dealer_pb2.DealResponse(chunk=bytes(chunk))
+    def _message(self, chunk: bytes) -> dealer_pb2.DealResponse:
+        message = dealer_pb2.DealResponse(chunk=chunk)
         self.metrics.sent(message.ByteSize() + GRPC_HEADER)
         return message
 

@@ -214,8 +214,8 @@ def free_values(item: Kind, name: str, keys: Sequence[bytes]) -> Tensors:
     free = fields_of(item)[0]
     values = streams(item, name, keys[0], free)
     for key in keys[1:]:
-        for n, share in streams(item, name, key, free).items():
-            values[n] = free[n].ring.add(values[n], share)
+        for n, f in free.items():
+            values[n] = prg.add(prg.derive(key, name, n), values[n], f.ring)
     return values
 
 
@@ -226,13 +226,12 @@ def corrections(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks)
         return {}
     values, shares = item.derive(free_values(item, name, keys), fixed), {}
     for n, f in derived.items():
-        share = f.ring.reduce(values[n].to(f.ring.dtype))
+        share = values[n].to(f.ring.dtype)
         if tuple(share.shape) != f.shape:
             raise ProtocolError(f"{type(item).__name__}.{n} has shape {tuple(share.shape)}, declared {f.shape}")
+        for key in keys[:-1]:
+            share = prg.sub(prg.derive(key, name, n), share, f.ring)
         shares[n] = share
-    for key in keys[:-1]:
-        for n, share in streams(item, name, key, derived).items():
-            shares[n] = derived[n].ring.sub(shares[n], share)
     return shares
 
 

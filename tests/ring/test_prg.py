@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcinfer.ring import prg
-from mpcinfer.ring.domain import Z64, Ring
+from mpcinfer.ring.domain import BIT, Z64, Ring
 
 KEY = bytes(range(32))
 parts = st.lists(st.one_of(st.text(max_size=4), st.integers(0, 2**64 - 1), st.binary(max_size=4)), max_size=4)
@@ -85,3 +85,14 @@ def test_expand_covers_exactly_its_ring(bits: int, xor: bool) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 0)])
 def test_expand_of_any_shape(shape: tuple[int, ...]) -> None:
     assert prg.expand(KEY, shape, Z64).shape == shape
+
+
+@pytest.mark.parametrize("ring", [Z64, Ring(48), Ring(15), BIT, Ring(8, xor=True), Ring(63, xor=True)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (prg._PIECE // 8 + 1,), (3, prg._PIECE - 5)], ids=str)
+def test_streams_are_added_as_if_they_were_expanded(ring: Ring, shape: tuple[int, ...]) -> None:
+    x = torch.randint(-(2**62), 2**62, (2, *shape), generator=torch.Generator().manual_seed(1)).to(ring.dtype)
+    own, stream = x.movedim(0, -1)[..., 0], prg.expand(KEY, shape, ring)  # neither contiguous nor reduced
+    before = own.clone()
+    assert torch.equal(prg.add(KEY, own, ring), ring.add(ring.reduce(own), stream))
+    assert torch.equal(prg.sub(KEY, own, ring), ring.sub(ring.reduce(own), stream))
+    assert torch.equal(own, before)
