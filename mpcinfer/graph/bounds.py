@@ -28,6 +28,7 @@ from mpcinfer.graph.intervals import Evaluation, Exceeded, Interval, Tensors
 from mpcinfer.graph.postpone import postpone_truncations
 from mpcinfer.graph.program import Input, Program
 from mpcinfer.graph.sizes import filled
+from mpcinfer.nn.softmax import MOST_SPAN
 from mpcinfer.ring.codec import FixedPoint, check_indices
 
 HEADROOM = 4.0
@@ -61,7 +62,10 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
     roomy = Evaluation(program, weights, rounding=False, headroom=HEADROOM)
     fitting = _stays(roomy, grown(0))
     shift = max([0, *(chosen.get("shift", 0) for chosen in roomy.chosen.values())])
-    proof = Evaluation(program, weights, rounding=True, most_shift=shift)
+    # and scores beyond those that are compared coarsely cost rounds, so neither may they reach further
+    coarse = all(chosen.get("reach", 0) <= MOST_SPAN for chosen in roomy.chosen.values())
+    most_reach = MOST_SPAN if coarse else math.inf
+    proof = Evaluation(program, weights, rounding=True, most_shift=shift, most_reach=most_reach)
 
     # a proof is for the largest sizes that are free, batches aside, whose rows have nothing to do with each other
     largest = [size.high or value for size, value in zip(program.sizes, sizes, strict=True)]
@@ -76,7 +80,7 @@ def with_limits(program: Program, weights: Tensors, examples: Sequence[torch.Ten
             ],
         )
 
-    trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM, most_shift=shift)
+    trial = Evaluation(program, weights, rounding=False, headroom=HEADROOM, most_shift=shift, most_reach=most_reach)
     if not real:
         if not program.caches and proves(0):
             return _declared(program, [], proof)

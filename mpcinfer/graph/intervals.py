@@ -96,13 +96,20 @@ class Evaluation:
 
     `node` is the one it has come to, where it stopped if it stopped. `chosen`: arguments of nodes that depend on how
     large their operands are: by how many bits norms shift their rows, so that there is room for their squares, at most
-    `most_shift` (fewer keep more precision), and of attention the bits of its factor, how large
-    scores may be, and what room there is for sums of values. `largest`: of each node
-    the largest absolute value, `headroom` times.
+    `most_shift` (fewer keep more precision); of softmax and attention below which power of two scores are, at most
+    `most_reach` (smaller ones take fewer rounds), and of attention the bits of its factor and what room there is for
+    sums of values. `largest`: of each node the largest absolute value, `headroom` times.
     """
 
     def __init__(
-        self, program: Program, weights: Tensors, *, rounding: bool, headroom: float = 1.0, most_shift: int = MOST_SHIFT
+        self,
+        program: Program,
+        weights: Tensors,
+        *,
+        rounding: bool,
+        headroom: float = 1.0,
+        most_shift: int = MOST_SHIFT,
+        most_reach: float = math.inf,
     ) -> None:
         self.frac_bits = program.frac_bits
         self.numbers = TRUNCATED - program.frac_bits  # the domain of a number between operators, as of an encoded one
@@ -112,6 +119,7 @@ class Evaluation:
         self._unit = 2.0**-program.frac_bits if rounding else 0.0
         self._headroom = headroom
         self._most_shift = most_shift
+        self._most_reach = most_reach
         self.chosen: dict[str, dict[str, int]] = {}
         self.largest: dict[str, float] = {}
         self.node: Node
@@ -158,22 +166,27 @@ class Evaluation:
         shift = max(LEAST_SHIFT, math.ceil((math.log2(max(total, 2.0**-40)) - room) / 2))
         if shift > self._most_shift:
             raise Exceeded
-        self.chosen[self.node.name] = {"shift": shift}
+        self._choose(shift=shift)
+
+    def _choose(self, **arguments: int) -> None:
+        self.chosen[self.node.name] = self.chosen.get(self.node.name, {}) | arguments
 
     def scores(self, products: Interval) -> None:
         """Products of queries and keys, which a public factor multiplies: of as many bits as there is room for."""
         size = math.log2(max(products.magnitude(), 2.0**-20) * self._headroom**2)
-        self.chosen[self.node.name] = {"factor_bits": math.floor(TRUNCATED - 2 * self.frac_bits - size)}
+        self._choose(factor_bits=math.floor(TRUNCATED - 2 * self.frac_bits - size))
 
-    def reach(self, scores: Interval) -> None:
-        """The power of two that scores are below, where their largest is looked for among their leading bits."""
-        size = scores.magnitude() * self._headroom**2
-        self.chosen[self.node.name] |= {"reach": max(0, math.frexp(size)[1])}
+    def reach(self, x: Interval, secrets: int = 1) -> None:
+        """The power of two that numbers are below, where about the largest is looked for: at most `most_reach`."""
+        found = max(0, math.frexp(x.magnitude() * self._headroom**secrets)[1])
+        if found > self._most_reach:
+            raise Exceeded
+        self._choose(reach=found)
 
     def sums(self, values: Interval) -> None:
         """Values that powers weight: how many bits are left for the powers' fraction and for how many there are."""
         size = math.log2(max(values.magnitude(), 2.0**-20) * self._headroom)
-        self.chosen[self.node.name] |= {"sum_bits": math.floor(TRUNCATED - self.frac_bits - size)}
+        self._choose(sum_bits=math.floor(TRUNCATED - self.frac_bits - size))
 
     def rows(self, at: int, now: int) -> int:
         """How many rows the node's argument number `at`, which has `now`, may ever have: more if it is a cache."""

@@ -280,7 +280,8 @@ def _leaky_relu(run: Evaluation, x: Interval, negative_slope: float = 0.01) -> I
 
 
 @bounds("mpc.softmax", "aten.softmax.int", "aten._softmax.default")
-def _softmax(run: Evaluation, x: Interval, dim: int = -1, *rest: Any) -> Interval:
+def _softmax(run: Evaluation, x: Interval, dim: int = -1, *rest: Any, **options: Any) -> Interval:
+    run.reach(x)
     if x.point:
         return Interval.of(torch.softmax(x.low, dim))
     return run.rounded(Interval(torch.zeros_like(x.low), torch.ones_like(x.low)))

@@ -220,7 +220,7 @@ def _attention(
             run.need(q, run.frac_bits + QUERY_BITS + math.log2(n), TRUNCATED)
         run.need(scores, 2 * run.frac_bits + QUERY_BITS, TRUNCATED, 2)
     added = None if mask is None or mask.truth else mask
-    run.reach(scores if added is None else scores + added)
+    run.reach(scores if added is None else scores + added, 2)
     if added is not None:
         scores = scores + added.apply(lambda t: t.clamp(min=MASKED))
     run.need(scores, run.frac_bits, run.numbers)

@@ -26,10 +26,11 @@ EXP_BITS = 24
 LEAST_POWER_BITS = 20
 _INVERSE_BITS = 30
 # of numbers of which the largest is taken coarsely: they are below 2 to this power if there is room for it, and never
-# above 2 to the other, which is what powers take; the bits that differences need above; the fraction bits they need
-USUAL_SPAN, _MOST_SPAN, _SPARE_BITS, _LEAST_BITS = 11, 26, 3, 24
-# up to here words are short: two of them are 2^-5
+# above 2 to the other, which is what powers take; the bits that differences need above
+USUAL_SPAN, MOST_SPAN, _SPARE_BITS = 11, 26, 3
+# up to here words are short: two of them are 2^-5; fraction bits of numbers that lose some before they are words
 _SHORT_SPAN = 12
+_LEAST_BITS = {coarse.SHORT: 16, coarse.LONG: 24}
 
 
 def count_bits(count: int) -> int:
@@ -48,7 +49,7 @@ def octaves_of_sum(count: int, *, about: bool = False) -> dict[str, int]:
 def span(x: Shared, reach: int | None) -> int | None:
     """An s for `coarse_powers`, given that abs(x) < 2^reach; None if there is no room for one, or nothing is known."""
     found = 0 if reach is None else min(max(reach, USUAL_SPAN), Z64.bits - _SPARE_BITS - x.frac_bits)
-    return found if reach is not None and reach <= found <= _MOST_SPAN else None
+    return found if reach is not None and reach <= found <= MOST_SPAN else None
 
 
 def roomy_bits(reach: int) -> int:
@@ -68,8 +69,8 @@ async def coarse_powers(
     Rounds 3 ceil(log4 k) + 4, for span > 12 4 ceil(log4 k) + 4; online, for 35 fraction bits and span 11, 24.2 bytes
     per element and peer, offline about 160; openings: those of `coarse.largest` and `powers.bounded_power`.
     """
-    x = x.rescaled(max(x.frac_bits, _LEAST_BITS))
     width = coarse.SHORT if span <= _SHORT_SPAN else coarse.LONG
+    x = x.rescaled(max(x.frac_bits, _LEAST_BITS[width]))
     drop = x.frac_bits + span - (width - _SPARE_BITS)
     if groups is None:
         top = (await coarse.maximum_along(ctx.scope("largest"), x, width, drop)).map(lambda t: t.unsqueeze(-1))
@@ -96,26 +97,30 @@ async def _powers(ctx: Context, x: Shared) -> tuple[Shared, Shared]:
 
 
 @operator("mpc.softmax")
-async def softmax(ctx: Context, x: Shared) -> Shared:
+async def softmax(ctx: Context, x: Shared, *, reach: int | None = None) -> Shared:
     """Softmax over the last axis: [*S, k] -> [*S, k]. Error below 5e-5 plus one unit in the last place.
 
-    The maximum, x minus it, e^x, the sum, one reciprocal a row, the product, a truncation. Differences within a row
-    must stay below 2^59 units in the last place.
-    Rounds 4 ceil(log4 k) + 12 (28 for k = 128); online 34.9 bytes per element and peer, 14.5 for each but one of a row
-    and 42 + 3.25 ceil(log2 k) per row (49.9 per element for k = 128); offline 282 bytes per element for k = 128; for
-    many rows more rounds and fewer bytes, see `maximum_along` and `octaves.normalise`. Openings: those of the
-    protocols named.
+    A maximum, x minus it, e^x, the sum, one reciprocal a row, the product, a truncation. reach: 2 to this power is
+    above all numbers, or None (see graph.bounds); then differences within a row must stay below 2^59 units in the last
+    place.
+    Rounds 3 ceil(log4 k) + 11 where the reach is 12 at most, 4 ceil(log4 k) + 11 up to 26 (of up to 512 rows k / 2 for
+    k, if that is above 2); online 38 (46) bytes per element and peer, fewer for short rows, and 42 + 3.25 ceil(log2 k)
+    per row. Of unknown reach 4 ceil(log4 k) + 12; online 34.9 per element, 14.5 for each but one of a row, the same per
+    row; for many rows more rounds and fewer bytes, see `tournament.maximum_along` and `octaves.normalise`.
+    Openings: those of the protocols named.
     """
-    powers, _ = await _powers(ctx, x)
-    inverse = await wide_reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), **octaves_of_sum(x.shape[-1]))
+    room = span(x, reach)
+    powers = (await _powers(ctx, x))[0] if room is None else await coarse_powers(ctx, x, room)
+    octaves = octaves_of_sum(x.shape[-1], about=room is not None)
+    inverse = await wide_reciprocal(ctx, powers.map(lambda t: t.sum(-1, keepdim=True)), **octaves)
     y = await truncated_product(ctx, inverse, inverse.frac_bits - _INVERSE_BITS, powers)  # below 2^55
     return await truncate(ctx, y, y.frac_bits - x.frac_bits)
 
 
 @operator("aten.softmax.int", "aten._softmax.default")
-async def aten_softmax(ctx: Context, x: Shared, dim: int, dtype: object = None) -> Shared:
+async def aten_softmax(ctx: Context, x: Shared, dim: int, dtype: object = None, *, reach: int | None = None) -> Shared:
     """torch.softmax over any axis; `dtype` (`half_to_float`) means nothing for shares."""
-    y = await softmax(ctx, x.map(lambda t: t.movedim(dim, -1)))
+    y = await softmax(ctx, x.map(lambda t: t.movedim(dim, -1)), reach=reach)
     return y.map(lambda t: t.movedim(-1, dim))
 
 

@@ -117,10 +117,11 @@ def test_a_step_costs_what_its_room_costs(style: str, parties: int) -> None:
 
 def test_rounds_do_not_grow_with_the_text() -> None:
     planner = Planner(decoder()[1].program, parties=2)
-    _, short, _ = planner.step(1, 32, GREEDY)
+    _, short, _ = planner.step(1, 40, GREEDY)
     _, long, _ = planner.step(1, 64, GREEDY)
-    assert short.rounds == long.rounds  # the maximum has three levels up to 64
-    assert planner.step(1, 32, GREEDY)[1] == short
+    assert short.rounds == long.rounds  # the maximum has three levels from 33 to 128, and two below
+    assert planner.step(1, 40, GREEDY)[1] == short
+    assert planner.step(1, 32, GREEDY)[1].rounds == short.rounds - 3 * 2
 
 
 def test_what_no_token_needs_is_not_computed() -> None:

@@ -130,7 +130,8 @@ def test_the_edge_of_a_domain_is_where_numbers_wrap_around(name: str) -> None:
 def test_numbers_stay_below_what_comparisons_can_tell_apart() -> None:
     """Products have room for 2^30 with 16 fraction bits, and so have all numbers: their differences need 48 bits."""
     model = Outputs({"softmax": lambda m, x: torch.softmax(8192 * x, -1)}).eval()
-    captured = capture(model, [torch.ones(1, 3)])
+    assert capture(model, [torch.ones(1, 3)]).program.inputs[0].limit == 2.0**13  # small ones are compared coarsely
+    captured = capture(model, [torch.full((1, 3), 2.0**12)])
     assert captured.program.inputs[0].limit == 2.0**17
     run = Evaluation(captured.program, captured.weights, rounding=True)
     for size, fits in ((2.0**17 - 1, True), (2.0**17 + 1, False)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mpcinfer.nn.softmax import softmax
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.tracing import trace
 from mpcinfer.protocol.types import Shared
+from tests.models_local import Outputs
 from tests.openings import assert_each_mask_opens_once, assert_uniform, observe, seed
 
 F = 16
@@ -24,23 +26,27 @@ def numbers(*shape: int, spread: float) -> torch.Tensor:
     return torch.round(x * 2**F).to(torch.int64)
 
 
-def error(x: torch.Tensor, parties: int, frac_bits: int = F) -> torch.Tensor:
-    """Of every element."""
+def error(x: torch.Tensor, parties: int, frac_bits: int = F, *, known: bool = False) -> torch.Tensor:
+    """Of every element. known: which power of two they are below, as a rule from deployment."""
+    reach = (int(x.abs().max()) >> frac_bits).bit_length() if known else None
     world = LocalWorld(parties, seed(parties, tuple(x.shape)))
-    got = world.reveal(world.run(softmax, world.share(x, frac_bits))).double() / 2**frac_bits
+    protocol = partial(softmax, reach=reach)
+    got = world.reveal(world.run(protocol, world.share(x, frac_bits))).double() / 2**frac_bits
     return (got - torch.softmax(x.double() / 2**frac_bits, -1)).abs()
 
 
 @pytest.mark.parametrize("parties", [2, 3, 5])
 @pytest.mark.parametrize(("k", "spread"), [(128, 2), (128, 30), (10, 4), (2, 1000), (1, 5), (300, 3), (3, 20_000)])
-def test_random_rows(parties: int, k: int, spread: float) -> None:
-    assert float(error(numbers(20, k, spread=spread), parties).max()) <= 5e-5 + 2**-F
+@pytest.mark.parametrize("known", [False, True])
+def test_random_rows(parties: int, k: int, spread: float, known: bool) -> None:
+    assert float(error(numbers(20, k, spread=spread), parties, known=known).max()) <= 5e-5 + 2**-F
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("frac_bits", [8, 12, 20, 24])
-def test_other_scales(frac_bits: int) -> None:
+def test_other_scales(frac_bits: int, known: bool) -> None:
     x = numbers(60, 20, spread=3) >> 4 << (frac_bits - 12) if frac_bits >= 12 else numbers(60, 20, spread=3) >> 8
-    assert float(error(x, 2, frac_bits).max()) <= 5e-5 + 2.0**-frac_bits
+    assert float(error(x, 2, frac_bits, known=known).max()) <= 5e-5 + 2.0**-frac_bits
 
 
 def test_special_rows() -> None:
@@ -55,6 +61,10 @@ def test_special_rows() -> None:
     base[7, ::2] = -(1 << 45)
     for parties in (2, 3):
         assert float(error(base, parties).max()) <= 5e-5 + 2**-F
+    # all but the offsets beyond 2^26, and once more as neighbours of the largest number that short words hold
+    near = base[:6] >> 3
+    for x in (near, base[:6], near[:4] + (1 << (F + 12)) - int(near[:4].max()) - 1, near[:4] - (1 << (F + 12)) + 1):
+        assert float(error(x, 2, known=True).max()) <= 5e-5 + 2**-F
 
 
 def test_rows_sum_to_one() -> None:
@@ -87,6 +97,30 @@ def test_costs(parties: int, rows: int, k: int, rounds: int, contests: tuple[int
     assert seen.bytes_sent == rows * (maximum + 34.875 * k + row) * (parties - 1)
     if k == 128:  # what the issue about transformers asks
         assert seen.rounds <= 50 and seen.bytes_sent <= 90 * rows * k * (parties - 1)
+
+
+@pytest.mark.parametrize("parties", [2, 3])
+def test_costs_of_numbers_of_known_reach(parties: int) -> None:
+    """128 of them meet in fours, fours, and eights."""
+    rows, k = 64, 128
+    meta = Shared(torch.empty((rows, k), dtype=torch.int64, device="meta"), F)
+    _, cost, _ = trace(lambda ctx: softmax(ctx, meta, reach=11), parties=parties)
+    contests = 32 * (4 * 30 + 6 * 7) + 8 * (3 * 21 + 6 * 7) + 7 * 21 + 28 * 7
+    powers, products, row = k * (30 + 6 + 4 + 3 + 64), k * 2 * 64, 8 * 40 + 13 * (2 * 8 + 1)
+    assert cost.bytes_sent * 8 == rows * (contests + powers + products + row) * (parties - 1)
+    assert cost.rounds == 20
+    _, wide, _ = trace(lambda ctx: softmax(ctx, meta, reach=26), parties=parties)
+    _, beyond, _ = trace(lambda ctx: softmax(ctx, meta, reach=27), parties=parties)
+    assert (wide.rounds, beyond.rounds) == (23, 28)
+
+
+def test_what_deployments_know_of_their_reach() -> None:
+    """Limits are no larger than what is compared coarsely, unless the examples are."""
+    model = Outputs({"softmax": lambda m, x: torch.softmax(x, -1) * 1}).double().eval()
+    for size, limit, reach in ((1.0, 2.0**26, 26), (2.0**27, 2.0**30, 30)):
+        program = capture(model, [torch.full((2, 3), size, dtype=torch.float64)]).program
+        found = [node.kwargs["reach"] for node in program.nodes if node.op == "mpc.softmax"]
+        assert found == [reach] and program.inputs[0].limit == limit
 
 
 def test_openings() -> None:
