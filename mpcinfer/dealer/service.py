@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import grpc
 
 from mpcinfer import __version__
 from mpcinfer.config import PROTOCOL_VERSION, Cluster, Limits
+from mpcinfer.dealer.ahead import ahead
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.metrics import DealerMetrics
 from mpcinfer.errors import AgreementError, ForbiddenError, InputError
 from mpcinfer.protocol.cache import MOST_TIMES, CacheUse
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
-from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
+from mpcinfer.wire.frames import CHUNK, GRPC_HEADER, chunk_bytes
 from mpcinfer.wire.identity import peer_of, require
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc
+
+_AHEAD = 4  # corrections, each of a field of a batch, that are dealt while those before are sent
 
 
 class DealerService(dealer_pb2_grpc.DealerServiceServicer):
@@ -57,21 +60,27 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 _use(request.caches) if request.HasField("caches") else None,
                 request.signed,
             )
-            pending, statement = bytearray(), None
-            for part in parts:
-                if isinstance(part, Signed):
-                    statement = part.message()
-                    continue
-                while len(pending) + len(part) >= CHUNK:
-                    room = CHUNK - len(pending)
-                    yield self._message(b"".join((pending, part[:room])))
-                    pending.clear()
-                    part = part[room:]
-                pending += part
+            statement = None
+            # what there is of the next chunk
+            pending: list[memoryview] = []
+            room = CHUNK
+            with closing(ahead(parts, _AHEAD)) as dealt:
+                for part in dealt:
+                    if isinstance(part, Signed):
+                        statement = part.message()
+                        continue
+                    while len(part) >= room:
+                        yield self._chunk([*pending, part[:room]])
+                        part, pending, room = part[room:], [], CHUNK
+                    if part:
+                        pending.append(part)
+                        room -= len(part)
             if pending:
-                yield self._message(bytes(pending))
+                yield self._chunk(pending)
             if statement is not None:
-                yield dealer_pb2.DealResponse(statement=statement)
+                message = dealer_pb2.DealResponse(statement=statement)
+                self.metrics.sent(message.ByteSize() + GRPC_HEADER)
+                yield message
 
     def Forget(self, request: dealer_pb2.ForgetRequest, context: grpc.ServicerContext) -> dealer_pb2.ForgetResponse:
         """See dealer.proto."""
@@ -123,10 +132,10 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         except Exception as error:
             channel.abort(context, error)
 
-    def _message(self, chunk: bytes) -> dealer_pb2.DealResponse:
-        message = dealer_pb2.DealResponse(chunk=chunk)
-        self.metrics.sent(message.ByteSize() + GRPC_HEADER)
-        return message
+    def _chunk(self, parts: list[memoryview]) -> dealer_pb2.DealResponse:
+        chunk = b"".join(parts)
+        self.metrics.sent(chunk_bytes(len(chunk)))
+        return dealer_pb2.DealResponse(chunk=chunk)
 
     def _check(self, request: dealer_pb2.JoinRequest | dealer_pb2.WitnessRequest) -> None:
         if request.protocol_version != PROTOCOL_VERSION:

@@ -12,7 +12,7 @@ from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.passing import Unwatched
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
-from mpcinfer.wire.frames import GRPC_HEADER
+from mpcinfer.wire.frames import GRPC_HEADER, chunk_bytes
 from mpcinfer.wire.v1 import dealer_pb2
 
 
@@ -33,8 +33,11 @@ class Delivery:
         self._rest = memoryview(b"")
         self._more()
 
-    def take(self, size: int) -> bytearray:
+    def take(self, size: int) -> bytearray | memoryview:
         """The next ones, so many bytes; ProtocolError if fewer come."""
+        if 0 < size <= len(self._rest):  # as most are: nothing is copied
+            part, self._rest = self._rest[:size], self._rest[size:]
+            return part
         taken, at = bytearray(size), 0
         while at < size:
             if not self._more():
@@ -74,14 +77,16 @@ class Delivery:
                 for part in call:
                     # begun only now: a plan that the dealer did not know is asked for again
                     passing = passing or epoch.passing(request.tape)
-                    size = part.ByteSize() + GRPC_HEADER
+                    chunk = part.chunk  # a copy, each time that it is asked for
+                    said = part.HasField("statement")
+                    size = part.ByteSize() + GRPC_HEADER if said else chunk_bytes(len(chunk))
                     self.frame_bytes += size
                     account.dealer_bytes += size
-                    if part.HasField("statement"):
+                    if said:
                         self.statement = Signed.of(part.statement)
-                    if part.chunk:
-                        passing.add(part.chunk)
-                        yield part.chunk
+                    if chunk:
+                        passing.add(chunk)
+                        yield chunk
         except GeneratorExit:
             call.cancel()
             raise

@@ -200,7 +200,8 @@ def fetch(
     signed = _signed(epoch, plan)
     corrections = bytearray()
     if signed or epoch.passing is not Unwatched:
-        corrections = delivery.take(size)
+        taken = delivery.take(size)
+        corrections = taken if isinstance(taken, bytearray) else bytearray(taken)
         delivery.end()
     bound = use.digest(digest) if use is not None else digest
     keys = epoch.key.next(tape, bound)
@@ -217,12 +218,11 @@ def fetch(
         return weights[weight].masked
 
     def expand(portion: Sequence[Batch], delivery: Delivery) -> _Shares:
-        sizes = [batch.correction_bytes if last else 0 for batch in portion]
-        rest, shares = memoryview(delivery.take(sum(sizes))), _Shares()
-        for batch, size in zip(portion, sizes, strict=True):
-            expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=rest[:size], opened=opened)
+        shares: _Shares = {}
+        for batch in portion:
+            correction = memoryview(delivery.take(batch.correction_bytes if last else 0))
+            expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=correction, opened=opened)
             shares |= {name: (batch.item, member) for name, member in zip(batch.names, expanded, strict=True)}
-            rest = rest[size:]
         return shares
 
     there = len(dealt.portions) if whole else min(AHEAD, len(dealt.portions))

@@ -15,7 +15,15 @@ def round_bytes(size: int) -> int:
 
 def dealt_bytes(size: int) -> int:
     """What the dealer sends for corrections of `size` bytes, headers included (see dealer.proto); 0 for none."""
-    return sum(GRPC_HEADER + _bytes_field(part) for part, _ in _parts(size) if part)
+    return sum(chunk_bytes(part) for part, _ in _parts(size) if part)
+
+
+def chunk_bytes(size: int) -> int:
+    """A message with a chunk of so many bytes and nothing else, header included (see dealer.proto).
+
+    Asking the message would make it write all of itself.
+    """
+    return GRPC_HEADER + _bytes_field(size)
 
 
 def _parts(size: int) -> list[tuple[int, bool]]:
