@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -368,13 +368,15 @@ class Dealer:
             run = int(batch.names[0].partition("/")[0]) if use is not None and use.times > 1 else 0
             parts = self._dealt(batch, keys, partial(fixed, run))
             if digests is not None:
+                parts = list(parts)
                 digests.add(batch, parts)
-            self.seconds_dealing += time.perf_counter() - began
             for part in parts:
+                self.seconds_dealing += time.perf_counter() - began
                 self.bytes_sent += len(part)
                 yield part
+                began = time.perf_counter()
 
-    def _dealt(self, batch: Batch, keys: list[bytes], fixed: FixedMasks) -> list[memoryview]:
+    def _dealt(self, batch: Batch, keys: list[bytes], fixed: FixedMasks) -> Iterable[memoryview]:
         """The corrections of a batch. (What kept masks come from is not needed: they have no corrections.)"""
         return batch.deal(keys, fixed)
 

@@ -10,7 +10,7 @@ own: whoever expands them holds a few at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,16 +46,14 @@ class Batch:
         """What the dealer sends for all members: as much as if they were dealt one by one."""
         return len(self.names) * correction_bytes(self.item)
 
-    def deal(self, keys: Sequence[bytes], fixed: FixedMasks) -> list[memoryview]:
+    def deal(self, keys: Sequence[bytes], fixed: FixedMasks) -> Iterator[memoryview]:
         """The corrections for the last party, by field, of each field the members' one after the other."""
         if len(self.names) == 1:
-            return deal(self.item, self.names[0], keys, fixed)
+            yield from deal(self.item, self.names[0], keys, fixed)
+            return
         derived, axes = fields_of(self.item)[1], _axes(self.item)
-        shares = corrections(_whole(self), self.names[0], keys, fixed)
-        return [
-            derived[n].ring.pack_rows(share.movedim(axes[n], 0).reshape(len(self.names), -1))
-            for n, share in shares.items()
-        ]
+        for n, share in corrections(_whole(self), self.names[0], keys, fixed):
+            yield derived[n].ring.pack_rows(share.movedim(axes[n], 0).reshape(len(self.names), -1))
 
     def expand(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -219,23 +219,23 @@ def free_values(item: Kind, name: str, keys: Sequence[bytes]) -> Tensors:
     return values
 
 
-def corrections(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> Tensors:
-    """The last party's shares of the derived fields of correlation `name`."""
+def corrections(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> Iterator[tuple[str, torch.Tensor]]:
+    """The last party's shares of the derived fields of correlation `name`, one after the other."""
     derived = fields_of(item)[1]
     if not derived:
-        return {}
-    values, shares = item.derive(free_values(item, name, keys), fixed), {}
+        return
+    values = item.derive(free_values(item, name, keys), fixed)
     for n, f in derived.items():
-        share = values[n].to(f.ring.dtype)
+        share = values.pop(n).to(f.ring.dtype)  # what is sent is not held
         if tuple(share.shape) != f.shape:
             raise ProtocolError(f"{type(item).__name__}.{n} has shape {tuple(share.shape)}, declared {f.shape}")
         for key in keys[:-1]:
             share = prg.sub(prg.derive(key, name, n), share, f.ring)
-        shares[n] = share
-    return shares
+        yield n, share
 
 
-def deal(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> list[memoryview]:
+def deal(item: Kind, name: str, keys: Sequence[bytes], fixed: FixedMasks) -> Iterator[memoryview]:
     """The corrections of correlation `name` for the last party, packed, in field order."""
     derived = fields_of(item)[1]
-    return [derived[n].ring.pack(share) for n, share in corrections(item, name, keys, fixed).items()]
+    for n, share in corrections(item, name, keys, fixed):
+        yield derived[n].ring.pack(share)

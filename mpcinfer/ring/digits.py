@@ -102,9 +102,17 @@ def tables(r: torch.Tensor, width: int) -> torch.Tensor:
     return out
 
 
+@njit("void(uint8[::1], int32[::1], int32[::1])", nogil=True, cache=True)
+def _products(masks: Any, product_of: Any, out: Any) -> None:
+    for i in range(masks.size):
+        out[i] = product_of[masks[i]]
+
+
 def products(masks: torch.Tensor, spec: Block) -> torch.Tensor:
     """The dealt products of mask words, int32 of the same shape."""
-    return torch.from_numpy(spec.product_of)[masks.to(torch.int64)]
+    out = torch.empty(masks.shape, dtype=torch.int32)
+    _products(_flat(masks, masks.numel()), spec.product_of, out.numpy().reshape(-1))
+    return out
 
 
 @njit("uint8(uint32)", nogil=True, cache=True, inline="always")

@@ -114,7 +114,7 @@ def test_a_wrong_bit_in_the_last_portion_is_found(table: Table, plan: Plan, monk
     honest, last = table.dealer._dealt, plan.batches[-1]
 
     def dealt(batch: Any, *more: Any) -> list[memoryview]:
-        parts = honest(batch, *more)
+        parts = list(honest(batch, *more))
         return [flipped(parts[0]), *parts[1:]] if batch == last else parts
 
     assert table.audited(table.fetched(plan)) == [None] * table.n

@@ -126,7 +126,7 @@ class Table:
         honest = self.dealer._dealt
 
         def dealt(batch: Any, keys: Any, fixed: Any) -> list[memoryview]:
-            parts = honest(batch, keys, fixed)
+            parts = list(honest(batch, keys, fixed))
             return [flipped(parts[0]), *parts[1:]] if batch.item == target else parts
 
         self.dealer._dealt = dealt  # type: ignore[method-assign]

@@ -420,7 +420,7 @@ def test_a_cluster_answers_until_its_dealer_cheats(
         honest = cluster.dealer._dealt
 
         def dealt(batch: Any, keys: Any, fixed: Any) -> list[memoryview]:
-            parts = honest(batch, keys, fixed)
+            parts = list(honest(batch, keys, fixed))
             return [flipped(parts[0]), *parts[1:]] if type(batch.item).__name__ == item else parts
 
         renewed = cluster.new_epoch()
@@ -455,7 +455,7 @@ def test_a_text_goes_on_with_rows_of_other_numbers_after_an_audit(
         honest = cluster.dealer._dealt
 
         def dealt(batch: Any, keys: Any, fixed: Any) -> list[memoryview]:
-            parts = honest(batch, keys, fixed)
+            parts = list(honest(batch, keys, fixed))
             return [flipped(parts[0]), *parts[1:]] if isinstance(batch.item, CachedProduct) else parts
 
         cluster.dealer._dealt = dealt  # type: ignore[method-assign]
