@@ -28,6 +28,8 @@ _INVERSE_BITS = 30
 # of numbers of which the largest is taken coarsely: they are below 2 to this power if there is room for it, and never
 # above 2 to the other, which is what powers take; the bits that differences need above
 USUAL_SPAN, MOST_SPAN, _SPARE_BITS = 11, 26, 3
+# with less than this, numbers that no example shows would too easily be too large
+_LEAST_SPAN = 8
 # up to here words are short: two of them are 2^-5; fraction bits of numbers that lose some before they are words
 _SHORT_SPAN = 12
 _LEAST_BITS = {coarse.SHORT: 16, coarse.LONG: 24}
@@ -49,7 +51,7 @@ def octaves_of_sum(count: int, *, about: bool = False) -> dict[str, int]:
 def span(x: Shared, reach: int | None) -> int | None:
     """An s for `coarse_powers`, given that abs(x) < 2^reach; None if there is no room for one, or nothing is known."""
     found = 0 if reach is None else min(max(reach, USUAL_SPAN), Z64.bits - _SPARE_BITS - x.frac_bits)
-    return found if reach is not None and reach <= found <= MOST_SPAN else None
+    return found if reach is not None and max(reach, _LEAST_SPAN) <= found <= MOST_SPAN else None
 
 
 def roomy_bits(reach: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from mpcinfer.graph.capture import capture
 from mpcinfer.nn import lookup
-from mpcinfer.nn.softmax import softmax
+from mpcinfer.nn.softmax import softmax, span
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.tracing import trace
 from mpcinfer.protocol.types import Shared
@@ -121,6 +121,24 @@ def test_what_deployments_know_of_their_reach() -> None:
         program = capture(model, [torch.full((2, 3), size, dtype=torch.float64)]).program
         found = [node.kwargs["reach"] for node in program.nodes if node.op == "mpc.softmax"]
         assert found == [reach] and program.inputs[0].limit == limit
+
+
+@pytest.mark.parametrize(
+    ("frac_bits", "reach", "expected"),
+    [
+        (16, 3, 11),
+        (35, 11, 11),
+        (35, 12, 12),
+        (35, 27, None),
+        (51, 3, 10),
+        (51, 11, None),
+        (54, 3, None),
+        (35, None, None),
+    ],
+)
+def test_what_numbers_may_reach(frac_bits: int, reach: int | None, expected: int | None) -> None:
+    """More than what examples show, as far as 64 bits hold it; nothing where that is hardly more than they show."""
+    assert span(Shared(torch.zeros(1, dtype=torch.int64), frac_bits), reach) == expected
 
 
 def test_openings() -> None:
