@@ -28,8 +28,8 @@ from mpcinfer.errors import (
     UnavailableError,
 )
 from mpcinfer.protocol.batch import Batch
-from mpcinfer.protocol.cache import CacheUse, RowStore
-from mpcinfer.protocol.correlation import FixedMasks, free_values
+from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask, RowStore, side_by_side
+from mpcinfer.protocol.correlation import FixedMasks, Kind, free_values
 from mpcinfer.protocol.evidence import Digests, statement
 from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
 from mpcinfer.protocol.tracing import Plan
@@ -37,8 +37,14 @@ from mpcinfer.trust.signing import Signed, Signer
 
 _log = logging.getLogger(__name__)
 
-
 _MAX_PLANS = 256  # per session; a party tells again what was forgotten
+
+
+def _texts(item: Kind) -> int | None:
+    """Of how many texts side by side this has rows, if it has any."""
+    if isinstance(item, RowMask):
+        return item.shape[0]
+    return item.x[0] if isinstance(item, CachedProduct) else None
 
 
 @dataclass
@@ -331,12 +337,16 @@ class Dealer:
             raise InputError("a plan for caches without saying whose they are")
         if len(set(growing)) < len(growing):
             raise InputError("a plan appends to a cache once")
-        caches = session.slots.get(use.slot, {})
-        if any((caches[name].count if name in caches else 0) != use.count for name in used):
-            raise AgreementError("the dealer has another number of rows of a cache than the parties")
+        texts = {_texts(item) for _, item in plan.entries} - {None} if use.beside else {1}
+        if len({each.slot for each in use.all}) < len(use.all) or texts != {len(use.all)}:
+            raise InputError("a plan for another number of texts than it is to be of, or for one of them twice")
+        for each in use.all:
+            caches = session.slots.get(each.slot, {})
+            if any((caches[name].count if name in caches else 0) != each.count for name in used):
+                raise AgreementError("the dealer has another number of rows of a cache than the parties")
 
     def _keep_masks(self, session: _Session, keys: list[TapeKeys], plan: Plan, use: CacheUse | None) -> None:
-        caches = {} if use is None else session.slots.setdefault(use.slot, {})
+        slots = [] if use is None else [session.slots.setdefault(each.slot, {}) for each in use.all]
         for name, item in plan.entries:
             if not item.kept:
                 continue
@@ -344,17 +354,24 @@ class Dealer:
             if item.lasting:
                 session.fixed[plan.deployment, item.operand] = value
             if item.growing:
-                caches.setdefault(item.operand, RowStore()).append(value)
+                for caches, rows in zip(slots, value if len(slots) > 1 else [value], strict=True):
+                    caches.setdefault(item.operand, RowStore()).append(rows)
 
     def _corrections(
         self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None, digests: Digests | None
     ) -> Iterator[memoryview]:
-        caches = {} if use is None else session.slots.get(use.slot, {})
+        uses = () if use is None else use.all
+        slots = [session.slots.get(each.slot, {}) for each in uses]
         new = {item.cache: item.shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
 
         def fixed(run: int, weight: str) -> torch.Tensor:
-            if use is not None and weight in caches:
-                return caches[weight].read((*use.runs, (use.count, use.count + (run + 1) * new.get(weight, 0))))
+            if slots and weight in slots[0]:
+                grown = (run + 1) * new.get(weight, 0)
+                rows = [
+                    caches[weight].read((*each.runs, (each.count, each.count + grown)))
+                    for each, caches in zip(uses, slots, strict=True)
+                ]
+                return rows[0] if len(rows) == 1 else side_by_side(rows)
             mask = session.fixed.get((plan.deployment, weight))
             if mask is None:
                 raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 import grpc
 
@@ -57,7 +58,7 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
                 request.plan,
                 self._limits.step_timeout_s,
                 context.is_active,
-                _use(request.caches) if request.HasField("caches") else None,
+                _uses(request) if request.HasField("caches") else None,
                 request.signed,
             )
             statement = None
@@ -153,6 +154,14 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         require(peer, role.partition("/")[0] + "/")
         if peer.role != role:
             raise ForbiddenError(f"{peer.role} cannot speak for {role.replace('/', ' ')}")
+
+
+def _uses(request: dealer_pb2.DealRequest) -> CacheUse:
+    """Those of all texts; InputError unless they are run equally often."""
+    use, beside = _use(request.caches), tuple(map(_use, request.beside))
+    if any(other.times != use.times for other in beside):
+        raise InputError("texts whose steps are dealt together, but not equally often")
+    return replace(use, beside=beside)
 
 
 def _use(message: dealer_pb2.CacheUse) -> CacheUse:

@@ -10,7 +10,7 @@ import torch
 
 from mpcinfer.errors import MpcInferError, ShapeError, UnsupportedError
 from mpcinfer.graph.flow import Flow
-from mpcinfer.graph.lifted import Lifted, apply, lifted, several
+from mpcinfer.graph.lifted import Each, Lifted, apply, differing, lifted, of, secret, several
 from mpcinfer.graph.program import Constant, Node, Program, Ref
 from mpcinfer.graph.sizes import solve
 from mpcinfer.nn import lookup, public
@@ -88,15 +88,8 @@ async def evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bit
     """What a node yields, given the values it refers to."""
     args = [_resolve(x, values) for x in node.args]
     kwargs = {k: _resolve(x, values) for k, x in node.kwargs.items()}
-    rule, is_public = lookup(node.op), public.applies(node.op, args)
-    if rule is None and not is_public:
-        raise UnsupportedError(f"operator {node.op} at {node.path or node.name} is not supported")
     try:
-        if rule is None or is_public:
-            return public.evaluate(node.op, args, kwargs, frac_bits)
-        if several(*args, *kwargs.values()):
-            return await apply(rule, node.op, ctx.scope(node.name), args, kwargs)
-        return await rule(ctx.scope(node.name), *args, **kwargs)
+        return await _applied(node, ctx.scope(node.name), args, kwargs, frac_bits)
     except UnsupportedError as error:
         raise UnsupportedError(f"{node.op} at {node.path or node.name}: {error}") from error
     except MpcInferError:
@@ -107,6 +100,22 @@ async def evaluate(node: Node, ctx: Context, values: Mapping[str, Any], frac_bit
         raise UnsupportedError(
             f"{node.op} at {node.path or node.name}: called in a way that is not supported"
         ) from error
+
+
+async def _applied(node: Node, ctx: Context, args: list[Any], kwargs: dict[str, Any], frac_bits: int) -> Any:
+    """A node's operator, applied to these."""
+    told = [*args, *kwargs.values()]
+    if (count := differing(*told)) and not secret(*told):
+        own = [({name: of(x, i) for name, x in kwargs.items()}, [of(x, i) for x in args]) for i in range(count)]
+        return Each([await _applied(node, ctx.scope(str(i)), own[i][1], own[i][0], frac_bits) for i in range(count)])
+    rule = lookup(node.op)
+    if public.applies(node.op, args):
+        return public.evaluate(node.op, args, kwargs, frac_bits)
+    if rule is None:
+        raise UnsupportedError("not supported")
+    if count or several(*told):
+        return await apply(rule, node.op, ctx, args, kwargs)
+    return await rule(ctx, *args, **kwargs)
 
 
 def public_constant(constant: Constant) -> Public:

@@ -16,17 +16,22 @@ from mpcinfer.errors import UnsupportedError
 from mpcinfer.protocol.context import Begun, Context, together, whole
 from mpcinfer.protocol.types import Public, Sealed, Shared, Weight
 
+_ATTENTION = "aten.scaled_dot_product_attention.default"
 Rule = Callable[..., Any]
 Call = tuple[list[Any], dict[str, Any]]
 
 
 class Lifted(Sealed):
-    """Values of several requests, one beside the other: `value` has an axis more than each of them, in front."""
+    """Values of several requests, one beside the other: `value` has an axis more than each of them, in front.
 
-    __slots__ = ("value",)
+    lengths: of caches, how many rows each has; what stands before them is none.
+    """
 
-    def __init__(self, value: Any) -> None:
+    __slots__ = ("lengths", "value")
+
+    def __init__(self, value: Any, lengths: tuple[int, ...] = ()) -> None:
         self.value = value
+        self.lengths = lengths
 
     @property
     def count(self) -> int:
@@ -55,6 +60,43 @@ def lifted(values: Sequence[Shared]) -> Lifted:
     return Lifted(Shared(torch.stack([x.share for x in values]), values[0].frac_bits))
 
 
+class Each:
+    """Public values that differ from one request to the other: sizes of caches, and what is made of them."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = values
+
+    def lifted(self, ragged: bool = False) -> Lifted:
+        """Side by side. ragged: they may have different sizes; then zeros stand in front."""
+        if not all(isinstance(x, Public) for x in self.values):
+            raise UnsupportedError(
+                "an operator that is told the number of rows of a cache, which differs between texts"
+            )
+        tensors = [x.value for x in self.values]
+        sizes = [max(size) for size in zip(*(t.shape for t in tensors), strict=True)]
+        found = tensors[0].new_zeros((len(tensors), *sizes))
+        for i, t in enumerate(tensors):
+            if list(t.shape) != sizes and not ragged:
+                raise UnsupportedError("a public tensor whose size differs between texts, and which is no mask")
+            found[(i, *(slice(size - own, size) for size, own in zip(sizes, t.shape, strict=True)))] = t
+        return Lifted(Public(found, self.values[0].frac_bits))
+
+
+def differing(*values: Any) -> int:
+    """For how many requests the arguments differ in public; 0 if they do not."""
+    for x in values:
+        if isinstance(x, Each):
+            return len(x.values)
+        if isinstance(x, list | tuple) and (found := differing(*x)):
+            return found
+    return 0
+
+
+def secret(*values: Any) -> bool:
+    """Whether there is anything secret among the arguments."""
+    return any(secret(*x) if isinstance(x, list | tuple) else isinstance(x, Sealed) for x in values)
+
+
 def several(*values: Any) -> int:
     """Of how many requests the values in these arguments are; 0 for what is the same for all."""
     for x in values:
@@ -70,7 +112,12 @@ async def apply(rule: Rule, op: str, ctx: Context, args: list[Any], kwargs: dict
     if op == "_operator.getitem":
         return await rule(ctx, *args, **kwargs)
     if op == "aten.sym_size.int":
-        return args[0].shape[args[1]]
+        return _size(args[0], args[1])
+    if op == "mpc.append":
+        return await _append(rule, ctx, *args)
+    if differing(*args, *kwargs.values()):
+        args = [_side_by_side(x, op) for x in args]
+        kwargs = {name: _side_by_side(x, op) for name, x in kwargs.items()}
     prepare = _PREPARE.get(op)
     call = prepare(args, kwargs) if prepare is not None else None
     if call is not None:
@@ -80,13 +127,33 @@ async def apply(rule: Rule, op: str, ctx: Context, args: list[Any], kwargs: dict
     return await _one_by_one(rule, ctx, args, kwargs)
 
 
+def _size(x: Any, dim: int) -> Any:
+    """A size, or those of the requests. How many rows of a cache there are is never taken to be the same for all."""
+    if isinstance(x, Lifted) and x.lengths and dim % len(x.shape) == len(x.shape) - 2:
+        return Each(x.lengths)
+    return x.shape[dim]
+
+
+async def _append(rule: Rule, ctx: Context, cache: Lifted, rows: Lifted) -> Begun:
+    """Rows put below those of each text."""
+    begun = await rule(ctx, cache.value, rows.value)
+    return Begun(Lifted(begun.value, tuple(n + rows.shape[-2] for n in cache.lengths)), begun.rest)
+
+
+def _side_by_side(x: Any, op: str) -> Any:
+    if isinstance(x, list | tuple):
+        return [_side_by_side(item, op) for item in x]
+    # what a mask says of rows that are not there is that nobody sees them
+    return x.lifted(ragged=op == _ATTENTION) if isinstance(x, Each) else x
+
+
 async def _one_by_one(rule: Rule, ctx: Context, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """For each request alone."""
     count = several(*args, *kwargs.values())
 
     async def one(i: int) -> Any:
-        own = {name: _of(x, i) for name, x in kwargs.items()}
-        return await whole(await rule(ctx.scope(str(i)), *(_of(x, i) for x in args), **own))
+        own = {name: of(x, i) for name, x in kwargs.items()}
+        return await whole(await rule(ctx.scope(str(i)), *(of(x, i) for x in args), **own))
 
     return _beside(await together(*(one(i) for i in range(count))))
 
@@ -104,9 +171,12 @@ async def _rowwise(rule: Rule, ctx: Context, args: list[Any], kwargs: dict[str, 
     return _wrapped(parts if isinstance(found, list) else parts[0])
 
 
-def _of(x: Any, i: int) -> Any:
+def of(x: Any, i: int) -> Any:
+    """What one request has of these arguments."""
     if isinstance(x, list | tuple):
-        return [_of(item, i) for item in x]
+        return [of(item, i) for item in x]
+    if isinstance(x, Each):
+        return x.values[i]
     return x.of(i) if isinstance(x, Lifted) else x
 
 
@@ -156,11 +226,6 @@ def _last(args: list[Any], kwargs: dict[str, Any]) -> Call | None:
     return ([args[0].value, *args[1:]], kwargs) if alone else None
 
 
-def _appended(args: list[Any], kwargs: dict[str, Any]) -> Call | None:
-    """For rows that are put below others."""
-    return [_plain(x) for x in args], kwargs
-
-
 def _broadcast(args: list[Any], kwargs: dict[str, Any]) -> Call:
     """For operators of single elements."""
     rank = max(map(_rank, [*args, *kwargs.values()]))
@@ -176,7 +241,9 @@ def _attention(args: list[Any], kwargs: dict[str, Any]) -> Call | None:
     """Queries, keys and values are those of requests; a mask may be, or may be the same for all."""
     if not all(isinstance(x, Lifted) and _rank(x) == _rank(args[0]) for x in args[:3]):
         return None
-    rank = _rank(args[0])
+    rank, mask = _rank(args[0]), args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    if args[1].lengths and not (isinstance(mask, Lifted) and mask.value.value.dtype == torch.bool):
+        raise UnsupportedError("texts of different lengths, and no mask of truth values that says which rows they have")
     return [_aligned(x, rank) for x in args], {name: _aligned(x, rank) for name, x in kwargs.items()}
 
 
@@ -286,9 +353,8 @@ _table(
     ne.Tensor
     """,
 )
-_table(_appended, "mpc.append")
 _table(_last_two, "matmul.default bmm.default linear.default")
-_table(_attention, "scaled_dot_product_attention.default")
+_table(_attention, _ATTENTION.removeprefix("aten."))
 _table(_by_index, "embedding.default")
 _table(_joined, "cat.default concat.default")
 _table(

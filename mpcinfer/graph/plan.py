@@ -22,9 +22,9 @@ from mpcinfer.graph.interpret import (
     released,
     released_of_several,
 )
-from mpcinfer.graph.lifted import Lifted
+from mpcinfer.graph.lifted import Each, Lifted
 from mpcinfer.graph.program import Node, Program, Ref
-from mpcinfer.graph.step import step
+from mpcinfer.graph.step import step, steps
 from mpcinfer.nn.sampling import Choice, Seen
 from mpcinfer.protocol.context import Begun, Context, together, whole
 from mpcinfer.protocol.correlation import Kind
@@ -97,15 +97,18 @@ class Planner:
         return self._finished(run, protocol)
 
     def step(
-        self, tokens: int, room: int, choice: Choice | None, before: int = 0
+        self, tokens: int, room: int, choice: Choice | None, before: int = 0, count: int = 1
     ) -> tuple[Plan, Cost, tuple[int, ...]]:
         """The plan and the cost of a step over so many tokens of a session whose caches then have `room`, and the
         shape of the logits (see `graph.step`; () without a choice).
 
-        before: how many tokens have not been counted then, if the choice depends on them.
+        before: how many tokens have not been counted then, if the choice depends on them. count: of so many texts in
+        one run.
         """
         program = self.program
         run = _Run(self._known, self._parties)
+        if count > 1:
+            return self._steps(run, tokens, room, choice, before, count)
         caches = {}
         for cache in program.caches:
             rows = _meta([*cache.shape[:-2], room - tokens, cache.shape[-1]])
@@ -116,6 +119,26 @@ class Planner:
             seen = Seen(None, Shared(_meta([before]))) if choice is not None and choice.penalises else None
             done = await step(program, ctx, self._holdings, ids, caches, choice, seen, run.node(program.frac_bits))
             return done.logits
+
+        return self._finished(run, protocol)
+
+    def _steps(
+        self, run: _Run, tokens: int, room: int, choice: Choice | None, before: int, count: int
+    ) -> tuple[Plan, Cost, tuple[int, ...]]:
+        """As `step`, of several texts; they have different lengths, as they may."""
+        program = self.program
+        lengths = (room - tokens, *[max(0, room - tokens - 1)] * (count - 1))
+        caches = {}
+        for cache in program.caches:
+            rows = _meta([count, *cache.shape[:-2], room - tokens, cache.shape[-1]])
+            caches[cache.name] = Lifted(Cached(cache.name, rows, rows, room, cache.frac_bits), lengths)
+        ids = Lifted(Shared(_meta([count, 1, tokens])))
+
+        async def protocol(ctx: Context) -> tuple[int, ...]:
+            penalises = choice is not None and choice.penalises
+            seen = [Seen(None, Shared(_meta([before]))) if penalises else None for _ in range(count)]
+            done = await steps(program, ctx, self._holdings, ids, caches, choice, seen, run.node(program.frac_bits))
+            return done[0].logits
 
         return self._finished(run, protocol)
 
@@ -196,7 +219,7 @@ def _anew(result: Any, given: Mapping[int, Any], names: Mapping[str, str]) -> An
     if isinstance(result, list | tuple):
         return [_anew(item, given, names) for item in result]
     if isinstance(result, Lifted):
-        return Lifted(_anew(result.value, given, names))
+        return Lifted(_anew(result.value, given, names), result.lengths)
     if isinstance(result, Cached):
         name = names.get(result.name, result.name)
         return Cached(name, result.share, result.masked, result.capacity, result.frac_bits)
@@ -220,8 +243,11 @@ def _key(node: Node, values: Mapping[str, Any], given: list[Any]) -> bytes:
             for item in x:
                 visit(item)
         elif isinstance(x, Lifted):
-            digest.update(b"lifted")
+            digest.update(repr(("lifted", x.lengths)).encode())
             visit(x.value)
+        elif isinstance(x, Each):
+            digest.update(b"each")
+            visit(list(x.values))
         elif isinstance(x, dict):
             digest.update(b"{%d" % len(x))
             for name, item in sorted(x.items()):

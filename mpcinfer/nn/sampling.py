@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from mpcinfer.errors import InputError
 from mpcinfer.nn.elementwise import width
-from mpcinfer.protocol.context import Context
+from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.gumbel import gumbel
 from mpcinfer.protocol.lookup import one_hot
 from mpcinfer.protocol.multiply import multiply
@@ -88,6 +91,23 @@ async def next_token(
         x = x.rescaled(x.frac_bits + UNIT_BITS)
         x = x + Shared(noise.share * choice.temperature, x.frac_bits)
     return (await argmax_along(ctx, x, width(x)))[1], counts
+
+
+async def next_tokens(
+    ctx: Context, logits: Shared, before: Sequence[Seen | None], choice: Choice, frac_bits: int = 16
+) -> tuple[Shared, list[Shared | None]]:
+    """As `next_token`, of the logits [k, V] of several texts at once: [k], and of each text the counts.
+
+    What looks at other tokens of a text, or at ranks, is done for one text beside the other.
+    """
+    if not choice.penalises and not choice.top_k:
+        return (await next_token(ctx, logits, None, choice, frac_bits))[0], [None] * logits.shape[0]
+
+    async def one(i: int) -> tuple[Shared, Shared | None]:
+        return await next_token(ctx.scope(str(i)), logits.map(lambda t: t[i]), before[i], choice, frac_bits)
+
+    found = await together(*(one(i) for i in range(logits.shape[0])))
+    return Shared(torch.stack([token.share for token, _ in found])), [counts for _, counts in found]
 
 
 async def _penalised(ctx: Context, x: Shared, before: Seen, penalty: int) -> tuple[Shared, Shared]:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ from mpcinfer.graph.interpret import interpret_several
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.messages import reveal
+from mpcinfer.party.part import Part, Phase, Ran
 from mpcinfer.party.pool import Shapes
-from mpcinfer.party.running import Refused, divided
-from mpcinfer.party.stepping import Part, Phase, Stepping, tapes
-from mpcinfer.party.transcript import Evidence, Transcript
+from mpcinfer.party.running import Refused
+from mpcinfer.party.stepping import Stepping, tapes
+from mpcinfer.party.transcript import Evidence
 from mpcinfer.party.waiting import Joint
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
@@ -85,28 +86,13 @@ async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: 
         except MpcInferError:
             return False
 
-    ran: _Ran = await Joint(part, (model.id, shapes), (own_tape, inputs), partial(_run, by, model, shapes), able)
-    began, sent, rounds = time.perf_counter(), part.sent, part.rounds
-    part.transcript = ran.transcript
-    await by.compare(part, ran.tape)
-    seconds = ran.online.seconds + time.perf_counter() - began
-    online = Phase(seconds, ran.online.rounds + part.rounds - rounds, ran.online.bytes_sent + part.sent - sent)
-    answer, evidence = [reveal(x) for x in ran.outputs], part.evidence
+    ran: Ran = await Joint(part, (model.id, shapes), (own_tape, inputs), partial(_run, by, model, shapes), able)
+    online = await ran.compared(by, part)
+    answer, evidence = [reveal(x) for x in ran.found], part.evidence
     return Inferred(model, answer, online, ran.offline, await by.release(part, job, step, answer), evidence)
 
 
-@dataclass(frozen=True)
-class _Ran:
-    """What one request gets of a run for several: its own outputs, its part of the costs, and what all have seen."""
-
-    outputs: list[Shared] = field(repr=False)
-    online: Phase
-    offline: Phase
-    tape: bytes
-    transcript: Transcript = field(repr=False)
-
-
-async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joint]) -> list[_Ran]:
+async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joint]) -> list[Ran]:
     """One run for requests that have been agreed on, under the first one's tape."""
     count, part = len(members), Part(members[0].part.epoch)
     own_tape, _ = members[0].content
@@ -117,15 +103,13 @@ async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joi
     tape, beside = await by.taken(part, ahead) if ahead is not None else (None, 0.0)
     if tape is None:
         tape = await by.deal(part, own_tape, plan, digest, model.weights)
-    seconds, sent = beside + time.perf_counter() - began, divided(part.sent, count)
+    seconds, sent = beside + time.perf_counter() - began, part.sent
     holdings, requests = model.holdings(), [each.content[1] for each in members]
-    outputs, cost = await by.execute(
+    outputs, online = await by.execute(
         part, tape, model.weights, lambda ctx: interpret_several(model.program, ctx, holdings, requests), False
     )
-    seconds += tape.waited
-    offline = [Phase(seconds, 0, *costs) for costs in zip(sent, divided(tape.dealer_bytes, count), strict=True)]
-    online = [Phase(cost.seconds, cost.rounds, sent) for sent in divided(cost.bytes_sent, count)]
-    return [_Ran(*own, tape.id, part.transcript) for own in zip(outputs, online, offline, strict=True)]
+    offline = Phase(seconds + tape.waited, 0, sent, tape.dealer_bytes)
+    return Ran.divided(outputs, online, offline, tape, part.transcript)
 
 
 async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:

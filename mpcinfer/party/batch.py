@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mpcinfer.party.epoch import Epoch
-from mpcinfer.party.generation import Writing
 from mpcinfer.party.inbox import Job
 from mpcinfer.party.session import Sessions
+from mpcinfer.party.writing import Writing
 
 
 def slot_of(sessions: Sessions, job: Job) -> bytes:

@@ -28,7 +28,7 @@ from mpcinfer.trust.grant import Grant, Terms
 from mpcinfer.trust.signing import Signed
 
 _log = logging.getLogger(__name__)
-_MAX_PLANS = 32  # per model, one for each shape of inputs seen lately
+_MAX_PLANS = 64  # per model, one for each shape of inputs, and number of requests, seen lately
 
 
 @dataclass
@@ -87,10 +87,12 @@ class Model:
         """The plan for inputs of these shapes, of so many requests in one run, and its digest; traced once."""
         return self._planned((tuple(shapes), count), parties, lambda planner: planner.inference(shapes, count)[0])
 
-    def step_plan(self, tokens: int, room: int, choice: Choice | None, before: int, parties: int) -> tuple[Plan, bytes]:
-        """The plan of a step of a session (see `Planner.step`), and its digest; traced once."""
-        key = tokens, room, choice, before
-        return self._planned(key, parties, lambda planner: planner.step(tokens, room, choice, before)[0])
+    def step_plan(
+        self, tokens: int, room: int, choice: Choice | None, before: int, parties: int, count: int = 1
+    ) -> tuple[Plan, bytes]:
+        """The plan of a step of a session, or of so many (see `Planner.step`), and its digest; traced once."""
+        about = tokens, room, choice, before, count
+        return self._planned(about, parties, lambda planner: planner.step(*about)[0])
 
     def _planned(self, key: Any, parties: int, trace: Callable[[Planner], Plan]) -> tuple[Plan, bytes]:
         if self.planner is None:

@@ -34,12 +34,13 @@ from mpcinfer.party.generation import generate, gone
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.manifest import PartyManifest
 from mpcinfer.party.metrics import PartyMetrics
+from mpcinfer.party.part import Part
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.refresh import refresh
 from mpcinfer.party.running import Late, Refused
 from mpcinfer.party.session import Sessions
-from mpcinfer.party.stepping import Part, Stepping, incident
+from mpcinfer.party.stepping import Stepping, incident
 from mpcinfer.party.transcript import secret_of
 from mpcinfer.party.vouching import Vouching, check_voice, merged_inventories
 from mpcinfer.trust.chain import Head

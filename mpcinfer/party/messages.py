@@ -8,7 +8,7 @@ import math
 from mpcinfer.errors import InputError, ShapeError
 from mpcinfer.graph.program import Input, Value
 from mpcinfer.party.catalogue import Model
-from mpcinfer.party.stepping import Phase
+from mpcinfer.party.part import Phase
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring import prg
 from mpcinfer.ring.codec import FixedPoint

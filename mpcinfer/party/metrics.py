@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from mpcinfer.party.stepping import Phase
+from mpcinfer.party.part import Phase
 from mpcinfer.wire.mesh import Account, Mesh
 from mpcinfer.wire.metrics import Figures, result_of
 

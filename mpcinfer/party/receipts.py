@@ -14,7 +14,7 @@ from mpcinfer.errors import StoreError
 from mpcinfer.party.audit import Audit
 from mpcinfer.party.catalogue import Model
 from mpcinfer.party.inbox import Job
-from mpcinfer.party.stepping import Phase
+from mpcinfer.party.part import Phase
 from mpcinfer.party.transcript import Evidence
 from mpcinfer.trust.chain import Head
 from mpcinfer.trust.commitment import answers_commitment, check_salt, salt_commitment, upload_commitment

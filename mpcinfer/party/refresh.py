@@ -23,8 +23,9 @@ from mpcinfer.errors import AgreementError, ProtocolError, TamperingError
 from mpcinfer.party.actions import forget
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.inbox import Job
+from mpcinfer.party.part import Part
 from mpcinfer.party.running import Refused
-from mpcinfer.party.stepping import Part, Stepping
+from mpcinfer.party.stepping import Stepping
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64
 from mpcinfer.trust.commitment import commitment

@@ -106,9 +106,3 @@ def portions(count: int) -> list[int]:
         sizes.append(power + power // 2 if power > 1 and count >= power + power // 2 else power)
         count -= sizes[-1]
     return sizes
-
-
-def divided(total: int, count: int) -> list[int]:
-    """What each of so many is told that it has cost: nothing is told twice."""
-    each, rest = divmod(total, count)
-    return [each + rest, *[each] * (count - 1)]

@@ -22,7 +22,6 @@ from mpcinfer.nn.sampling import Choice
 from mpcinfer.party.accounts import Accounts
 from mpcinfer.party.actions import Inference, Inferred
 from mpcinfer.party.catalogue import Catalogue, Model
-from mpcinfer.party.generation import Writing, Written
 from mpcinfer.party.inbox import Inbox, Job
 from mpcinfer.party.lane import Lane
 from mpcinfer.party.manifest import PartyManifest
@@ -32,6 +31,7 @@ from mpcinfer.party.policy import Policy
 from mpcinfer.party.receipts import Receipts
 from mpcinfer.party.session import Sessions
 from mpcinfer.party.uploads import Uploads
+from mpcinfer.party.writing import Writing, Written
 from mpcinfer.trust.commitment import check_salt, upload_commitment
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel

@@ -11,17 +11,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from mpcinfer.errors import BusyError, ConflictError, ContextLengthError, NotFoundError
+from mpcinfer.graph.lifted import Lifted
 from mpcinfer.graph.program import Program
 from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Model
 from mpcinfer.party.tape import Tape
-from mpcinfer.protocol.cache import CacheUse, RowStore, joined
+from mpcinfer.protocol.cache import CacheUse, RowStore, joined, side_by_side
 from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.types import Cached, Shared
 
@@ -30,11 +31,52 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass
 class Run:
-    """The randomness of a step to come: the digest of what it is for, and the seconds that it took."""
+    """The randomness of a step to come: the digest of what it is for, the rows it gives masks, the seconds it took."""
 
     tape: Tape = field(repr=False)
     digest: bytes
+    rows: int
     seconds: float
+
+
+@dataclass
+class Supply:
+    """The randomness of steps to come: of the text that grows in a slot, or of those in several that share their runs.
+
+    What is there, what is on its way for the steps after those, of how many steps that was last, and how many steps the
+    slots' texts have been written in together.
+    """
+
+    slots: tuple[Slot, ...]
+    ready: deque[Run] = field(default_factory=deque, repr=False)
+    ahead: Ahead | None = field(default=None, repr=False)
+    pace: int = 0
+    steps: int = 0
+
+    @staticmethod
+    def of(slots: Sequence[Slot]) -> Supply:
+        """What these have in common, in this order; what one of them has with others is dropped."""
+        held = slots[0].supply
+        if held is not None and [each.id for each in held.slots] == [each.id for each in slots]:
+            return held
+        for slot in slots:
+            if slot.supply is not None:
+                slot.supply.drop()
+        made = Supply(tuple(slots))
+        for slot in slots:
+            slot.supply = made
+        return made
+
+    def drop(self) -> None:
+        """What was fetched ahead is of no use: a text has taken another turn. Its rows have masks, and are left out.
+
+        Who asks the dealer next waits for what is on its way, if it is.
+        """
+        rows = sum(run.rows for run in self.ready) + (self.ahead.rows if self.ahead is not None else 0)
+        self.ready.clear()
+        self.ahead, self.pace = None, 0
+        for slot in self.slots:
+            slot.skip(rows)
 
 
 @dataclass
@@ -45,12 +87,8 @@ class Slot:
     shares: dict[str, RowStore] = field(repr=False)
     masked: dict[str, RowStore] = field(repr=False)
 
-    # what is there for the next steps, what is on its way for those after them, of how many steps that was last, and
-    # whose step was the last one
-    ready: deque[Run] = field(default_factory=deque, repr=False)
-    ahead: Ahead | None = field(default=None, repr=False)
-    pace: int = 0
-    last: bytes = b""
+    supply: Supply | None = field(default=None, repr=False)
+    last: bytes = b""  # whose step was the last one
     # where the rows' masks came from: [first, end), for audits of the dealer
     masks: list[tuple[int, int, KeptMasks]] = field(default_factory=list, repr=False)
 
@@ -68,16 +106,6 @@ class Slot:
                 if low < high:
                     parts.append(masks.share(cache)[..., low - start : high - start, :])
         return parts
-
-    def drop(self) -> None:
-        """What was fetched ahead is of no use: the text has taken another turn. Its rows have masks, and are left out.
-
-        Who asks the dealer next waits for what is on its way, if it is.
-        """
-        rows = len(self.ready) + (self.ahead.rows if self.ahead is not None else 0)
-        self.ready.clear()
-        self.ahead, self.pace = None, 0
-        self.skip(rows)
 
     def skip(self, rows: int) -> None:
         """Leave out the numbers of rows whose masks will never be used."""
@@ -177,9 +205,11 @@ class Sessions:
 
     def ahead(self) -> int:
         """For how many steps of all of them randomness is there, or on its way."""
-        slots = {s.slot.id: s.slot for s in self._sessions.copy().values()}
+        supplies = {id(s.slot.supply): s.slot.supply for s in self._sessions.copy().values()}
         return sum(
-            len(slot.ready) + (len(slot.ahead.digests) if slot.ahead is not None else 0) for slot in slots.values()
+            len(each.ready) + (len(each.ahead.digests) if each.ahead is not None else 0)
+            for each in supplies.values()
+            if each is not None
         )
 
     def rows(self, program: Program) -> int:
@@ -283,6 +313,22 @@ class Sessions:
         """The epoch has ended, and with it the masks of all rows."""
         self._sessions.clear()
         self._ending.clear()
+
+
+def use_of(sessions: Sequence[Session]) -> CacheUse:
+    """What to tell the dealer of texts that share their runs."""
+    own, *beside = (session.use() for session in sessions)
+    return replace(own, beside=tuple(beside))
+
+
+def caches_of(sessions: Sequence[Session], room: int) -> dict[str, Lifted]:
+    """Their caches side by side, with room for so many rows each."""
+    each, found = [session.caches(room) for session in sessions], {}
+    for name, first in each[0].items():
+        share = side_by_side([own[name].share for own in each])
+        masked = side_by_side([own[name].masked for own in each])
+        found[name] = Lifted(Cached(name, share, masked, room, first.frac_bits), tuple(s.length for s in sessions))
+    return found
 
 
 def _caller(session: Session) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,12 +19,13 @@ from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.inbox import Job
+from mpcinfer.party.part import Part, Phase
 from mpcinfer.party.policy import Policy
 from mpcinfer.party.pool import Pool
 from mpcinfer.party.releasing import Answer, Releasing
 from mpcinfer.party.running import Late, Refused, run
 from mpcinfer.party.sacrifice import Coin, audit
-from mpcinfer.party.session import Session, Sessions, Slot
+from mpcinfer.party.session import Session, Sessions, Slot, use_of
 from mpcinfer.party.tape import Tape, fetch
 from mpcinfer.party.transcript import Evidence, Transcript
 from mpcinfer.party.vouching import Vouching, check_ballot
@@ -38,31 +38,6 @@ from mpcinfer.wire import channel
 from mpcinfer.wire.frames import COMPARED
 from mpcinfer.wire.memory import give_back
 from mpcinfer.wire.v1 import tensor_pb2
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What one phase of a request cost this party."""
-
-    seconds: float
-    rounds: int
-    bytes_sent: int
-    bytes_from_dealer: int = 0
-
-
-@dataclass
-class Part:
-    """One request's part of a step, which several may share: what it has cost this party so far.
-
-    `evidence` is of what has run last, and was found to be the same at all parties.
-    """
-
-    epoch: Epoch
-    id: bytes = b""
-    rounds: int = 0
-    sent: int = 0
-    transcript: Transcript = field(default_factory=Transcript, repr=False)
-    evidence: Evidence | None = None
 
 
 class Stepping:
@@ -190,19 +165,21 @@ class Stepping:
         plan: Plan,
         digest: bytes,
         weights: dict[str, Weight],
-        session: Session | None = None,
+        sessions: Sequence[Session] = (),
     ) -> Tape:
         """Fetch a tape at all parties, and another one for each that is audited.
+
+        sessions: whose rows it is about; of several none may be audited.
 
         A failure ends the epoch: the dealer may have forgotten it, or burn the tape.
         """
         while True:
-            use = session.use() if session is not None else None
+            use = use_of(sessions) if sessions else None
             work = partial(fetch, part.epoch, tape, plan, digest, weights, self._limits.step_timeout_s, use)
-            fetched = await self._fetched(part, work, slot=session.slot if session is not None else None)
+            fetched = await self._fetched(part, work, slot=sessions[0].slot if sessions else None)
             if fetched is not None:
                 return fetched
-            if session is not None:
+            for session in sessions:
                 session.slot.skip(plan.rows)
             tape = hashlib.sha256(tape).digest()[:16]
 

@@ -250,8 +250,9 @@ def _delivery(
         session=epoch.id, index=epoch.mesh.index, tape=tape, plan_digest=digest, signed=_signed(epoch, plan)
     )
     if use is not None:
-        numbers = [number for run in use.runs for number in run]
-        request.caches.CopyFrom(dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count, times=use.times))
+        own, *beside = map(_message, use.all)
+        request.caches.CopyFrom(own)
+        request.beside.extend(beside)
     if digest in epoch.plans_told:
         try:
             return Delivery(epoch, request, timeout)
@@ -261,3 +262,8 @@ def _delivery(
     delivery = Delivery(epoch, request, timeout)
     epoch.plans_told.add(digest)
     return delivery
+
+
+def _message(use: CacheUse) -> dealer_pb2.CacheUse:
+    numbers = [number for run in use.runs for number in run]
+    return dealer_pb2.CacheUse(slot=use.slot, runs=numbers, count=use.count, times=use.times)

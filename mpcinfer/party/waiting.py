@@ -10,7 +10,7 @@ import torch
 from mpcinfer.protocol.context import Opening
 
 if TYPE_CHECKING:
-    from mpcinfer.party.stepping import Part
+    from mpcinfer.party.part import Part
 
 Work = Coroutine[Any, Any, Sequence[Any]]
 

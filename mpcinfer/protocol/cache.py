@@ -74,23 +74,41 @@ class CacheUse:
 
     slot: whose caches, 16 bytes. runs: their rows; what the tape appends comes after them. count: how many rows have
     been appended to each of them before. times: how often the plan is run, each time with the rows appended before.
+    beside: those of other texts, where one run is for several; the plan's rows then have an axis more, in front.
     """
 
     slot: bytes
     runs: tuple[tuple[int, int], ...]
     count: int
     times: int = 1
+    beside: tuple[CacheUse, ...] = ()
+
+    @property
+    def all(self) -> tuple[CacheUse, ...]:
+        """That of each text."""
+        return self, *self.beside
 
     def after(self, rows: int, times: int = 1) -> CacheUse:
-        """The same, once so many rows more have been appended."""
+        """The same, once so many rows more have been appended to each."""
         grown = tuple(joined([*self.runs, (self.count, self.count + rows)])) if rows else self.runs
-        return CacheUse(self.slot, grown, self.count + rows, times)
+        beside = tuple(other.after(rows, times) for other in self.beside)
+        return CacheUse(self.slot, grown, self.count + rows, times, beside)
 
     def digest(self, plan: bytes) -> bytes:
         """SHA-256 of this and of the digest of a plan: what all parties must mean when they ask for a tape."""
         numbers = [self.times, self.count, *(n for run in self.runs for n in run)]
         parts = [plan, self.slot, *(n.to_bytes(8, "little") for n in numbers)]
+        parts += [other.digest(plan) for other in self.beside]
         return hashlib.sha256(b"caches" + b"".join(len(p).to_bytes(4, "little") + p for p in parts)).digest()
+
+
+def side_by_side(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows [*S, m, d] of several texts as one tensor with an axis in front; zeros stand before those that are fewer."""
+    most = max(each.shape[-2] for each in rows)
+    found = rows[0].new_zeros((len(rows), *rows[0].shape[:-2], most, rows[0].shape[-1]))
+    for i, each in enumerate(rows):
+        found[i, ..., most - each.shape[-2] :, :] = each
+    return found
 
 
 @kind

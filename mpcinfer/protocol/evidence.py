@@ -63,19 +63,24 @@ def statement(
 class KeptMasks:
     """A party's shares of the masks that outlive a tape: expanded anew for each audit that needs them."""
 
-    def __init__(self, keys: TapeKeys, plan: Plan, run: str = "") -> None:
-        """run: with what the names begin, where the plan was dealt several times on one tape."""
-        self._keys, self._plan, self._run = keys, plan, run
+    def __init__(self, keys: TapeKeys, plan: Plan, run: str = "", text: int | None = None) -> None:
+        """run: with what the names begin, where the plan was dealt several times on one tape. text: of which, where a
+        run is for several."""
+        self._keys, self._plan, self._run, self._text = keys, plan, run, text
 
     def of(self, run: int) -> KeptMasks:
         """Those of one run of the plan."""
         return KeptMasks(self._keys, self._plan, f"{run}/")
 
+    def of_text(self, text: int) -> KeptMasks:
+        """Those of one of the texts that a run is for."""
+        return KeptMasks(self._keys, self._plan, self._run, text)
+
     def share(self, operand: str) -> torch.Tensor:
         """This party's share of the mask B of a weight, or of the new rows of a cache."""
         name, item = self._plan.kept[operand]
         (share,) = streams(item, self._run + name, self._keys.kept, item.free()).values()
-        return share
+        return share if self._text is None else share[self._text]
 
     def __repr__(self) -> str:
         return f"KeptMasks({list(self._plan.kept)})"

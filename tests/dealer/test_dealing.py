@@ -518,6 +518,54 @@ def test_runs_of_one_tape_each_take_in_the_rows_of_those_before(n: int) -> None:
     assert right_products(values, torch.cat([masks[3:5], values["node#0"]["b"]]))
 
 
+BOTH = plan_of(
+    RowMask("k", (2, 2, 3)),
+    CachedProduct("k", (2, 1, 3), (2, 8, 3), True),
+    CachedProduct("k", (2, 1, 8), (2, 8, 3), False),
+)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_texts_side_by_side_have_rows_of_their_own(n: int) -> None:
+    session = Session(Dealer(n, CLUSTER)).join()
+    masks = [grown(session, CacheUse(SLOT, (), 0))["node#0"]["b"], torch.empty(0, 3, dtype=torch.int64)]
+    use = CacheUse(SLOT, ((0, 2),), 2, beside=(CacheUse(b"t" * 16, (), 0),))
+    values = grown(session, use, BOTH)
+    for text in range(2):
+        masks[text] = torch.cat([masks[text], values["node#0"]["b"][text]])
+        shown = torch.cat([torch.zeros(4 - len(masks[text]), 3, dtype=torch.int64), masks[text]])
+        assert right_products({name: {f: x[text] for f, x in own.items()} for name, own in values.items()}, shown)
+    # then each goes on alone
+    for text, slot in enumerate((SLOT, b"t" * 16)):
+        count = len(masks[text])
+        alone = grown(session, CacheUse(slot, ((0, count),), count))
+        masks[text] = torch.cat([masks[text], alone["node#0"]["b"]])
+        assert right_products(alone, masks[text])
+    every = torch.cat(masks)
+    assert len(every.unique()) == every.numel()
+
+
+@pytest.mark.parametrize(
+    ("beside", "plan"),
+    [
+        ((CacheUse(b"t" * 16, (), 0),), GROW),
+        ((CacheUse(b"t" * 16, (), 0), CacheUse(b"u" * 16, (), 0)), BOTH),
+        ((CacheUse(SLOT, (), 0),), BOTH),
+    ],
+)
+def test_another_number_of_texts_is_refused(session: Session, beside: tuple[CacheUse, ...], plan: Plan) -> None:
+    assert refused(session, [CacheUse(SLOT, (), 0, beside=beside)] * 2, plan) <= {
+        InputError,
+        ConflictError,
+        AbortedError,
+    }
+
+
+def test_a_text_beside_another_that_the_dealer_knows_less_of_is_refused(session: Session) -> None:
+    use = CacheUse(SLOT, (), 0, beside=(CacheUse(b"t" * 16, (), 3),))
+    assert AgreementError in refused(session, [use] * 2, BOTH)
+
+
 def test_another_number_of_runs_is_another_tape(session: Session) -> None:
     assert refused(session, [CacheUse(SLOT, (), 0, times=2), CacheUse(SLOT, (), 0)]) == {AgreementError}
 

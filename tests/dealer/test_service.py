@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mpcinfer.config import PROTOCOL_VERSION, Limits
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.dealer.server import build
-from mpcinfer.dealer.service import _use
+from mpcinfer.dealer.service import _use, _uses
 from mpcinfer.errors import AbortedError, AgreementError, ConfigError, ForbiddenError, InputError, MpcInferError
 from mpcinfer.protocol.cache import MOST_TIMES, CacheUse
 from mpcinfer.protocol.tracing import Plan
@@ -183,7 +183,7 @@ def test_no_call_takes_a_tensor() -> None:
     """What parties may tell the dealer: ids, digests, plans and numbers of rows; no message has room for a share."""
     allowed = {
         "JoinRequest": {"session", "index", "nonce", "public_key", "cluster_digest", "protocol_version"},
-        "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches", "signed"},
+        "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches", "signed", "beside"},
         "CacheUse": {"slot", "runs", "count", "times"},
         "ForgetRequest": {"session", "slots"},
         "DealerStatusRequest": set(),
@@ -218,3 +218,12 @@ def test_rows_arrive_as_they_were_meant() -> None:
         assert _use(dealer_pb2.CacheUse(slot=use.slot, count=9, times=times)) == CacheUse(use.slot, (), 9, times)
     with pytest.raises(InputError):
         _use(dealer_pb2.CacheUse(slot=use.slot, count=9, times=MOST_TIMES + 1))
+
+
+def test_rows_of_several_texts_arrive_as_they_were_meant() -> None:
+    own, other = dealer_pb2.CacheUse(slot=b"s" * 16, count=9), dealer_pb2.CacheUse(slot=b"t" * 16, runs=[0, 2], count=2)
+    whole = _uses(dealer_pb2.DealRequest(caches=own, beside=[other]))
+    assert whole == CacheUse(b"s" * 16, (), 9, beside=(CacheUse(b"t" * 16, ((0, 2),), 2),))
+    other.times = 2
+    with pytest.raises(InputError, match="equally often"):
+        _uses(dealer_pb2.DealRequest(caches=own, beside=[other]))

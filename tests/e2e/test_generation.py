@@ -126,6 +126,20 @@ def test_answers_of_one_beginning_at_the_same_time(scene: Scene, bob: Client) ->
     assert all(map(scene.right, answers, texts)) and [a.cached_tokens for a in answers] == [9] * 3
 
 
+def test_texts_of_two_clients_at_the_same_time(scene: Scene) -> None:
+    """Evaluated in one run as far as they can be: each is right, and each client has its own."""
+    texts = [token_ids(9, 1), token_ids(4, 2), token_ids(20, 3), token_ids(9, 4)]
+
+    def ask(which: tuple[int, list[int]]) -> Answer:
+        i, text = which
+        with scene.client(("bob", "eve")[i % 2]) as client:
+            return client.generate("tiny", text, max_new_tokens=6, stream=False)
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(ask, enumerate(texts)))
+    assert all(map(scene.right, answers, texts)) and all(len(a.tokens) == 6 for a in answers)
+
+
 @pytest.mark.slow
 def test_chance_and_penalties(bob: Client) -> None:
     text = token_ids(5, 2)

@@ -16,8 +16,8 @@ import torch
 from mpcinfer.config import Limits
 from mpcinfer.errors import AbortedError, BusyError, ConfigError
 from mpcinfer.party.metrics import PartyMetrics
+from mpcinfer.party.part import Phase
 from mpcinfer.party.server import Party
-from mpcinfer.party.stepping import Phase
 from mpcinfer.wire.mesh import CONTROL, Account
 from tests.inprocess import Caller, InProcess, Keys, free_ports, kinds, mlp, random_weights
 from tests.scrapes import Figures, documented, families, strange_labels

@@ -21,6 +21,7 @@ from mpcinfer.protocol.cache import (
     appending,
     cached_product,
     joined,
+    side_by_side,
 )
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import from_json, to_json
@@ -291,6 +292,13 @@ def test_joined() -> None:
     assert joined([(0, 2), (2, 3), (4, 5), (5, 9), (1, 2)]) == [(0, 3), (4, 9), (1, 2)] and joined([]) == []
 
 
+def test_rows_of_several_texts_end_side_by_side() -> None:
+    first, second = torch.arange(6).reshape(1, 3, 2), 10 + torch.arange(2).reshape(1, 1, 2)
+    both = side_by_side([first, second])
+    assert both.shape == (2, 1, 3, 2) and torch.equal(both[0], first)
+    assert both[1].tolist() == [[[0, 0], [0, 0], [10, 11]]]
+
+
 def test_a_use_is_told_from_every_other() -> None:
     use = CacheUse(b"s" * 16, ((0, 3), (5, 9)), 12)
     others = [
@@ -304,6 +312,10 @@ def test_a_use_is_told_from_every_other() -> None:
         replace(use, runs=((0, 3), (5, 9), (9, 9))),
         replace(use, runs=()),
         replace(use, runs=((12, 0), (3, 5)), count=9),
+        replace(use, beside=(CacheUse(b"t" * 16, (), 0),)),
+        replace(use, beside=(CacheUse(b"t" * 16, (), 1),)),
+        replace(use, beside=(CacheUse(b"t" * 16, (), 0), CacheUse(b"u" * 16, (), 0))),
+        CacheUse(b"t" * 16, (), 0, beside=(use,)),
     ]
     digests = [u.digest(b"p" * 32) for u in (use, *others)] + [use.digest(b"q" * 32)]
     # what moves from one part to the next

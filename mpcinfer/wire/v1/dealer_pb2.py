@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mpcinfer.wire.v1 import trust_pb2 as mpcinfer_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mpcinfer/v1/dealer.proto\x12\x0bmpcinfer.v1\x1a\x17mpcinfer/v1/trust.proto\"b\n\x0eWitnessRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x03 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\"C\n\x0fWitnessResponse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x14\n\x0cparty_nonces\x18\x03 \x03(\x0c\"@\n\x10\x43orrectedRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04tape\x18\x03 \x01(\x0c\"#\n\x11\x43orrectedResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x82\x01\n\x0bJoinRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x16\n\x0e\x63luster_digest\x18\x05 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\"G\n\x0cJoinResponse\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x14\n\x0cparty_nonces\x18\x03 \x03(\x0c\"\x95\x01\n\x0b\x44\x65\x61lRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04tape\x18\x03 \x01(\x0c\x12\x13\n\x0bplan_digest\x18\x04 \x01(\x0c\x12\x0c\n\x04plan\x18\x05 \x01(\x0c\x12%\n\x06\x63\x61\x63hes\x18\x06 \x01(\x0b\x32\x15.mpcinfer.v1.CacheUse\x12\x0e\n\x06signed\x18\x07 \x01(\x08\"D\n\x08\x43\x61\x63heUse\x12\x0c\n\x04slot\x18\x01 \x01(\x0c\x12\x0c\n\x04runs\x18\x02 \x03(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\r\n\x05times\x18\x04 \x01(\r\"/\n\rForgetRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05slots\x18\x02 \x03(\x0c\"\x10\n\x0e\x46orgetResponse\"E\n\x0c\x44\x65\x61lResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12&\n\tstatement\x18\x02 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"\x15\n\x13\x44\x65\x61lerStatusRequest\"\x9a\x01\n\x14\x44\x65\x61lerStatusResponse\x12\x17\n\x0fpackage_version\x18\x01 \x01(\t\x12\r\n\x05tapes\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x17\n\x0fseconds_dealing\x18\x04 \x01(\x01\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12\x15\n\rsession_ready\x18\x06 \x01(\x08\x32\xb5\x03\n\rDealerService\x12;\n\x04Join\x12\x18.mpcinfer.v1.JoinRequest\x1a\x19.mpcinfer.v1.JoinResponse\x12=\n\x04\x44\x65\x61l\x12\x18.mpcinfer.v1.DealRequest\x1a\x19.mpcinfer.v1.DealResponse0\x01\x12\x41\n\x06\x46orget\x12\x1a.mpcinfer.v1.ForgetRequest\x1a\x1b.mpcinfer.v1.ForgetResponse\x12S\n\x0c\x44\x65\x61lerStatus\x12 .mpcinfer.v1.DealerStatusRequest\x1a!.mpcinfer.v1.DealerStatusResponse\x12\x44\n\x07Witness\x12\x1b.mpcinfer.v1.WitnessRequest\x1a\x1c.mpcinfer.v1.WitnessResponse\x12J\n\tCorrected\x12\x1d.mpcinfer.v1.CorrectedRequest\x1a\x1e.mpcinfer.v1.CorrectedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mpcinfer/v1/dealer.proto\x12\x0bmpcinfer.v1\x1a\x17mpcinfer/v1/trust.proto\"b\n\x0eWitnessRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\x16\n\x0e\x63luster_digest\x18\x03 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\"C\n\x0fWitnessResponse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x14\n\x0cparty_nonces\x18\x03 \x03(\x0c\"@\n\x10\x43orrectedRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04tape\x18\x03 \x01(\x0c\"#\n\x11\x43orrectedResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x82\x01\n\x0bJoinRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x16\n\x0e\x63luster_digest\x18\x05 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\"G\n\x0cJoinResponse\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x14\n\x0cparty_nonces\x18\x03 \x03(\x0c\"\xbc\x01\n\x0b\x44\x65\x61lRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04tape\x18\x03 \x01(\x0c\x12\x13\n\x0bplan_digest\x18\x04 \x01(\x0c\x12\x0c\n\x04plan\x18\x05 \x01(\x0c\x12%\n\x06\x63\x61\x63hes\x18\x06 \x01(\x0b\x32\x15.mpcinfer.v1.CacheUse\x12\x0e\n\x06signed\x18\x07 \x01(\x08\x12%\n\x06\x62\x65side\x18\x08 \x03(\x0b\x32\x15.mpcinfer.v1.CacheUse\"D\n\x08\x43\x61\x63heUse\x12\x0c\n\x04slot\x18\x01 \x01(\x0c\x12\x0c\n\x04runs\x18\x02 \x03(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\r\n\x05times\x18\x04 \x01(\r\"/\n\rForgetRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05slots\x18\x02 \x03(\x0c\"\x10\n\x0e\x46orgetResponse\"E\n\x0c\x44\x65\x61lResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12&\n\tstatement\x18\x02 \x01(\x0b\x32\x13.mpcinfer.v1.Signed\"\x15\n\x13\x44\x65\x61lerStatusRequest\"\x9a\x01\n\x14\x44\x65\x61lerStatusResponse\x12\x17\n\x0fpackage_version\x18\x01 \x01(\t\x12\r\n\x05tapes\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x17\n\x0fseconds_dealing\x18\x04 \x01(\x01\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12\x15\n\rsession_ready\x18\x06 \x01(\x08\x32\xb5\x03\n\rDealerService\x12;\n\x04Join\x12\x18.mpcinfer.v1.JoinRequest\x1a\x19.mpcinfer.v1.JoinResponse\x12=\n\x04\x44\x65\x61l\x12\x18.mpcinfer.v1.DealRequest\x1a\x19.mpcinfer.v1.DealResponse0\x01\x12\x41\n\x06\x46orget\x12\x1a.mpcinfer.v1.ForgetRequest\x1a\x1b.mpcinfer.v1.ForgetResponse\x12S\n\x0c\x44\x65\x61lerStatus\x12 .mpcinfer.v1.DealerStatusRequest\x1a!.mpcinfer.v1.DealerStatusResponse\x12\x44\n\x07Witness\x12\x1b.mpcinfer.v1.WitnessRequest\x1a\x1c.mpcinfer.v1.WitnessResponse\x12J\n\tCorrected\x12\x1d.mpcinfer.v1.CorrectedRequest\x1a\x1e.mpcinfer.v1.CorrectedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,19 +45,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINRESPONSE']._serialized_start=471
   _globals['_JOINRESPONSE']._serialized_end=542
   _globals['_DEALREQUEST']._serialized_start=545
-  _globals['_DEALREQUEST']._serialized_end=694
-  _globals['_CACHEUSE']._serialized_start=696
-  _globals['_CACHEUSE']._serialized_end=764
-  _globals['_FORGETREQUEST']._serialized_start=766
-  _globals['_FORGETREQUEST']._serialized_end=813
-  _globals['_FORGETRESPONSE']._serialized_start=815
-  _globals['_FORGETRESPONSE']._serialized_end=831
-  _globals['_DEALRESPONSE']._serialized_start=833
-  _globals['_DEALRESPONSE']._serialized_end=902
-  _globals['_DEALERSTATUSREQUEST']._serialized_start=904
-  _globals['_DEALERSTATUSREQUEST']._serialized_end=925
-  _globals['_DEALERSTATUSRESPONSE']._serialized_start=928
-  _globals['_DEALERSTATUSRESPONSE']._serialized_end=1082
-  _globals['_DEALERSERVICE']._serialized_start=1085
-  _globals['_DEALERSERVICE']._serialized_end=1522
+  _globals['_DEALREQUEST']._serialized_end=733
+  _globals['_CACHEUSE']._serialized_start=735
+  _globals['_CACHEUSE']._serialized_end=803
+  _globals['_FORGETREQUEST']._serialized_start=805
+  _globals['_FORGETREQUEST']._serialized_end=852
+  _globals['_FORGETRESPONSE']._serialized_start=854
+  _globals['_FORGETRESPONSE']._serialized_end=870
+  _globals['_DEALRESPONSE']._serialized_start=872
+  _globals['_DEALRESPONSE']._serialized_end=941
+  _globals['_DEALERSTATUSREQUEST']._serialized_start=943
+  _globals['_DEALERSTATUSREQUEST']._serialized_end=964
+  _globals['_DEALERSTATUSRESPONSE']._serialized_start=967
+  _globals['_DEALERSTATUSRESPONSE']._serialized_end=1121
+  _globals['_DEALERSERVICE']._serialized_start=1124
+  _globals['_DEALERSERVICE']._serialized_end=1561
 # @@protoc_insertion_point(module_scope)

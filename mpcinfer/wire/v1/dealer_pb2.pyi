@@ -72,7 +72,7 @@ class JoinResponse(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., party_nonces: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class DealRequest(_message.Message):
-    __slots__ = ("session", "index", "tape", "plan_digest", "plan", "caches", "signed")
+    __slots__ = ("session", "index", "tape", "plan_digest", "plan", "caches", "signed", "beside")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TAPE_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class DealRequest(_message.Message):
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CACHES_FIELD_NUMBER: _ClassVar[int]
     SIGNED_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     index: int
     tape: bytes
@@ -87,7 +88,8 @@ class DealRequest(_message.Message):
     plan: bytes
     caches: CacheUse
     signed: bool
-    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., caches: _Optional[_Union[CacheUse, _Mapping]] = ..., signed: bool = ...) -> None: ...
+    beside: _containers.RepeatedCompositeFieldContainer[CacheUse]
+    def __init__(self, session: _Optional[bytes] = ..., index: _Optional[int] = ..., tape: _Optional[bytes] = ..., plan_digest: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., caches: _Optional[_Union[CacheUse, _Mapping]] = ..., signed: bool = ..., beside: _Optional[_Iterable[_Union[CacheUse, _Mapping]]] = ...) -> None: ...
 
 class CacheUse(_message.Message):
     __slots__ = ("slot", "runs", "count", "times")
