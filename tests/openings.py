@@ -279,7 +279,13 @@ def faulty_masks(
     def derive(key: bytes, *parts: str | int | bytes) -> bytes:
         return prg.derive(key, *(name(*parts) if name else parts))
 
-    monkeypatch.setattr(correlation, "prg", SimpleNamespace(expand=expand, derive=derive))
+    def add(key: bytes, x: torch.Tensor, ring: Ring) -> torch.Tensor:
+        return ring.add(ring.reduce(x), expand(key, tuple(x.shape), ring))
+
+    def sub(key: bytes, x: torch.Tensor, ring: Ring) -> torch.Tensor:
+        return ring.sub(ring.reduce(x), expand(key, tuple(x.shape), ring))
+
+    monkeypatch.setattr(correlation, "prg", SimpleNamespace(expand=expand, derive=derive, add=add, sub=sub))
 
 
 def assert_hides(

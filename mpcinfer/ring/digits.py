@@ -125,36 +125,43 @@ def _parity(x: Any) -> Any:
     return np.uint8(x & np.uint32(1))
 
 
-@njit(
-    "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, "
-    "uint8[:, :, ::1], uint8[:, :, ::1], uint8[:, :, ::1])",
-    nogil=True,
-    cache=True,
-)
-def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, words: Any, tops: Any) -> None:
-    n = c.size
-    digits = lt.shape[1]
-    blocks = words.shape[2]
-    k = digits // blocks
-    for t in range(thresholds.size):
-        for i in range(n):
-            u = (c[i] - thresholds[t]) & low
-            for b in range(blocks):
-                word = masks[t, i, b]
-                for leaf in range(k):
-                    j = digits - 1 - (b * k + leaf)
-                    v = (u >> np.uint64(4 * j)) & np.uint64(15)
-                    # bit v + 1 of the extended table is lt(v); bit 0 is lt(-1) = 1, held by the first party
-                    table = (np.uint32(lt[i, j]) << np.uint32(1)) | np.uint32(first)
-                    below = (table >> np.uint32(v)) & np.uint32(1)
-                    less = (table >> np.uint32(v + np.uint64(1))) & np.uint32(1)
-                    if blocks > 1 or leaf + 1 < k:
-                        word ^= np.uint8((below ^ less) << np.uint32(2 * leaf))
-                    if leaf == 0:
-                        tops[t, i, b] = np.uint8(less)
-                    else:
-                        word ^= np.uint8(less << np.uint32(2 * leaf - 1))
-                words[t, i, b] = word
+def _leaves_of(k: int) -> Any:
+    """The kernel for blocks of k leaves: that it knows k saves a third of its time."""
+
+    @njit(
+        "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, "
+        "uint8[:, :, ::1], uint8[:, :, ::1], uint8[:, :, ::1])",
+        nogil=True,
+        cache=True,
+    )
+    def kernel(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, words: Any, tops: Any) -> None:
+        one, held = np.uint32(1), np.uint32(first)
+        blocks = words.shape[2]
+        kept = np.uint32((1 << (2 * k - (1 if blocks > 1 else 2))) - 1)
+        for t in range(thresholds.size):
+            for i in range(c.size):
+                u = (c[i] - thresholds[t]) & low
+                for b in range(blocks):
+                    at = lt.shape[1] - (b + 1) * k
+                    part = np.uint32(u >> np.uint64(4 * at))
+                    word, less = np.uint32(0), np.uint32(0)
+                    for j in range(k):
+                        v = (part >> np.uint32(4 * j)) & np.uint32(15)
+                        # bit v + 1 of the extended table is lt(v); bit 0 is lt(-1) = 1, held by the first party
+                        two = ((np.uint32(lt[i, at + j]) << one) | held) >> v
+                        less = (two >> one) & one
+                        word = (word << np.uint32(2)) | (((two & one) ^ less) << one) | less
+                    tops[t, i, b] = np.uint8(less)
+                    words[t, i, b] = masks[t, i, b] ^ np.uint8((word >> one) & kept)
+
+    return kernel
+
+
+_LEAVES = {k: _leaves_of(k) for k in sorted({leaves for _, leaves in LAYOUTS.values()})}
+
+
+def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: bool, masks: Any, words: Any, tops: Any) -> None:
+    _LEAVES[lt.shape[1] // words.shape[2]](c, thresholds, low, lt, first, masks, words, tops)
 
 
 @njit(

@@ -27,6 +27,7 @@ from mpcinfer.errors import (
 )
 from mpcinfer.protocol import correlation
 from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask
+from mpcinfer.protocol.coarse import SHORT, CoarseContest
 from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors
@@ -40,6 +41,7 @@ from mpcinfer.protocol.multiply import SquarePair, Triple
 from mpcinfer.protocol.octaves import TruncatedComparison
 from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.polynomial import TruncatedPowers
+from mpcinfer.protocol.powers import BoundedPower
 from mpcinfer.protocol.rerandomise import ZeroSharing
 from mpcinfer.protocol.scaled import TruncatedScaling
 from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
@@ -57,6 +59,8 @@ SLOT = b"s" * 16
 KINDS: list[Kind] = [
     CachedProduct("k", (2, 3), (8, 3), True),
     CachedProduct("k", (2, 8), (8, 3), False),
+    BoundedPower((3,), 30, 19),
+    CoarseContest((2,), 4, SHORT, 20),
     Comparison((5,)),
     Comparison((2, 3), thresholds=3, products=True),
     Comparison((3,), width=48),
