@@ -53,24 +53,24 @@ async def rsqrt(
 async def sqrt(ctx: Context, x: Shared, *, low: int = -16, high: int = 20, frac_bits: int = 16, d: int = 0) -> Shared:
     """Shares of sqrt(x) for 2^low <= x <= 2^high, with `frac_bits` fraction bits; 0 below 2^low.
 
-    As `rsqrt` in everything else: where x has no bits below 2^low, the result is 0 for x <= 0 and right above.
+    As `rsqrt` in everything else, d as `over_root`: where x has no bits below 2^low, the result is 0 for x <= 0 and
+    right above.
     """
     return await _narrowed(ctx, await _root(ctx, x, 1, low, high, 1, d), frac_bits)
 
 
-async def wide_rsqrt(ctx: Context, x: Shared, *, low: int, high: int, over: int = 1, d: int = 0) -> Shared:
+async def wide_rsqrt(ctx: Context, x: Shared, *, low: int, high: int, over: int = 1) -> Shared:
     """Shares of 1/sqrt(x / over) for 2^low <= x <= 2^high: whoever multiplies by it truncates it first.
 
     Input: any x from -2^(62 - s) to 2^(62 - s) (in units of its last place), s as in `wide_reciprocal`; below 2^low,
     zero and negative numbers included, the result is that of 2^low, above 2^high that of 2^high. over: a public
-    number > 0, so that the mean of a sum needs no division. d: bits that x loses first, by the opening that it needs
-    anyway. ValueError for a range that 64 bits don't hold.
+    number > 0, so that the mean of a sum needs no division. ValueError for a range that 64 bits don't hold.
     Output: relative error below 2.5e-5 (1.5e-5 over fewer than 40 octaves); below 2^62, its fraction bits are what that
     leaves.
     How: `octaves`; the table has the roots of the gains, the polynomial is (1 - h)^(-1/2).
     Opened, costs, correlations and source: as `wide_reciprocal`.
     """
-    return await _root(ctx, x, -1, low, high, over, d)
+    return await _root(ctx, x, -1, low, high, over, 0)
 
 
 async def over_root(
@@ -78,9 +78,10 @@ async def over_root(
 ) -> Shared:
     """Shares of (y / 2^drop) / sqrt(x / over) with `frac_bits` fraction bits, with broadcasting: not yet truncated.
 
-    Input: x, its range, over and d as `wide_rsqrt`; y in [-2^62, 2^62), any of it if drop is 0. The result must be
-    below 2^(62 - frac_bits), and below 2^61 at y's scale less `drop` plus that of the table's entries, `entry_bits`,
-    which frac_bits must reach but for one; kept is below that scale and frac_bits. ValueError if not.
+    Input: x, its range and over as `wide_rsqrt`; d: bits that x loses first, of up to 4,096 elements by the opening
+    that it needs anyway; y in [-2^62, 2^62), any of it if drop is 0. The result must be below 2^(62 - frac_bits), and
+    below 2^61 at y's scale less `drop` plus that of the table's entries, `entry_bits`, which frac_bits must reach but
+    for one; kept is below that scale and frac_bits. ValueError if not.
     Output: relative error below 2.5e-5 + 2^(kept - frac_bits), plus 1.2 2^-kept.
     How: the entry is known a round before the polynomial's value: y is multiplied by it meanwhile. That keeps `kept`
     fraction bits, and the value the rest of frac_bits.
