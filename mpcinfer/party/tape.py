@@ -27,7 +27,9 @@ from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
 from mpcinfer.wire.v1 import dealer_pb2
 
-AHEAD = 2  # portions that are there before they are drawn
+# expanded: what has more is large. What has less is all there before a run, which then computes on its own.
+HELD_BYTES = 512 << 20
+AHEAD = 2  # portions of what is large that are there before they are drawn
 
 _Shares = dict[str, tuple[Kind, Tensors]]
 _Expand = Callable[[Sequence[Batch], Delivery], _Shares]
@@ -173,6 +175,11 @@ class Rest:
             self._changed.notify_all()
 
 
+def large(plan: Plan) -> bool:
+    """Whether a tape of it is expanded while it is drawn."""
+    return plan.expanded_bytes > HELD_BYTES
+
+
 def fetch(
     epoch: Epoch,
     tape: bytes,
@@ -225,7 +232,7 @@ def fetch(
             shares |= {name: (batch.item, member) for name, member in zip(batch.names, expanded, strict=True)}
         return shares
 
-    there = len(dealt.portions) if whole else min(AHEAD, len(dealt.portions))
+    there = min(AHEAD, len(dealt.portions)) if large(dealt) and not whole else len(dealt.portions)
     shares: _Shares = {}
     for portion in dealt.portions[:there]:
         shares |= expand(portion, delivery)

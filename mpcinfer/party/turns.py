@@ -14,7 +14,7 @@ from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.part import Part, Phase, Ran
 from mpcinfer.party.session import Run, Session, Supply, caches_of, use_of
 from mpcinfer.party.stepping import Stepping
-from mpcinfer.party.tape import AHEAD, Tape
+from mpcinfer.party.tape import Tape, large
 from mpcinfer.party.waiting import Joint
 from mpcinfer.party.writing import Need, Writing, planned
 from mpcinfer.protocol.context import Context
@@ -130,7 +130,7 @@ def _look_ahead(by: Stepping, part: Part, turns: Sequence[Turn], supply: Supply)
         return
     plan, digest = found
     written = all(turn.taken == turn.writing.tokens.shape[1] for turn in turns)
-    if not written and len(plan.portions) > AHEAD:  # of a prompt what is large is fetched while it is used
+    if not written and large(plan):  # of a prompt what is large is fetched while it is used
         return
     # a prompt's parts differ, and a tape that may be audited has one run
     if written and not part.epoch.audit_rate:

@@ -39,6 +39,7 @@ COUNT = 8  # portions of an ITEM and an OTHER each
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(map(batch_module.expanded_bytes, (ITEM, OTHER)))
     monkeypatch.setattr(batch_module, "PORTION_BYTES", size)
+    monkeypatch.setattr(tape_module, "HELD_BYTES", 0)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="n={}".format)
@@ -139,6 +140,15 @@ def test_no_more_is_taken_than_may_be_there(plan: Plan, monkeypatch: pytest.Monk
     dealer = Portions(plan)
     taken(plan, dealer)
     assert dealer.asked == COUNT
+
+
+def test_what_is_not_large_is_there_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape_module, "HELD_BYTES", plan.expanded_bytes)
+    dealer = Portions(plan)
+    tape = taken(plan, dealer)
+    assert dealer.asked == COUNT and tape.dealer_bytes > plan.correction_bytes()
+    drawn(tape, plan)
+    assert tape.waited == 0.0
 
 
 def test_what_is_drawn_out_of_order_is_waited_for(plan: Plan) -> None:

@@ -291,11 +291,11 @@ def altered_corrections(patch: Patch, cluster: InProcess) -> None:
     """Party 1 uses other corrections than the dealer has sent, and passes the right ones on."""
     original = Delivery.take
 
-    def take(self: Delivery, size: int) -> bytearray:
+    def take(self: Delivery, size: int) -> bytearray | memoryview:
         taken = original(self, size)
-        if type(self) is Delivery:  # from the dealer, not from a party
-            taken[:] = bytes(byte ^ 1 for byte in taken)  # all: of the tables, only some entries are ever read
-        return taken
+        if type(self) is not Delivery:  # not from the dealer, but from a party
+            return taken
+        return bytearray(byte ^ 1 for byte in taken)  # all: of the tables, only some entries are ever read
 
     patch.setattr(Delivery, "take", take)
 
