@@ -112,7 +112,7 @@ async def _applied(node: Node, ctx: Context, args: list[Any], kwargs: dict[str, 
     if public.applies(node.op, args):
         return public.evaluate(node.op, args, kwargs, frac_bits)
     if rule is None:
-        raise UnsupportedError("not supported")
+        raise UnsupportedError("this operator is not supported")
     if count or several(*told):
         return await apply(rule, node.op, ctx, args, kwargs)
     return await rule(ctx, *args, **kwargs)

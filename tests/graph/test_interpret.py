@@ -108,7 +108,7 @@ def test_inputs_that_do_not_fit(shapes: list[tuple[int, ...]], error: type[Excep
 @pytest.mark.parametrize(
     ("node", "error", "why"),
     [
-        (Node("s", "aten.erfinv.default", (Ref("x"),), {}, "act"), UnsupportedError, "erfinv.default at act is not"),
+        (Node("s", "aten.erfinv.default", (Ref("x"),), {}, "act"), UnsupportedError, "at act: this operator is not"),
         (Node("s", "aten.relu.default", (Ref("x"),), {"no": 1}, "act"), UnsupportedError, "at act: called in a way"),
         (Node("s", "aten.relu.default", (3,), {}, ""), UnsupportedError, "aten.relu.default at s: called in a way"),
         (Node("s", "aten.view.default", (Ref("x"), [5]), {}, "v"), ShapeError, "aten.view.default at v: the shapes"),

@@ -115,8 +115,8 @@ def view(network: Network, x: torch.Tensor, parties: int, key: bytes) -> View:
 
 
 def views(network: Network, name: str, parties: int = 2) -> list[View]:
-    """Of five runs under different seeds."""
-    return [view(network, network.inputs[name], parties, seed(name, parties, run)) for run in range(5)]
+    """Of nine runs under different seeds."""
+    return [view(network, network.inputs[name], parties, seed(name, parties, run)) for run in range(9)]
 
 
 # (i)

@@ -238,9 +238,9 @@ def test_plans_are_traced_once_and_bounded(two: list[Holder]) -> None:
     plan, digest = model.plan([(2, 4)], 2)
     assert model.plan([(2, 4)], 2)[0] is plan and digest == plan.digest()
     assert plan.deployment == identifier(1).hex() == model.mask_plan(2).deployment
-    for batch in range(3, 40):
+    for batch in range(3, 70):
         model.plan([(batch, 4)], 2)
-    assert len(model.plans) == 32
+    assert len(model.plans) == 64
 
 
 def test_a_manifest_must_be_the_program_s(two: list[Holder]) -> None:

@@ -426,7 +426,7 @@ def test_a_request_that_fails_after_it_was_admitted_stays_counted(
     deployed(cluster, Terms(budgets=(Budget("queries", 2, 86400),)))
     bob, wait = cluster.caller("client/bob"), cluster.new_epoch()
     with monkeypatch.context() as broken:
-        broken.setattr("mpcinfer.party.actions.interpret", lambda *_: 1 / 0)
+        broken.setattr("mpcinfer.party.actions.interpret_several", lambda *_: 1 / 0)
         assert not any(hasattr(a, "outputs") for a in bob.infer(X))
     wait()
     assert spent(cluster) == {(1, 0)}
