@@ -52,7 +52,8 @@ def _measured(ours: Ours, options: argparse.Namespace, say: Console, place: str)
     with say.status(f"{place}: deploying"):
         ours.owner.upload(captured_model(loaded), name="bench")
     deployed = {"deploy_seconds": time.perf_counter() - began}
-    plain, logits = continued(loaded.module, prompt, steps + 1, ())
+    many = min(max(steps, TOGETHER_STEPS), loaded.context - len(ids)) if options.together else steps
+    plain, logits = continued(loaded.module, prompt, many + 1, ())
 
     def judged(tokens: list[int]) -> Row:
         """Tokens are right as far as they are those in plaintext, or one that plaintext nearly prefers."""
@@ -83,7 +84,6 @@ def _measured(ours: Ours, options: argparse.Namespace, say: Console, place: str)
     say.print(f"{place}: token {own['online']['seconds']:.2f} s online")
     if options.together:
         with say.status(f"{place}: {options.together} texts at a time"):
-            many = min(max(steps, TOGETHER_STEPS), loaded.context - len(ids))
             found.append(_together(ours, prompt, options.together, many))
         found[-1]["ours"] |= deployed | judged(found[-1]["ours"].pop("tokens"))
         say.print(f"{place}: together {found[-1]['ours']['tokens_per_second']:.2f} tokens/s")

@@ -28,8 +28,8 @@ from mpcinfer.errors import (
     UnavailableError,
 )
 from mpcinfer.protocol.batch import Batch
-from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask, RowStore, side_by_side
-from mpcinfer.protocol.correlation import FixedMasks, Kind, free_values
+from mpcinfer.protocol.cache import CacheUse, RowStore, side_by_side, text_count
+from mpcinfer.protocol.correlation import FixedMasks, free_values
 from mpcinfer.protocol.evidence import Digests, statement
 from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
 from mpcinfer.protocol.tracing import Plan
@@ -38,13 +38,6 @@ from mpcinfer.trust.signing import Signed, Signer
 _log = logging.getLogger(__name__)
 
 _MAX_PLANS = 256  # per session; a party tells again what was forgotten
-
-
-def _texts(item: Kind) -> int | None:
-    """Of how many texts side by side this has rows, if it has any."""
-    if isinstance(item, RowMask):
-        return item.shape[0]
-    return item.x[0] if isinstance(item, CachedProduct) else None
 
 
 @dataclass
@@ -337,7 +330,7 @@ class Dealer:
             raise InputError("a plan for caches without saying whose they are")
         if len(set(growing)) < len(growing):
             raise InputError("a plan appends to a cache once")
-        texts = {_texts(item) for _, item in plan.entries} - {None} if use.beside else {1}
+        texts = {text_count(item) for _, item in plan.entries} - {None} if use.beside else {1}
         if len({each.slot for each in use.all}) < len(use.all) or texts != {len(use.all)}:
             raise InputError("a plan for another number of texts than it is to be of, or for one of them twice")
         for each in use.all:

@@ -396,6 +396,4 @@ def _tensor(entry: WeightEntry, data: bytearray | None) -> torch.Tensor:
         return prg.expand(entry.seed, entry.shape, Z64)
     if data is None:
         raise StoreError(f"weight {entry.name} has neither a seed nor data; remove the model and deploy it again")
-    if not data:
-        return torch.empty(entry.shape, dtype=torch.int64)
-    return torch.frombuffer(data, dtype=torch.int64).reshape(entry.shape)
+    return torch.frombuffer(data, dtype=torch.int64).reshape(entry.shape) if data else torch.empty(entry.shape).long()

@@ -180,6 +180,13 @@ async def append(ctx: Context, cache: Cached, rows: Shared) -> Cached:
     return grown
 
 
+def text_count(item: Kind) -> int | None:
+    """Of how many texts side by side a correlation has rows, if it has any."""
+    if isinstance(item, RowMask):
+        return item.shape[0]
+    return item.x[0] if isinstance(item, CachedProduct) else None
+
+
 def appending(ctx: Context, cache: Cached, rows: Shared) -> Begun:
     """As `append`, but its opening is only begun: a product with the rows opens its other operand in the same round."""
     if rows.frac_bits != cache.frac_bits or rows.shape[-2] + cache.shape[-2] > cache.capacity:
