@@ -106,8 +106,11 @@ async def _applied(node: Node, ctx: Context, args: list[Any], kwargs: dict[str, 
     """A node's operator, applied to these."""
     told = [*args, *kwargs.values()]
     if (count := differing(*told)) and not secret(*told):
-        own = [({name: of(x, i) for name, x in kwargs.items()}, [of(x, i) for x in args]) for i in range(count)]
-        return Each([await _applied(node, ctx.scope(str(i)), own[i][1], own[i][0], frac_bits) for i in range(count)])
+        found = []
+        for i in range(count):
+            own = {name: of(x, i) for name, x in kwargs.items()}
+            found.append(await _applied(node, ctx.scope(str(i)), of(args, i), own, frac_bits))
+        return Each(found)
     rule = lookup(node.op)
     if public.applies(node.op, args):
         return public.evaluate(node.op, args, kwargs, frac_bits)

@@ -106,7 +106,11 @@ async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joi
     seconds, sent = beside + time.perf_counter() - began, part.sent
     holdings, requests = model.holdings(), [each.content[1] for each in members]
     outputs, online = await by.execute(
-        part, tape, model.weights, lambda ctx: interpret_several(model.program, ctx, holdings, requests), False
+        part,
+        tape,
+        model.weights,
+        lambda ctx: interpret_several(model.program, ctx, holdings, requests),
+        compare=False,
     )
     offline = Phase(seconds + tape.waited, 0, sent, tape.dealer_bytes)
     return Ran.divided(outputs, online, offline, tape, part.transcript)

@@ -396,4 +396,5 @@ def _tensor(entry: WeightEntry, data: bytearray | None) -> torch.Tensor:
         return prg.expand(entry.seed, entry.shape, Z64)
     if data is None:
         raise StoreError(f"weight {entry.name} has neither a seed nor data; remove the model and deploy it again")
-    return torch.frombuffer(data, dtype=torch.int64).reshape(entry.shape) if data else torch.empty(entry.shape).long()
+    flat = torch.frombuffer(data, dtype=torch.int64) if data else torch.empty(0, dtype=torch.int64)
+    return flat.reshape(entry.shape)

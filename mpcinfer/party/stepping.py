@@ -111,6 +111,7 @@ class Stepping:
         tape: Tape,
         weights: dict[str, Weight],
         protocol: Callable[[Context], Coroutine[Any, Any, Any]],
+        *,
         compare: bool = True,
     ) -> tuple[Any, Phase]:
         """Run a protocol with the other parties: its result here, and what it cost without what it waited for the tape.

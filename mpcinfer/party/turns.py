@@ -106,7 +106,7 @@ async def write(by: Stepping, members: Sequence[Joint]) -> list[Ran]:
         tokens, caches = lifted([turn.new for turn in turns]), caches_of(sessions, room)
         return await steps(program, ctx, holdings, tokens, caches, choice, [turn.before for turn in turns])
 
-    done, online = await by.execute(part, tape, model.weights, protocol, False)
+    done, online = await by.execute(part, tape, model.weights, protocol, compare=False)
     offline = Phase(seconds + tape.waited, 0, sent, tape.dealer_bytes)
     return Ran.divided(done, online, offline, tape, part.transcript)
 

@@ -24,6 +24,7 @@ import torch
 from numba import njit
 
 from mpcinfer.ring import bits as packed
+from mpcinfer.ring.domain import array
 
 DIGIT_BITS = 4
 TABLE_BITS = 15
@@ -98,7 +99,7 @@ def tables(r: torch.Tensor, width: int) -> torch.Tensor:
     digits = math.prod(layout(width))
     out = torch.empty((*r.shape, digits), dtype=torch.int16)
     low = np.uint64((1 << (width - 1)) - 1)
-    _tables(_flat(r, r.numel()).view(np.uint64), low, out.numpy().reshape(-1, digits).view(np.uint16))
+    _tables(array(r, r.numel()).view(np.uint64), low, out.numpy().reshape(-1, digits).view(np.uint16))
     return out
 
 
@@ -111,7 +112,7 @@ def _products(masks: Any, product_of: Any, out: Any) -> None:
 def products(masks: torch.Tensor, spec: Block) -> torch.Tensor:
     """The dealt products of mask words, int32 of the same shape."""
     out = torch.empty(masks.shape, dtype=torch.int32)
-    _products(_flat(masks, masks.numel()), spec.product_of, out.numpy().reshape(-1))
+    _products(array(masks, masks.numel()), spec.product_of, out.numpy().reshape(-1))
     return out
 
 
@@ -233,14 +234,9 @@ def _finish(
             out[t, i] = bit ^ top[t, i] ^ _parity(lt[opened[t, i]] & share)
 
 
-def _flat(x: torch.Tensor, *shape: int) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = x.contiguous().numpy().reshape(shape)
-    return array
-
-
 def _dealt(x: torch.Tensor, *shape: int) -> npt.NDArray[np.uint32]:
     """Product words, held in the smallest container, as the kernels want them."""
-    return packed.unsigned(_flat(x, *shape)).astype(np.uint32, copy=False)
+    return packed.unsigned(array(x, *shape)).astype(np.uint32, copy=False)
 
 
 def leaves(
@@ -257,8 +253,8 @@ def leaves(
     public = np.array([x % (1 << 64) for x in thresholds], np.uint64)
     low = np.uint64((1 << (width - 1)) - 1)
     _leaves(
-        _flat(c, n).view(np.uint64), public, low, _flat(lt, n, lt.shape[-1]).view(np.uint16), first,
-        _flat(masks, t, n, blocks), words.numpy().reshape(t, n, blocks), tops.numpy().reshape(t, n, blocks),
+        array(c, n).view(np.uint64), public, low, array(lt, n, lt.shape[-1]).view(np.uint16), first,
+        array(masks, t, n, blocks), words.numpy().reshape(t, n, blocks), tops.numpy().reshape(t, n, blocks),
     )  # fmt: skip
     return words, tops
 
@@ -279,8 +275,8 @@ def fold_blocks(
     t, blocks = opened.shape[0], opened.shape[-1]
     n = next_masks.numel() // t
     _fold_blocks(
-        _flat(opened, t, n, blocks), _flat(masks, t, n, blocks), _dealt(dealt, t, n, blocks),
-        _flat(tops, t, n, blocks), first, spec.width, spec.lt, spec.eq, _flat(next_masks, t, n),
+        array(opened, t, n, blocks), array(masks, t, n, blocks), _dealt(dealt, t, n, blocks),
+        array(tops, t, n, blocks), first, spec.width, spec.lt, spec.eq, array(next_masks, t, n),
         words.numpy().reshape(t, n), top.numpy().reshape(t, n),
     )  # fmt: skip
     return words, top
@@ -297,7 +293,7 @@ def finish(
     t, n = opened.shape[0], c.numel()
     public = np.array([x % (1 << 64) for x in thresholds], np.uint64)
     _finish(
-        _flat(opened, t, n), _flat(masks, t, n), _dealt(dealt, t, n), _flat(top, t, n), first, spec.width,
-        spec.lt, _flat(c, n).view(np.uint64), public, width - 1, _flat(msb, n), out.numpy().reshape(t, n),
+        array(opened, t, n), array(masks, t, n), _dealt(dealt, t, n), array(top, t, n), first, spec.width,
+        spec.lt, array(c, n).view(np.uint64), public, width - 1, array(msb, n), out.numpy().reshape(t, n),
     )  # fmt: skip
     return out

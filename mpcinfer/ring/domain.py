@@ -126,3 +126,9 @@ class Ring:
 
 Z64 = Ring(64)
 BIT = Ring(1, xor=True)
+
+
+def array(x: torch.Tensor, *shape: int) -> npt.NDArray[Any]:
+    """What a kernel works on: the elements in this shape, one after the other in memory; copied if they are not."""
+    found: npt.NDArray[Any] = x.contiguous().numpy().reshape(shape)
+    return found

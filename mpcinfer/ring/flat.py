@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
+from mpcinfer.ring.domain import array
+
 DIGITS, DIGIT_BITS = 7, 9
 TABLE_WORDS = (1 << DIGIT_BITS) // 64
 WIDTH = 2 * DIGITS - 2  # of the opened word
@@ -91,7 +93,7 @@ def _tables(r: Any, out: Any) -> None:
 def tables(r: torch.Tensor) -> torch.Tensor:
     """The lt tables of the digits of r's low 63 bits, least significant first: int64 [*S] -> int64 [*S, 7, 8]."""
     out = torch.empty((*r.shape, DIGITS, TABLE_WORDS), dtype=torch.int64)
-    _tables(_flat(r, r.numel()).view(np.uint64), _flat(out, r.numel(), DIGITS, TABLE_WORDS).view(np.uint64))
+    _tables(array(r, r.numel()).view(np.uint64), array(out, r.numel(), DIGITS, TABLE_WORDS).view(np.uint64))
     return out
 
 
@@ -147,11 +149,6 @@ def _finish(
             out[t, i] = bit ^ np.uint8(x & np.uint64(1))
 
 
-def _flat(x: torch.Tensor, *shape: int) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = x.contiguous().numpy().reshape(shape)
-    return array
-
-
 def _public(thresholds: tuple[int, ...]) -> Words:
     return np.array([x % (1 << 64) for x in thresholds], np.uint64)
 
@@ -168,8 +165,8 @@ def leaves(
         return words, tops
     n, t = c.numel(), len(thresholds)
     _leaves(
-        _flat(c, n).view(np.uint64), _public(thresholds), _flat(lt, n, DIGITS, TABLE_WORDS).view(np.uint64), first,
-        _flat(masks, t, n), words.numpy().reshape(t, n), tops.numpy().reshape(t, n),
+        array(c, n).view(np.uint64), _public(thresholds), array(lt, n, DIGITS, TABLE_WORDS).view(np.uint64), first,
+        array(masks, t, n), words.numpy().reshape(t, n), tops.numpy().reshape(t, n),
     )  # fmt: skip
     return words, tops
 
@@ -184,8 +181,8 @@ def finish(
         return out
     t, n = len(thresholds), c.numel()
     _finish(
-        _flat(opened, t, n), _flat(masks, t, n), _flat(dealt, t, n, PRODUCT_WORDS).view(np.uint64), _flat(tops, t, n),
-        first, folding(), _flat(c, n).view(np.uint64), _public(thresholds), _flat(msb, n),
+        array(opened, t, n), array(masks, t, n), array(dealt, t, n, PRODUCT_WORDS).view(np.uint64), array(tops, t, n),
+        first, folding(), array(c, n).view(np.uint64), _public(thresholds), array(msb, n),
         out.numpy().reshape(t, n),
     )  # fmt: skip
     return out

@@ -11,11 +11,11 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numba import njit
 
 from mpcinfer.ring.digits import Block, block
+from mpcinfer.ring.domain import array
 
 DIGIT_BITS = 5
 TABLE_BITS = 31
@@ -55,7 +55,7 @@ def _tables(r: Any, out: Any) -> None:
 def tables(r: torch.Tensor, digits: int) -> torch.Tensor:
     """The lt tables of so many digits of r, least significant first: int64 [*S] -> int32 [*S, digits]."""
     out = torch.empty((*r.shape, digits), dtype=torch.int32)
-    _tables(_flat(r, r.numel()).view(np.uint64), out.numpy().reshape(-1, digits).view(np.uint32))
+    _tables(array(r, r.numel()).view(np.uint64), out.numpy().reshape(-1, digits).view(np.uint32))
     return out
 
 
@@ -90,11 +90,6 @@ def _equal(c: Any, lt: Any, first: Any, masks: Any, words: Any) -> None:
         words[i] = word
 
 
-def _flat(x: torch.Tensor, *shape: int) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = x.contiguous().numpy().reshape(shape)
-    return array
-
-
 def leaves(c: torch.Tensor, lt: torch.Tensor, first: bool, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked words to open, and the linear top bits, for [c mod 2^20 < r mod 2^20]; both uint8 [*S].
 
@@ -104,7 +99,7 @@ def leaves(c: torch.Tensor, lt: torch.Tensor, first: bool, masks: torch.Tensor) 
     if c.device.type != "meta":
         n = c.numel()
         _leaves(
-            _flat(c, n).view(np.uint64), _flat(lt, n, LEAVES).view(np.uint32), first, _flat(masks, n),
+            array(c, n).view(np.uint64), array(lt, n, LEAVES).view(np.uint32), first, array(masks, n),
             words.numpy().reshape(n), tops.numpy().reshape(n),
         )  # fmt: skip
     return words, tops
@@ -119,7 +114,7 @@ def equal(c: torch.Tensor, lt: torch.Tensor, first: bool, masks: torch.Tensor) -
     if c.device.type != "meta":
         n = c.numel()
         _equal(
-            _flat(c, n).view(np.uint64), _flat(lt, n, lt.shape[-1]).view(np.uint32), first, _flat(masks, n),
+            array(c, n).view(np.uint64), array(lt, n, lt.shape[-1]).view(np.uint32), first, array(masks, n),
             words.numpy().reshape(n),
         )  # fmt: skip
     return words

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numba import njit
 
+from mpcinfer.ring.domain import array
+
 COEFFICIENTS = 4
 
 
@@ -80,13 +82,9 @@ def spline(
         return out
     n, t = c.numel(), len(steps)
     more = n if wrapped.numel() else 0
-
-    def flat(x: torch.Tensor, *shape: int) -> Any:
-        return x.contiguous().numpy().reshape(shape)
-
     _spline(
-        flat(c, n), flat(wrapped, more), flat(e, t, n), flat(powers, 3, n), flat(wraps, 3, more), flat(bits, 4, t, n),
-        flat(bit_wraps, 3, t, more), np.array(base, np.int64), np.array(steps, np.int64).reshape(t, COEFFICIENTS),
+        array(c, n), array(wrapped, more), array(e, t, n), array(powers, 3, n), array(wraps, 3, more),
+        array(bits, 4, t, n), array(bit_wraps, 3, t, more), np.array(base, np.int64), np.array(steps, np.int64).reshape(t, COEFFICIENTS),
         first, out.numpy().reshape(n),
     )  # fmt: skip
     return out

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numba import njit
+
+from mpcinfer.ring.domain import array
 
 _CHUNK = 1024  # elements whose numbers stay in the cache while all thresholds are added
 
@@ -50,12 +51,7 @@ def added(
     if out.device.type == "meta" or out.numel() == 0:
         return out
     t, n = e.shape[0], out[0].numel()
-    c, r, bit_r = (_flat(x, -1, n) for x in of) if of else [np.zeros((1, 0), np.int64)] * 3
+    c, r, bit_r = (array(x, -1, n) for x in of) if of else [np.zeros((1, 0), np.int64)] * 3
     by = torch.zeros_like(offsets) if slopes is None else slopes
-    _added(_flat(e, t, n), _flat(bit, t, n), bit_r, c[0], r[0], first, by.numpy(), offsets.numpy(), _flat(out, -1, n))
+    _added(array(e, t, n), array(bit, t, n), bit_r, c[0], r[0], first, by.numpy(), offsets.numpy(), array(out, -1, n))
     return out
-
-
-def _flat(x: torch.Tensor, *shape: int) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = x.contiguous().numpy().reshape(shape)
-    return array
