@@ -84,7 +84,7 @@ def spline(
     more = n if wrapped.numel() else 0
     _spline(
         array(c, n), array(wrapped, more), array(e, t, n), array(powers, 3, n), array(wraps, 3, more),
-        array(bits, 4, t, n), array(bit_wraps, 3, t, more), np.array(base, np.int64), np.array(steps, np.int64).reshape(t, COEFFICIENTS),
-        first, out.numpy().reshape(n),
+        array(bits, 4, t, n), array(bit_wraps, 3, t, more), np.array(base, np.int64),
+        np.array(steps, np.int64).reshape(t, COEFFICIENTS), first, out.numpy().reshape(n),
     )  # fmt: skip
     return out
