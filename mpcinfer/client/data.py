@@ -75,7 +75,8 @@ class Client:
         """What the last answer cost: {"online": {"seconds", "rounds", "bytes_sent_per_party"}, "offline": {"seconds",
         "rounds", "bytes_sent_per_party", "bytes_sent_by_dealer"}}; seconds and bytes per party of the slowest and the
         most talkative party. The offline phase does not depend on the input and may have happened before it came; of
-        what is large it is what the online phase had to wait for."""
+        what is large it is what a party had to wait for while it computed; that the others then waited for it is part
+        of their online phase."""
 
     @property
     def last_receipt(self) -> Receipt | None:

@@ -53,19 +53,12 @@ def cost_of(answers: list[party_pb2.InferResponse]) -> Cost:
             "bytes_sent_per_party": max(cost.bytes_sent for cost in costs),
         }
 
-    online, offline = [answer.online for answer in answers], [answer.offline for answer in answers]
+    offline = [answer.offline for answer in answers]
     dealt = sum(cost.bytes_from_dealer for cost in offline)
     return {
-        "online": phase(online) | {"seconds": seconds_online(online, offline)},
+        "online": phase([answer.online for answer in answers]),
         "offline": {**phase(offline), "bytes_sent_by_dealer": dealt},
     }
-
-
-def seconds_online(online: list[tensor_pb2.PhaseCost], offline: list[tensor_pb2.PhaseCost]) -> float:
-    """What a request took beyond waiting for randomness: a party that has its own may have waited for another's."""
-    seconds = [cost.seconds for cost in online]
-    whole = max(a + b.seconds for a, b in zip(seconds, offline, strict=True))
-    return max(min(seconds), whole - max(cost.seconds for cost in offline))
 
 
 def total(costs: list[Cost]) -> Cost:

@@ -14,7 +14,6 @@ import torch
 from mpcinfer.client.cluster import Connection
 from mpcinfer.client.generation import Finish, Piece, Settings, StepCost
 from mpcinfer.client.model import Model
-from mpcinfer.client.outputs import seconds_online
 from mpcinfer.client.status import wait_until_ready
 from mpcinfer.client.text import Detokenizer, StopTexts, Tokenizer
 from mpcinfer.errors import (
@@ -300,7 +299,7 @@ class Answer:
 
 def _cost(answers: list[Any]) -> StepCost:
     return StepCost(
-        seconds_online=seconds_online([a.online for a in answers], [a.offline for a in answers]),
+        seconds_online=max(a.online.seconds for a in answers),
         seconds_offline=max(a.offline.seconds for a in answers),
         rounds=max(a.online.rounds for a in answers),
         bytes_sent_per_party=max(a.online.bytes_sent for a in answers),

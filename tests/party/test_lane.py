@@ -524,7 +524,7 @@ def test_a_failure_in_the_middle_of_a_protocol_ends_the_epoch(
     by = cluster.parties[where].lane._by
     real = by.execute
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         by.execute = real  # type: ignore[method-assign]
         raise RuntimeError("canary value")
 
@@ -734,9 +734,9 @@ def test_no_mask_and_no_opening_ever_repeats(
 
     real_execute = Stepping.execute
 
-    def execute(by: Stepping, *args: Any) -> Any:
+    def execute(by: Stepping, *args: Any, **options: Any) -> Any:
         owner[threading.get_ident()] = by.index
-        return real_execute(by, *args)
+        return real_execute(by, *args, **options)
 
     monkeypatch.setattr(Tape, "draw", draw)
     monkeypatch.setattr(stepping, "_exchange", exchange)
