@@ -17,6 +17,7 @@ import ssl
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -68,15 +69,15 @@ def connect(endpoint, index, ca, key_file, cert_file):
 
 def call_all(stubs, method, requests, timeout):
     """Make one call at all parties at once; their answers, or the first error."""
-    calls = [getattr(stub, method).future(r, timeout=timeout) for stub, r in zip(stubs, requests, strict=True)]
+    # In threads of ours: one of gRPC's may keep the lock of a `future` when the program ends, which then never does.
+    with ThreadPoolExecutor(len(stubs)) as pool:
+        pairs = zip(stubs, requests, strict=True)
+        calls = [pool.submit(getattr(stub, method), r, timeout=timeout) for stub, r in pairs]
     try:
         return [call.result() for call in calls]
     except grpc.RpcError as error:
         kind = dict(error.trailing_metadata() or ()).get("mpcinfer-error", error.code().name)
         sys.exit(f"{kind}: {error.details()}")
-    finally:
-        for call in calls:
-            call.cancel()
 
 
 def encode(x, spec):

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import grpc
 
-from mpcinfer.client.link import Link, at_once, open_link
+from mpcinfer.client.link import Calls, Link, at_once, open_link
 from mpcinfer.client.locate import AnyPath, locate
 from mpcinfer.client.manifest import Demands, ask, fresh_nonce
 from mpcinfer.client.model import Model, agreed
@@ -61,7 +61,7 @@ class Connection:
         self._checked = False
         self.token: Callable[[], str] | None = None  # of a gateway: for whom the next call is made (a JWT)
         self._lock = threading.Lock()
-        self._telling: set[Any] = set()
+        self._telling = Calls()
         self._links: list[Link | None] = [None] * len(cluster.holders)
         self._closed = False
         try:
@@ -98,11 +98,13 @@ class Connection:
         metadata = self._metadata()
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         calls: list[Any] = []
+        running = Calls()
         failures: list[MpcInferError] = []
         try:
             for index, (link, request) in enumerate(zip(links, requests, strict=True)):
                 left = max(deadline - time.monotonic(), 0.001)
-                calls.append(getattr(link.stub, method).future(request, timeout=left, metadata=metadata))
+                call = getattr(link.stub, method).future(request, timeout=left, metadata=metadata)
+                calls.append(running.add(call))
                 calls[index].add_done_callback(lambda _, index=index: finished.put(index))
             patience: float | None = None
             for _ in calls:
@@ -117,8 +119,7 @@ class Connection:
                     break
                 patience = patience or time.monotonic() + _GRACE
         finally:
-            for started in calls:
-                started.cancel()
+            running.end()
         if failures:
             raise min(failures, key=_distance)
         return vouched(self.cluster, requests, [finished_call.result() for finished_call in calls])
@@ -135,6 +136,7 @@ class Connection:
         links, requests = self._open(max(0.001, min(timeout, CONNECT_TIMEOUT))), with_witnesses(self.cluster, requests)
         metadata = self._metadata()
         calls: list[Any] = []
+        running = Calls()
         arrived: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in links]
 
         def pump(index: int) -> None:
@@ -175,12 +177,12 @@ class Connection:
         try:
             for link, request in zip(links, requests, strict=True):
                 left = max(deadline - time.monotonic(), 0.001)
-                calls.append(getattr(link.stub, method)(request, timeout=left, metadata=metadata))
+                calls.append(running.add(getattr(link.stub, method)(request, timeout=left, metadata=metadata)))
             for index in range(len(calls)):
                 threading.Thread(target=pump, args=[index], name="answers", daemon=True).start()
             yield answers(), stop
         finally:
-            stop()
+            running.end()
 
     def proof(self, model: Model, requests: Sequence[Any], shares: Sequence[Sequence[tensor_pb2.Tensor]]) -> Proof:
         """What the parties are held to that are sent these requests."""
@@ -196,9 +198,7 @@ class Connection:
             return
         for link in self._links:
             if link is not None:
-                call = link.stub.EndSession.future(request, timeout=LIST_TIMEOUT, metadata=metadata)
-                self._telling.add(call)  # gRPC cancels a call that nobody holds any more
-                call.add_done_callback(self._telling.discard)
+                self._telling.add(link.stub.EndSession.future(request, timeout=LIST_TIMEOUT, metadata=metadata))
 
     def models(self, name: str | None = None, *, timeout: float = LIST_TIMEOUT) -> list[Model]:
         """The deployed models (only those called `name`, if given), by name and version.
@@ -225,6 +225,7 @@ class Connection:
         for link in links:
             if link is not None:
                 link.channel.close()
+        self._telling.end()
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from mpcinfer.wire import channel
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc
 
+_RELEASE_SECONDS = 5.0  # more than gRPC takes, unless the process is at its end already
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
@@ -70,6 +72,39 @@ def _check_agreement(status: party_pb2.StatusResponse, endpoint: Endpoint, clust
         raise AgreementError(
             f"{who} says it is party/{status.index} of {status.parties}, the cluster file has {cluster.n} parties"
         )
+
+
+class Calls:
+    """Calls of gRPC that are made from its own thread, as all are whose answers can be waited for together.
+
+    A call that ends while the process does leaves a lock behind that this thread never gives back, and whoever tears
+    the call down waits for it for ever: so they are over only once the thread has let go of them.
+    """
+
+    def __init__(self) -> None:
+        self._left: set[Any] = set()  # gRPC cancels a call that nobody holds any more
+        self._changed = threading.Condition()
+
+    def add(self, call: Any) -> Any:
+        """The call, from now on one of these."""
+        with self._changed:
+            self._left.add(call)
+        call.add_done_callback(self._released)
+        return call
+
+    def end(self) -> None:
+        """Cancel what has not ended yet, and wait until gRPC has done with all of them."""
+        with self._changed:
+            left = list(self._left)
+        for call in left:
+            call.cancel()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left, _RELEASE_SECONDS)
+
+    def _released(self, call: Any) -> None:
+        with self._changed:
+            self._left.discard(call)
+            self._changed.notify_all()
 
 
 def at_once(work: Callable[[_A], _B], items: Sequence[_A]) -> list[_B | MpcInferError]:
