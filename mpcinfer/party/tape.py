@@ -229,7 +229,7 @@ def fetch(
         for batch in portion:
             correction = memoryview(delivery.take(batch.correction_bytes if last else 0))
             expanded = batch.expand(keys.of(batch.item.kept), last=last, correction=correction, opened=opened)
-            shares |= {name: (batch.item, member) for name, member in zip(batch.names, expanded, strict=True)}
+            batch.give(expanded, shares)
         return shares
 
     there = min(AHEAD, len(dealt.portions)) if large(dealt) and not whole else len(dealt.portions)

@@ -4,15 +4,23 @@ The layers of a network ask for the same kinds again and again. What is equal in
 one more axis, of which each member is a slice. What a member is, and what is sent for it, stays as it was; only the
 streams that it is expanded from are its batch's, named after the first member.
 
+A large correlation is dealt in slices, each of some of its rows and a correlation of its own: what the dealer works
+on then stays small, however large a request is, and much of it in the processor's cache. Whoever expands them puts
+them side by side.
+
 A large plan is dealt in portions, one after the other in the order in which they are drawn, each with batches of its
 own: whoever expands them holds a few at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
+
+import torch
 
 from mpcinfer.errors import ProtocolError
 from mpcinfer.protocol.correlation import (
@@ -30,16 +38,61 @@ from mpcinfer.protocol.correlation import (
 # of all fields of a batch: what is worked on at a time stays in the cache
 _MOST_ELEMENTS = 1 << 17
 _MOST_IN_COMMON = 64  # of a kind whose members share an operand
+SLICE_BYTES = 16 << 20  # of a slice, expanded; measured: four times as much takes as long, all of BERT's GELU thrice
 PORTION_BYTES = 64 << 20  # of a portion, expanded, unless one correlation has more
 _PROBE = 1_000_003  # the extent of the new axis while it is looked for: no other axis is as long
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Rows of a larger correlation: `count` of them, from `first` on, where its leading axes make `of` rows, each of
+    which is a `row`."""
+
+    name: str
+    whole: Kind
+    row: Kind
+    first: int
+    count: int
+    of: int
+
+    @property
+    def item(self) -> Kind:
+        """They are a correlation."""
+        found = self.row.batched(self.count)
+        assert found is not None
+        return found
+
+    def put(self, shares: Tensors, into: Tensors) -> None:
+        """A party's shares of them to where they belong among those of the whole."""
+        axes = _axes(self.row)
+        for n, share in shares.items():
+            axis, shape = axes[n], share.shape
+            rows = into[n].view(*shape[:axis], self.of, *shape[axis + 1 :])
+            rows.narrow(axis, self.first, self.count).copy_(share)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Members of a plan, by name: correlations of one kind."""
+    """Members of a plan, by name: correlations of one kind. Or a slice of one, which then is its only member."""
 
     names: tuple[str, ...]
     item: Kind
+    slice: Slice | None = None
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """By what name a party draws them, or what they are a slice of."""
+        return self.names if self.slice is None else (self.slice.name,)
+
+    def give(self, expanded: Sequence[Tensors], to: dict[str, tuple[Kind, Tensors]]) -> None:
+        """What `expand` has made, by name; all slices of a correlation together are there once the last one is."""
+        if self.slice is None:
+            to |= {name: (self.item, member) for name, member in zip(self.names, expanded, strict=True)}
+            return
+        if self.slice.first == 0:
+            fields = (f for fields in fields_of(self.slice.whole) for f in fields.items())
+            to[self.slice.name] = self.slice.whole, {n: torch.empty(f.shape, dtype=f.ring.dtype) for n, f in fields}
+        self.slice.put(expanded[0], to[self.slice.name][1])
 
     @property
     def correction_bytes(self) -> int:
@@ -113,14 +166,36 @@ def portions(entries: Sequence[tuple[str, Kind]]) -> list[Sequence[tuple[str, Ki
 def batches(entries: Sequence[tuple[str, Kind]]) -> list[Batch]:
     """The entries of a plan, in batches, by their first members' places: the same for all who have the plan."""
     open_: dict[Kind, list[str]] = {}
-    found: list[tuple[list[str], Kind]] = []
+    found: list[tuple[list[str], Kind | Slice]] = []
     for name, item in entries:
+        if parts := slices(name, item):
+            found += [([f"{name}/{part.first}"], part) for part in parts]
+            continue
         most = _most(item)
         if item not in open_ or len(open_[item]) >= most:
             open_[item] = []
             found.append((open_[item], item))
         open_[item].append(name)
-    return [Batch(tuple(names), item) for names, item in found]
+    return [
+        Batch(tuple(names), of.item, of) if isinstance(of, Slice) else Batch(tuple(names), of) for names, of in found
+    ]
+
+
+def slices(name: str, item: Kind) -> list[Slice]:
+    """Those that a large correlation is dealt in; none if it is dealt whole.
+
+    That are kinds whose leading axes are rows side by side, as where equal ones are dealt together.
+    """
+    size = expanded_bytes(item)
+    rows = type(item).batched is Kind.batched and type(item).prepare is Kind.prepare and item.batched(1) is not None
+    if size <= SLICE_BYTES or not rows:
+        return []
+    shape: tuple[int, ...] = item.shape  # type: ignore[attr-defined]
+    axes = next((n for n in range(len(shape)) if 16 * size <= SLICE_BYTES * prod(shape[:n])), len(shape))
+    row, of = dataclasses.replace(item, shape=shape[axes:]), prod(shape[:axes])  # type: ignore[type-var]
+    # in eights, so that no bits are left over between them
+    count = 8 * -(-of // (8 * -(-size // SLICE_BYTES)))
+    return [Slice(name, item, row, first, min(count, of - first), of) for first in range(0, of, count)]
 
 
 @lru_cache(maxsize=4096)

@@ -81,7 +81,7 @@ class Plan:
     @cached_property
     def places(self) -> dict[str, int]:
         """In which portion each entry is."""
-        return {name: i for i, part in enumerate(self.portions) for batch in part for name in batch.names}
+        return {name: i for i, part in enumerate(self.portions) for batch in part for name in batch.drawn}
 
     @property
     def batches(self) -> list[Batch]:

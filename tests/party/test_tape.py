@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import torch
 from mpcinfer.errors import AbortedError, MpcInferError, NotFoundError, ProtocolError, UnavailableError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.tape import Tape, fetch
+from mpcinfer.protocol import batch
+from mpcinfer.protocol.batch import expanded_bytes
 from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.session import KeyChain, TapeKeys
 from mpcinfer.protocol.tracing import Plan
@@ -113,6 +116,18 @@ def test_a_correlation_is_drawn_once_and_as_planned() -> None:
             tape.draw(name, item)
     with pytest.raises(ProtocolError):  # what was asked for wrongly is gone as well
         tape.draw("b#0", ITEM)
+
+
+def test_what_is_dealt_in_slices_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Truncation((40,), 16)
+    monkeypatch.setattr(batch, "SLICE_BYTES", expanded_bytes(large) // 3)
+    plan = Plan((("a#0", large), ("b#0", ITEM)))
+    assert len(plan.batches) > 2
+    monkeypatch.setattr(sys.modules[__name__], "PLAN", plan)
+    drawn = [fetched(FakeDealer(i)).draw("a#0", large) for i in range(2)]
+    fields = large.free() | large.derived()
+    values = {f: combine([d[f] for d in drawn], declared.ring) for f, declared in fields.items()}
+    assert torch.equal(values["high"], (values["r"] >> 16) & ((1 << 48) - 1))
 
 
 class Flooding(FakeDealer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 
 import pytest
@@ -161,6 +162,91 @@ def test_a_swapped_axis_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("item", ALONE, ids=str)
 def test_what_does_not_fit_together_is_dealt_alone(item: Kind) -> None:
     assert [b.names for b in batches([("a#0", item), ("b#0", item)])] == [("a#0",), ("b#0",)]
+
+
+SLICED: list[Kind] = [
+    dataclasses.replace(item, shape=shape)  # type: ignore[type-var]
+    for item, shape in zip(
+        [item for item in BATCHED if type(item).batched is Kind.batched and hasattr(item, "shape")],
+        [(37, 3), (2, 1, 20), (50,), (1, 17, 2)] * len(BATCHED),
+        strict=False,
+    )
+]
+
+
+def sliced(item: Kind, n: int, batches_: list[Batch]) -> tuple[list[Tensors], list[bytes]]:
+    """The parties' shares of the whole, and what was dealt of each slice."""
+    keys, sent, shares = [seed("key", i) for i in range(n)], [], []
+    for each in batches_:
+        sent.append(b"".join(each.deal(keys, no_weights)))
+    for i, key in enumerate(keys):
+        found: dict[str, tuple[Kind, Tensors]] = {}
+        for each, correction in zip(batches_, sent, strict=True):
+            last = i == n - 1
+            each.give(each.expand(key, last=last, correction=correction if last else None), found)
+        assert [(name, kind) for name, (kind, _) in found.items()] == [("n#0", item)]
+        shares.append(found["n#0"][1])
+    return shares, sent
+
+
+@pytest.mark.parametrize("item", SLICED, ids=str)
+class TestSlices:
+    def slices(self, item: Kind, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+        monkeypatch.setattr(batch, "SLICE_BYTES", expanded_bytes(item) // 2 - 1)
+        found = batches([("n#0", item)])
+        assert len(found) >= 2 and len({each.names for each in found}) == len(found)
+        assert all(each.drawn == ("n#0",) for each in found)
+        return found
+
+    def test_together_they_are_the_correlation(self, item: Kind, parties: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.slices(item, monkeypatch)
+        shares, sent = sliced(item, parties, found)
+        free, derived = item.free(), item.derived()
+        total = {n: sharing.combine([s[n] for s in shares], f.ring) for n, f in (free | derived).items()}
+        values = item.derive({n: total[n] for n in free}, no_weights)
+        for n, f in derived.items():
+            assert tuple(total[n].shape) == f.shape
+            assert torch.equal(total[n], f.ring.reduce(values[n].to(f.ring.dtype))), n
+        assert sum(map(len, sent)) == correction_bytes(item) == sum(each.correction_bytes for each in found)
+
+    def test_no_row_has_the_masks_of_another(self, item: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each slice has streams of its own; with the first one's for all, this finds it."""
+        found = self.slices(item, monkeypatch)
+
+        def repeated(batches_: list[Batch]) -> int:
+            (first, second), count = found[:2], 0
+            assert first.slice is not None and second.slice is not None
+            shares, _ = sliced(item, 2, batches_)
+            for n, f in item.free().items():
+                flat = first.slice.row.batched(first.slice.of)
+                assert flat is not None
+                whole = shares[0][n].view(flat.free()[n].shape)
+                axis, rows = batch._axes(first.slice.row)[n], second.slice.count
+                a, b = whole.narrow(axis, 0, rows), whole.narrow(axis, second.slice.first, rows)
+                count += a.numel() * f.ring.bits > 64 and torch.equal(a, b)
+            return count
+
+        assert not repeated(found)
+        assert not item.free() or repeated([dataclasses.replace(each, names=("n#0/0",)) for each in found])
+
+
+def test_what_is_small_or_has_an_operand_is_not_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not batch.slices("n#0", Truncation((1 << 10,), 16))
+    monkeypatch.setattr(batch, "SLICE_BYTES", 1)
+    for item in (Triple(MUL, (40,), (40,)), FixedProduct(MATMUL, "w", (40, 4), (4, 3)), WeightMask("w", (40, 3))):
+        assert not batch.slices("n#0", item)
+
+
+def test_slices_have_a_size_and_leave_no_bits_over() -> None:
+    item = Pieces((1, 128, 3072), 48, 8, 47, 16)
+    found = batch.slices("n#0", item)
+    assert len(found) == -(-expanded_bytes(item) // batch.SLICE_BYTES)
+    assert all(expanded_bytes(each.item) <= 1.1 * batch.SLICE_BYTES and each.count % 8 == 0 for each in found)
+    assert sum(each.count for each in found) == found[0].of
+    plan = Plan((("n#0", item), ("m#0", Truncation((2,), 16))))
+    assert set(plan.places) == {"n#0", "m#0"} and plan.correction_bytes() == sum(
+        correction_bytes(each) for _, each in plan.entries
+    )
 
 
 def test_noise_is_dealt_in_batches_too() -> None:
