@@ -97,6 +97,9 @@ class Pieces(Kind):
     of the other one, divided by 2^(64 - d)). Three comparisons are of `width`, T - 3 near. beta masks [y is between the
     outer knots] and then T - 2 outcomes, which choose cubics: `bits` are beta m^j, j = 0..3. `inside` is the first
     beta: times s >> cut and msb(s), it makes a product of a bit and of what is truncated.
+
+    `coefficients`: of the outcomes only beta is dealt, and masks q of three coefficients of the cubic that is chosen,
+    times m, m^2 and m^3.
     """
 
     shape: tuple[int, ...]
@@ -104,6 +107,7 @@ class Pieces(Kind):
     thresholds: int
     cut: int
     d: int = 0
+    coefficients: bool = False
 
     def __post_init__(self) -> None:
         if self.thresholds < _WIDE:
@@ -114,9 +118,10 @@ class Pieces(Kind):
         return tuple((self.thresholds - k, *self.shape) for k in (self.thresholds - _WIDE, _WIDE, 2))  # type: ignore[return-value]
 
     def free(self) -> dict[str, Field]:
-        """r; the block masks; beta; s."""
+        """r; the block masks; beta; s; q."""
         wide, near, chosen = self._many()
-        return {
+        opened = {"q": Field((3, *self.shape), Z64)} if self.coefficients else {}
+        return opened | {
             "r": Field(self.shape, Z64),
             **block_masks(wide, self.width),
             **(near_masks(near) if near[0] else {}),
@@ -131,16 +136,19 @@ class Pieces(Kind):
             **digit_tables(self.shape, wide, self.width),
             **(near_tables(self.shape, near) if near[0] else {}),
             "powers": Field((3 if self.d else 2, *self.shape), Z64),
-            "bits": Field((4, *chosen), Z64),
+            "bits": Field((1 if self.coefficients else 4, *chosen), Z64),
             "inside": Field(self.shape, Z64),
             "high": Field((2, *self.shape), Z64),
             "wrap": Field((2, *self.shape), Ring(self.cut)),
         }
         if self.d:
-            fields |= {
-                "wraps": Field((3, *self.shape), Ring(self.d)),
-                "bit_wraps": Field((3, *chosen), Ring(self.d)),
-            }
+            fields["wraps"] = Field((3, *self.shape), Ring(self.d))
+        if self.coefficients:
+            fields |= {"bit_m": Field(self.shape, Z64), "q_powers": Field((3, *self.shape), Z64)}
+            if self.d:
+                fields |= {"bit_wrap": Field(self.shape, Ring(self.d)), "q_wraps": fields["wraps"]}
+        elif self.d:
+            fields["bit_wraps"] = Field((3, *chosen), Ring(self.d))
         return fields
 
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
@@ -153,15 +161,22 @@ class Pieces(Kind):
             **digit_values(m, free, self.width),
             **(near_values(m, free) if self.thresholds > _WIDE else {}),
             "powers": powers if self.d else powers[1:],
-            "bits": torch.cat([beta.unsqueeze(0), beta * powers.unsqueeze(1)]),
             "inside": inside,
             "high": torch.stack([high, inside * high]),
             "wrap": torch.stack([wrap, inside * wrap]),
         }
+        if self.coefficients:
+            values |= {"bits": beta.unsqueeze(0), "bit_m": beta[0] * m, "q_powers": free["q"] * powers}
+        else:
+            values["bits"] = torch.cat([beta.unsqueeze(0), beta * powers.unsqueeze(1)])
         if self.d:
             other = m - (logical_shift(free["r"], 63) << (64 - self.d))
             wraps = logical_shift(torch.stack([other, other * other, other * other * other]) - powers, 64 - self.d)
-            values |= {"wraps": wraps, "bit_wraps": beta * wraps.unsqueeze(1)}
+            values["wraps"] = wraps
+            if self.coefficients:
+                values |= {"bit_wrap": beta[0] * wraps[0], "q_wraps": free["q"] * wraps}
+            else:
+                values["bit_wraps"] = beta * wraps.unsqueeze(1)
         return values
 
 
@@ -234,20 +249,33 @@ class Evaluated(NamedTuple):
 async def evaluated(
     ctx: Context, opened: Shared, spline: Spline, correlation: Correlation, width: int, d: int
 ) -> Evaluated:
-    """The spline at y = x / 2^d, where `opened` is x, or with d > 0 x + 2^62. Rounds 4, the first of `piecewise`."""
+    """The spline at y = x / 2^d, where `opened` is x, or with d > 0 x + 2^62.
+
+    Rounds 4, the first of `piecewise`; 5 where coefficients are opened: those of the cubic that is chosen, in powers of
+    c - y, of which the first needs no product: three numbers + q over Z_2^64, 24 bytes per element and peer.
+    """
     c = (await ctx.open(opened, correlation.mask("r"))).value
     bits = correlation["bits"]
-    m, bit_m = correlation["powers" if d else "r"], bits[1, 0]
+    few = len(bits) == 1
+    m, bit_m = correlation["powers" if d else "r"], correlation["bit_m"] if few else bits[1, 0]
     if d:
         c, wrapped = truncated_parts(c, d)
-        powers, wraps, bit_wraps = correlation["powers"], correlation["wraps"], correlation["bit_wraps"]
-        m, bit_m = powers[0] + wrapped * wraps[0], bit_m + wrapped * bit_wraps[0, 0]
+        powers, wraps = correlation["powers"], correlation["wraps"]
+        m = powers[0] + wrapped * wraps[0]
+        bit_m = bit_m + wrapped * (correlation["bit_wrap"] if few else correlation["bit_wraps"][0, 0])
     else:
-        wrapped = wraps = bit_wraps = c.new_empty(0)
+        wrapped = wraps = c.new_empty(0)
         powers = torch.cat([m.unsqueeze(0), correlation["powers"]])
     e = (await ctx.open(await _outcomes(ctx, c, spline, correlation, width), correlation.mask("beta"))).value
-    steps = _chosen(spline, spline.steps)
-    residual = kernel.spline(c, wrapped, e[1:], powers, wraps, bits, bit_wraps, spline.steps[-1], steps, ctx.first)
+    base, steps = spline.steps[-1], _chosen(spline, spline.steps)
+    if few:
+        q = kernel.coefficients(c, e[1:], bits[0], base, steps, ctx.first)
+        others = (await ctx.open(Shared(q[1:]), correlation.mask("q"))).value
+        products, product_wraps = correlation["q_powers"], correlation["q_wraps"] if d else wraps
+        residual = kernel.polynomial(q[0], wrapped, others, powers, wraps, products, product_wraps)
+    else:
+        bit_wraps = correlation["bit_wraps"] if d else wraps
+        residual = kernel.spline(c, wrapped, e[1:], powers, wraps, bits, bit_wraps, base, steps, ctx.first)
     return Evaluated(c, wrapped, m, e, bits[0, 0], bit_m, Shared(residual, spline.frac_bits))
 
 

@@ -4,6 +4,9 @@ With y = c - m, c public, a polynomial q(y) is sum_i q_i (-m)^i, where q_i = q^(
 powers of m are dealt. For b = e xor beta, with e public, b q(y) = e q(y) + (1 - 2 e) beta q(c - m), for which shares of
 beta m^i are dealt. Where y is what a truncation leaves, m is one of two numbers, as a public bit says: the powers of
 the second are those of the first plus a public number times what else is dealt. All arithmetic is mod 2^64.
+
+Or the sum's coefficients q_i are found first, as shares: sums of the b's times public numbers. Once they are opened
+under masks s_i, q_i (-m)^i takes a dealt s_i m^i only, one for all pieces.
 """
 
 from __future__ import annotations
@@ -59,6 +62,53 @@ def _spline(
         out[i] = total + q0 if first else total
 
 
+@njit(
+    "void(int64[::1], uint8[:, ::1], int64[:, ::1], int64[::1], int64[:, ::1], boolean, int64[:, ::1])",
+    nogil=True,
+    cache=True,
+)
+def _coefficients(c: Any, e: Any, betas: Any, base: Any, steps: Any, first: Any, out: Any) -> None:
+    for i in range(c.size):
+        at = c[i]
+        q0 = q1 = q2 = q3 = 0
+        if first:
+            q0 = base[0] + (base[1] + (base[2] + base[3] * at) * at) * at
+            q1 = base[1] + (2 * base[2] + 3 * base[3] * at) * at
+            q2 = base[2] + 3 * base[3] * at
+            q3 = base[3]
+        for k in range(steps.shape[0]):
+            s1, s2, s3 = steps[k, 1], steps[k, 2], steps[k, 3]
+            if e[k, i]:
+                bit = (1 if first else 0) - betas[k, i]
+            else:
+                bit = betas[k, i]
+            q3 += bit * s3
+            q2 += bit * (s2 + 3 * s3 * at)
+            q1 += bit * (s1 + (2 * s2 + 3 * s3 * at) * at)
+            q0 += bit * (steps[k, 0] + (s1 + (s2 + s3 * at) * at) * at)
+        out[0, i], out[1, i], out[2, i], out[3, i] = q0, q1, q2, q3
+
+
+@njit(
+    "void(int64[::1], int64[::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], "
+    "int64[::1])",
+    nogil=True,
+    cache=True,
+)
+def _polynomial(
+    q0: Any, wrapped: Any, opened: Any, powers: Any, wraps: Any, products: Any, product_wraps: Any, out: Any
+) -> None:
+    for i in range(q0.size):
+        a1, a2, a3 = opened[0, i], opened[1, i], opened[2, i]
+        total = q0[i] - a1 * powers[0, i] + a2 * powers[1, i] - a3 * powers[2, i]
+        total += products[0, i] - products[1, i] + products[2, i]
+        if wrapped.size and wrapped[i]:
+            more = a2 * wraps[1, i] - a1 * wraps[0, i] - a3 * wraps[2, i]
+            more += product_wraps[0, i] - product_wraps[1, i] + product_wraps[2, i]
+            total += wrapped[i] * more
+        out[i] = total
+
+
 def spline(
     c: torch.Tensor,
     wrapped: torch.Tensor,
@@ -86,5 +136,54 @@ def spline(
         array(c, n), array(wrapped, more), array(e, t, n), array(powers, 3, n), array(wraps, 3, more),
         array(bits, 4, t, n), array(bit_wraps, 3, t, more), np.array(base, np.int64),
         np.array(steps, np.int64).reshape(t, COEFFICIENTS), first, out.numpy().reshape(n),
+    )  # fmt: skip
+    return out
+
+
+def coefficients(
+    c: torch.Tensor,
+    e: torch.Tensor,
+    betas: torch.Tensor,
+    base: tuple[int, ...],
+    steps: tuple[tuple[int, ...], ...],
+    first: bool,
+) -> torch.Tensor:
+    """This party's shares of the q_i, int64 [4, *S], of base + sum_k b_k q_k at c, where b_k = e_k xor beta_k.
+
+    c: [*S]; e: uint8 [T, *S]; betas: shares of the beta_k as numbers [T, *S]; base, steps as in `spline`.
+    """
+    out = torch.empty((COEFFICIENTS, *c.shape), dtype=torch.int64, device=c.device)
+    if c.device.type == "meta":
+        return out
+    n, t = c.numel(), len(steps)
+    _coefficients(
+        array(c, n), array(e, t, n), array(betas, t, n), np.array(base, np.int64),
+        np.array(steps, np.int64).reshape(t, COEFFICIENTS), first, out.numpy().reshape(COEFFICIENTS, n),
+    )  # fmt: skip
+    return out
+
+
+def polynomial(
+    q0: torch.Tensor,
+    wrapped: torch.Tensor,
+    opened: torch.Tensor,
+    powers: torch.Tensor,
+    wraps: torch.Tensor,
+    products: torch.Tensor,
+    product_wraps: torch.Tensor,
+) -> torch.Tensor:
+    """This party's share of sum_i q_i (-m)^i, int64 [*S]: of q_0 it has a share, q_i + s_i are opened [3, *S].
+
+    powers, wraps: as in `spline`; products [3, *S] of the s_i and m^i, and product_wraps [3, *S] of s_i and wraps.
+    wrapped: empty, or public [*S], what the wraps are multiplied by.
+    """
+    out = torch.empty(q0.shape, dtype=torch.int64, device=q0.device)
+    if q0.device.type == "meta":
+        return out
+    n = q0.numel()
+    more = n if wrapped.numel() else 0
+    _polynomial(
+        array(q0, n), array(wrapped, more), array(opened, 3, n), array(powers, 3, n), array(wraps, 3, more),
+        array(products, 3, n), array(product_wraps, 3, more), out.numpy().reshape(n),
     )  # fmt: skip
     return out

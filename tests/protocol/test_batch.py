@@ -63,6 +63,7 @@ BATCHED: list[Kind] = [
     Lift((5,), 8),
     Pieces((3,), 48, 5, 47, 16),
     GatedPieces((3,), 5, 47),
+    GatedPieces((3,), 8, 47),
     Exponential((3,), 16, 42, False, 48),
     Exponential((2, 2), 16, 39, True, 48),
     Exponential((3,), 16, 42, False, 45, 19),
