@@ -17,8 +17,9 @@ from mpcinfer.ring.gate import gate
 # what both factors lose, and what is left for comparisons
 D = ARGUMENT_BITS
 _WIDTH = 64 - D
-# thresholds from which on the cubic that is chosen is opened: a round and 24 bytes more, 30 T - 84 bytes fewer dealt
-_MANY = 7
+# with more thresholds, of more numbers, the cubic that is chosen is opened: a round and 24 bytes more, 30 T - 84 bytes
+# fewer dealt
+_FEW_THRESHOLDS, _FEW = 6, 4096
 
 
 @kind
@@ -34,13 +35,14 @@ class GatedPieces(Kind):
     shape: tuple[int, ...]
     thresholds: int
     cut: int
+    coefficients: bool = False
 
     def __post_init__(self) -> None:
         if self.cut + D > 64:
             raise ValueError("a residual that is truncated by so many bits needs one more product")
 
     def _pieces(self) -> Pieces:
-        return Pieces(self.shape, _WIDTH, self.thresholds, self.cut, D, self.thresholds >= _MANY)
+        return Pieces(self.shape, _WIDTH, self.thresholds, self.cut, D, self.coefficients)
 
     def free(self) -> dict[str, Field]:
         """Those of `Pieces`; t."""
@@ -89,17 +91,19 @@ async def gated(ctx: Context, x: Shared, u: Shared, spline: Spline) -> Shared:
     How: as `piecewise`, whose value is (asymptote) + [x between the outer knots] (residual): every term is a product
     of numbers and bits that are public but for their masks, and so is its product with u, of which the products of
     masks are dealt. So u is opened once, its truncation and f(x) need no opening of their own.
-    With many pieces the cubic that is chosen is opened under masks, too, so that products of masks are dealt for one.
-    Opened: those of `piecewise` from 32 fraction bits, and from 7 thresholds on those of its coefficients; u + 2^62 + t
-    over Z_2^64.
-    Rounds 6; online 69 bytes per element and peer for SiLU (T = 10), 8 of them for u; offline about 210 + 11 T; with
-    fewer thresholds 5 rounds, 24 bytes fewer online and 30 T - 84 more offline; correlation `GatedPieces`.
+    Of many numbers the cubic that is chosen is opened under masks, too, so that products of masks are dealt for one.
+    Opened: those of `piecewise` from 32 fraction bits, of more than 4,096 numbers with those of coefficients; u + 2^62
+    + t over Z_2^64.
+    Rounds 5; online 45 bytes per element and peer for SiLU (T = 10), 8 of them for u; offline about 250 + 41 T; of more
+    numbers (and from 7 thresholds on) rounds 6, 24 bytes more online and 30 T - 84 fewer offline; correlation
+    `GatedPieces`.
     Source: as `piecewise`; products of more than two masked values by dealt products of masks as in ABY2.0.
     """
     if x.frac_bits != 2 * ARGUMENT_BITS or u.frac_bits != 2 * ARGUMENT_BITS:
         raise ValueError("a gate takes two products that were not truncated")
     cut = spline.frac_bits - ARGUMENT_BITS
-    correlation = ctx.correlation(GatedPieces(x.shape, len(spline.thresholds), cut))
+    many = len(spline.thresholds) > _FEW_THRESHOLDS and x.share.numel() > _FEW
+    correlation = ctx.correlation(GatedPieces(x.shape, len(spline.thresholds), cut, many))
     at, other = await together(
         evaluated(ctx, offset(ctx, x), spline, correlation, _WIDTH, D),
         ctx.open(offset(ctx, u), correlation.mask("t")),

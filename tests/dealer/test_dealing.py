@@ -78,7 +78,7 @@ KINDS: list[Kind] = [
     OneHot((2,), 3),
     Pieces((2, 3), 48, 4, 47),
     GatedPieces((2, 3), 4, 47),
-    GatedPieces((2, 3), 8, 47),
+    GatedPieces((2, 3), 8, 47, True),
     RowMask("other", (2, 3)),
     SquarePair((3, 2)),
     Triple(Bilinear("mul"), (4,), (4,)),
