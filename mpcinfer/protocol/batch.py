@@ -5,8 +5,7 @@ one more axis, of which each member is a slice. What a member is, and what is se
 streams that it is expanded from are its batch's, named after the first member.
 
 A large correlation is dealt in slices, each of some of its rows and a correlation of its own: what the dealer works
-on then stays small, however large a request is, and much of it in the processor's cache. Whoever expands them puts
-them side by side.
+on stays small, however large a request is. Whoever expands them puts them side by side.
 
 A large plan is dealt in portions, one after the other in the order in which they are drawn, each with batches of its
 own: whoever expands them holds a few at a time.
@@ -38,7 +37,7 @@ from mpcinfer.protocol.correlation import (
 # of all fields of a batch: what is worked on at a time stays in the cache
 _MOST_ELEMENTS = 1 << 17
 _MOST_IN_COMMON = 64  # of a kind whose members share an operand
-SLICE_BYTES = 16 << 20  # of a slice, expanded; measured: four times as much takes as long, all of BERT's GELU thrice
+SLICE_BYTES = 64 << 20  # of a slice, expanded
 PORTION_BYTES = 64 << 20  # of a portion, expanded, unless one correlation has more
 _PROBE = 1_000_003  # the extent of the new axis while it is looked for: no other axis is as long
 
