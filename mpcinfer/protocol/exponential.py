@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import ROUND_HALF_EVEN, Decimal, localcontext
-from functools import cache
 
 import torch
 from torch.nn import functional
@@ -13,12 +11,12 @@ from mpcinfer.protocol.compare import Comparison, below
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.polynomial import polynomial
-from mpcinfer.protocol.select import bit_number
 from mpcinfer.protocol.truncate import logical_shift, truncate
 from mpcinfer.protocol.types import Masked, Shared, SharedBits
 from mpcinfer.ring import digits
 from mpcinfer.ring.codec import MAX_FRAC_BITS, MIN_FRAC_BITS
 from mpcinfer.ring.domain import BIT, Z64, Ring
+from mpcinfer.ring.power import masked_exp, scaled_exp
 
 # x is taken modulo 16; up to 2^-4 above zero is let through, so that a maximum taken coarsely does no harm
 WINDOW_BITS = 4
@@ -28,38 +26,6 @@ DEALT_BITS, PUBLIC_BITS = 42, 19
 # with a ceiling e^(x/2) is computed, up to e^4, and then squared: relative errors are below 2^-17 from x = 0 on
 CEILING = 8
 _HALF_DEALT_BITS, _HALF_PUBLIC_BITS, _SQUARED_BITS = 39, 17, 25
-
-
-@cache
-def _exact(numerators: range, denominator: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """e^(n / denominator) as 31-bit mantissas (2^30 to 2^31) and exponents, by decimal arithmetic: no host differs."""
-    mantissas, exponents = [], []
-    with localcontext(prec=50, rounding=ROUND_HALF_EVEN):
-        for n in numerators:
-            value = int(((Decimal(n) / denominator).exp() * (1 << 64)).to_integral_value())
-            spare = value.bit_length() - 31
-            mantissas.append((value + (1 << (spare - 1))) >> spare)
-            exponents.append(value.bit_length() - 65)
-    return torch.tensor(mantissas, dtype=torch.int64), torch.tensor(exponents, dtype=torch.int64)
-
-
-def scaled_exp(x: torch.Tensor, frac_bits: int, scale: int) -> torch.Tensor:
-    """e^(x / 2^frac_bits) 2^scale to within 1/2 + 2^-29 of its value, in integers only, the same on every host.
-
-    x: int64 with -16 <= x / 2^frac_bits < 21, frac_bits >= 8; the result must be below 2^47.
-    """
-    if x.device.type == "meta":
-        return torch.empty_like(x)
-    rest = frac_bits - 6
-    fine = rest // 2
-    mantissa, exponent = _exact(range(-16 << 6, 21 << 6), 1 << 6)
-    middle, _ = _exact(range(1 << (rest - fine)), 1 << (frac_bits - fine))
-    low, _ = _exact(range(1 << fine), 1 << frac_bits)
-    top = (x >> rest) + (16 << 6)
-    # three factors at scale 2^30, the last two hardly above 1: every product is below 2^62
-    tail = (middle[(x >> fine) & ((1 << (rest - fine)) - 1)] * low[x & ((1 << fine) - 1)] + (1 << 29)) >> 30
-    shift = (60 - scale - exponent[top]).clamp(max=63)
-    return (mantissa[top] * tail + (1 << (shift - 1))) >> shift
 
 
 def _low_layout(bits: int) -> tuple[int, int]:
@@ -177,18 +143,21 @@ async def _power(
         below(ctx, Masked(c), (-(1 << window), 0)[: 2 if ceiling else 1], correlation, width),
     )
     bits = SharedBits(torch.cat([wraps.share, ends.share]), BIT)
-    wrap, clip, *under = (await ctx.open(bits, correlation.mask("beta"))).value != 0
-    # the multiplier is `at` + beta_0 `step`; of the power, what is not clipped is kept and what is under the ceiling
+    e = (await ctx.open(bits, correlation.mask("beta"))).value
     shift = slack + (top << f)
-    down, up = (scaled_exp(low + shift + by, f, public_bits) for by in (-(1 << window), 0))
-    at, step = torch.where(wrap, up, down), torch.where(wrap, down - up, up - down)
-    whole, clipped, *kept = at * correlation["powers"][0] + step * correlation["powers"][1]
-    y = -torch.where(clip, whole - clipped, clipped)
-    if not ceiling:
-        return Shared(whole + y, dealt_bits + public_bits)
-    y = y + torch.where(under[0], whole - kept[0], kept[0])
     limit = int(scaled_exp(torch.tensor([shift]), f, public_bits)) << dealt_bits
-    return Shared(y + limit * bit_number(ctx.first, ~under[0], correlation["below"]), dealt_bits + public_bits)
+    y = masked_exp(
+        low + shift,
+        f,
+        public_bits,
+        1 << window,
+        e,
+        correlation["powers"],
+        correlation["below"] if ceiling else None,
+        limit,
+        ctx.first,
+    )
+    return Shared(y, dealt_bits + public_bits)
 
 
 async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None, width: int = 64, d: int = 0) -> Shared:

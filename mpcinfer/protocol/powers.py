@@ -12,11 +12,12 @@ import torch
 from mpcinfer.protocol.compare import folded_short, opened_short, short_masks, short_tables, short_values
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
-from mpcinfer.protocol.exponential import DEALT_BITS, PUBLIC_BITS, SLACK_BITS, WINDOW_BITS, scaled_exp
+from mpcinfer.protocol.exponential import DEALT_BITS, PUBLIC_BITS, SLACK_BITS, WINDOW_BITS
 from mpcinfer.protocol.truncate import logical_shift, truncate
 from mpcinfer.protocol.types import Shared, SharedBits
 from mpcinfer.ring import digits, short
 from mpcinfer.ring.domain import BIT, Z64, Ring
+from mpcinfer.ring.power import scaled_exp
 
 # of x as its power is taken: those of the window are as many digits as are compared in one step
 FRAC_BITS = short.BITS - WINDOW_BITS

@@ -1,4 +1,4 @@
-"""Bit packing: k-bit values without gaps, and the parity of a word. Kernels are compiled once and cached on disk."""
+"""Bit packing: k-bit values without gaps. Kernels are compiled once and cached on disk."""
 
 from __future__ import annotations
 
