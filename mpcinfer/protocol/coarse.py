@@ -33,7 +33,7 @@ from mpcinfer.ring.domain import BIT, Ring
 SHORT, LONG = short.BITS + 1, 36
 # the last of so many or fewer rows meet in one contest if no more are left in each: 4 kB are dealt for it, and a level
 # of rounds is saved
-_LAST, _FEW = 8, 512
+_LAST, _FEW = 8, 256
 
 
 @kind
@@ -150,7 +150,7 @@ def _radix(most: int, rows: int) -> int:
 async def maximum_along(ctx: Context, x: Shared, width: int, drop: int) -> Shared:
     """The largest words of numbers that lose drop > 0 bits, over the last axis: [*S, k] -> [*S], shares modulo 2^width.
 
-    Input and words as `largest`. Rounds 3 (4) ceil(log4 k), 1 for k = 1; for up to 512 rows 3 (4) ceil(log4(k / 2)) if
+    Input and words as `largest`. Rounds 3 (4) ceil(log4 k), 1 for k = 1; for up to 256 rows 3 (4) ceil(log4(k / 2)) if
     k > 4. Openings and correlation those of `largest`.
     """
 
