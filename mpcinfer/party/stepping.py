@@ -127,6 +127,8 @@ class Stepping:
         if compare:
             await self.compare(part, tape.id)
         seconds = time.perf_counter() - began - tape.waited
+        if tape.large:
+            give_back()  # what comes next is smaller, as a rule
         return result, Phase(seconds, part.rounds - rounds, part.sent - sent)
 
     async def compare(self, part: Part, tape: bytes) -> None:
