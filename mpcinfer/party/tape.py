@@ -50,7 +50,7 @@ class Tape:
         """kept: its masks that outlive it. evidence: what an audit needs, if there may be one. rest: what adds to the
         shares while they are drawn, if not all of them are there.
 
-        dealer_bytes: those that have come; all, once it has ended. large: whether it comes while it is drawn.
+        dealer_bytes: those that have come; all, once it has ended.
         """
         self.id = id_
         self._shares = shares
@@ -58,10 +58,14 @@ class Tape:
         self.kept = kept
         self.evidence = evidence
         self._rest = rest
-        self.large = rest is not None
         self.waited = 0.0  # seconds, for what was not there when it was drawn
         if rest is not None:
             weakref.finalize(self, rest.close)
+
+    @property
+    def large(self) -> bool:
+        """Whether it comes while it is drawn."""
+        return self._rest is not None
 
     def draw(self, name: str, item: Kind) -> Tensors:
         """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before.

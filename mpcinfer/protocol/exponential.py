@@ -145,18 +145,10 @@ async def _power(
     bits = SharedBits(torch.cat([wraps.share, ends.share]), BIT)
     e = (await ctx.open(bits, correlation.mask("beta"))).value
     shift = slack + (top << f)
-    limit = int(scaled_exp(torch.tensor([shift]), f, public_bits)) << dealt_bits
-    y = masked_exp(
-        low + shift,
-        f,
-        public_bits,
-        1 << window,
-        e,
-        correlation["powers"],
-        correlation["below"] if ceiling else None,
-        limit,
-        ctx.first,
-    )
+    end = None
+    if ceiling:
+        end = correlation["below"], int(scaled_exp(torch.tensor([shift]), f, public_bits)) << dealt_bits
+    y = masked_exp(low + shift, f, public_bits, 1 << window, e, correlation["powers"], end, ctx.first)
     return Shared(y, dealt_bits + public_bits)
 
 

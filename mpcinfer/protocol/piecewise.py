@@ -98,8 +98,8 @@ class Pieces(Kind):
     outer knots] and then T - 2 outcomes, which choose cubics: `bits` are beta m^j, j = 0..3. `inside` is the first
     beta: times s >> cut and msb(s), it makes a product of a bit and of what is truncated.
 
-    `coefficients`: of the outcomes only beta is dealt, and masks q of three coefficients of the cubic that is chosen,
-    times m, m^2 and m^3.
+    `coefficients`, with d > 0: of the outcomes only beta is dealt, the switch's times m, and masks q of three
+    coefficients of the cubic that is chosen, times m, m^2 and m^3.
     """
 
     shape: tuple[int, ...]
@@ -112,6 +112,8 @@ class Pieces(Kind):
     def __post_init__(self) -> None:
         if self.thresholds < _WIDE:
             raise ValueError("a spline has outer knots, and one where its asymptotes change")
+        if self.coefficients and not self.d:
+            raise ValueError("coefficients are opened where a product is truncated")
 
     def _many(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of wide comparisons, of near ones, and of outcomes that choose cubics."""
@@ -144,9 +146,12 @@ class Pieces(Kind):
         if self.d:
             fields["wraps"] = Field((3, *self.shape), Ring(self.d))
         if self.coefficients:
-            fields |= {"bit_m": Field(self.shape, Z64), "q_powers": Field((3, *self.shape), Z64)}
-            if self.d:
-                fields |= {"bit_wrap": Field(self.shape, Ring(self.d)), "q_wraps": fields["wraps"]}
+            fields |= {
+                "bit_m": Field(self.shape, Z64),
+                "bit_wrap": Field(self.shape, Ring(self.d)),
+                "q_powers": fields["powers"],
+                "q_wraps": fields["wraps"],
+            }
         elif self.d:
             fields["bit_wraps"] = Field((3, *chosen), Ring(self.d))
         return fields
@@ -256,23 +261,24 @@ async def evaluated(
     """
     c = (await ctx.open(opened, correlation.mask("r"))).value
     bits = correlation["bits"]
-    few = len(bits) == 1
-    m, bit_m = correlation["powers" if d else "r"], correlation["bit_m"] if few else bits[1, 0]
+    by_coefficients = len(bits) == 1
+    m, bit_m = correlation["r"], correlation["bit_m"] if by_coefficients else bits[1, 0]
     if d:
         c, wrapped = truncated_parts(c, d)
         powers, wraps = correlation["powers"], correlation["wraps"]
         m = powers[0] + wrapped * wraps[0]
-        bit_m = bit_m + wrapped * (correlation["bit_wrap"] if few else correlation["bit_wraps"][0, 0])
+        bit_m = bit_m + wrapped * (correlation["bit_wrap"] if by_coefficients else correlation["bit_wraps"][0, 0])
     else:
         wrapped = wraps = c.new_empty(0)
         powers = torch.cat([m.unsqueeze(0), correlation["powers"]])
     e = (await ctx.open(await _outcomes(ctx, c, spline, correlation, width), correlation.mask("beta"))).value
     base, steps = spline.steps[-1], _chosen(spline, spline.steps)
-    if few:
+    if by_coefficients:
         q = kernel.coefficients(c, e[1:], bits[0], base, steps, ctx.first)
         others = (await ctx.open(Shared(q[1:]), correlation.mask("q"))).value
-        products, product_wraps = correlation["q_powers"], correlation["q_wraps"] if d else wraps
-        residual = kernel.polynomial(q[0], wrapped, others, powers, wraps, products, product_wraps)
+        residual = kernel.polynomial(
+            q[0], wrapped, others, powers, wraps, correlation["q_powers"], correlation["q_wraps"]
+        )
     else:
         bit_wraps = correlation["bit_wraps"] if d else wraps
         residual = kernel.spline(c, wrapped, e[1:], powers, wraps, bits, bit_wraps, base, steps, ctx.first)

@@ -1,4 +1,4 @@
-"""Bit packing: k-bit values without gaps. Kernels are compiled once and cached on disk."""
+"""Bit packing: k-bit values without gaps, and the parity of a word. Kernels are compiled once and cached on disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+from numba.extending import intrinsic
 
 if sys.byteorder != "little":  # the wire format and every view below assume it
     raise ImportError("mpcinfer needs a little-endian machine")
@@ -68,6 +69,22 @@ def _unpack(data: Any, k: int, out: Any) -> None:
             acc >>= high
             fill -= high
         out[i] = value
+
+
+@intrinsic
+def _ones(_: Any, x: Any) -> Any:
+    """How many bits of a word are set: the processor's own instruction, where it has one."""
+
+    def code(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return x(x), code
+
+
+@njit(["uint8(uint32)", "uint8(uint64)"], nogil=True, cache=True, inline="always")
+def parity(x: Any) -> Any:
+    """Whether an odd number of a word's bits are set; of kernels."""
+    return np.uint8(np.uint8(_ones(x)) & np.uint8(1))  # type: ignore[call-arg]  # the first one is its typing context
 
 
 _EACH = ("uint8", "uint16", "uint32", "uint64")

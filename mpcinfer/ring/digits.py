@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit
-from numba.extending import intrinsic
 
 from mpcinfer.ring import bits as packed
+from mpcinfer.ring.bits import parity
 from mpcinfer.ring.domain import array
 
 DIGIT_BITS = 4
@@ -117,21 +117,6 @@ def products(masks: torch.Tensor, spec: Block) -> torch.Tensor:
     return out
 
 
-@intrinsic
-def _ones(_: Any, x: Any) -> Any:
-    """How many bits of a word are set: the processor's own instruction, where it has one."""
-
-    def code(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return x(x), code
-
-
-@njit("uint8(uint32)", nogil=True, cache=True, inline="always")
-def _parity(x: Any) -> Any:
-    return np.uint8(_ones(x) & np.uint32(1))  # type: ignore[call-arg]  # the first one is what it is typed with
-
-
 def _leaves_of(k: int) -> Any:
     """The kernel for blocks of k leaves: that it knows k saves a third of its time."""
 
@@ -199,13 +184,13 @@ def _fold_blocks(
                 share = np.uint32(masks[t, i, b]) | (dealt[t, i, b] << shift)
                 if first:
                     share |= np.uint32(0x80000000)
-                less = _parity(lt[e] & share) ^ tops[t, i, b]
+                less = parity(lt[e] & share) ^ tops[t, i, b]
                 if b == 0:
                     top[t, i] = less
                 else:
                     word ^= less << np.uint8(2 * b - 1)
                 if b + 1 < opened.shape[2]:
-                    word ^= _parity(eq[e] & share) << np.uint8(2 * b)
+                    word ^= parity(eq[e] & share) << np.uint8(2 * b)
             words[t, i] = word
 
 
@@ -237,7 +222,7 @@ def _finish(
             if first:
                 share |= np.uint32(0x80000000)
                 bit ^= np.uint8(((c[i] - thresholds[t]) >> np.uint64(sign)) & np.uint64(1))
-            out[t, i] = bit ^ top[t, i] ^ _parity(lt[opened[t, i]] & share)
+            out[t, i] = bit ^ top[t, i] ^ parity(lt[opened[t, i]] & share)
 
 
 def _dealt(x: torch.Tensor, *shape: int) -> npt.NDArray[np.uint32]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
+from mpcinfer.ring.bits import parity
 from mpcinfer.ring.domain import array
 
 DIGITS, DIGIT_BITS = 7, 9
@@ -144,9 +145,7 @@ def _finish(
             x = fold[e, 0] & share
             for w in range(dealt.shape[2]):
                 x ^= fold[e, 1 + w] & dealt[t, i, w]
-            for shift in (32, 16, 8, 4, 2, 1):
-                x ^= x >> np.uint64(shift)
-            out[t, i] = bit ^ np.uint8(x & np.uint64(1))
+            out[t, i] = bit ^ parity(x)
 
 
 def _public(thresholds: tuple[int, ...]) -> Words:

@@ -117,23 +117,22 @@ def masked_exp(
     window: int,
     e: torch.Tensor,
     powers: torch.Tensor,
-    under: torch.Tensor | None,
-    limit: int,
+    ceiling: tuple[torch.Tensor, int] | None,
     first: bool,
 ) -> torch.Tensor:
-    """This party's share of e^(x' - m) 2^scale, or of 0 or of `limit`, int64 [*S], where m is masked.
+    """This party's share of e^(x' - m) 2^scale, or of 0 or of a limit, int64 [*S], where m is masked.
 
     x' is x or, unless [wraps], x - window: public [*S]. powers: shares of e^-m times 1, the beta of [clip], and that of
     [under], and all of these times the beta of [wraps], [2, 2 or 3, *S]. e: uint8 [2 or 3, *S], [wraps], [clip] and
-    [under] xor their betas. 0 where [clip]; `limit` unless [under], if there is that; under: shares of its beta [*S].
+    [under] xor their betas. 0 where [clip]. ceiling: shares of [under]'s beta [*S], and the limit elsewhere.
     """
     out = torch.empty(x.shape, dtype=torch.int64, device=x.device)
     if out.device.type == "meta":
         return out
     n, k = x.numel(), powers.shape[1]
-    ends = np.empty(0, np.int64) if under is None else array(under, n)
+    under, limit = (np.empty(0, np.int64), 0) if ceiling is None else (array(ceiling[0], n), ceiling[1])
     _masked(
-        array(x, n), window, array(e, len(e), n), array(powers, 2, k, n), ends, limit, first,
+        array(x, n), window, array(e, len(e), n), array(powers, 2, k, n), under, limit, first,
         *_tables(frac_bits, scale), out.numpy().reshape(n),
     )  # fmt: skip
     return out

@@ -102,7 +102,7 @@ def _polynomial(
         a1, a2, a3 = opened[0, i], opened[1, i], opened[2, i]
         total = q0[i] - a1 * powers[0, i] + a2 * powers[1, i] - a3 * powers[2, i]
         total += products[0, i] - products[1, i] + products[2, i]
-        if wrapped.size and wrapped[i]:
+        if wrapped[i]:
             more = a2 * wraps[1, i] - a1 * wraps[0, i] - a3 * wraps[2, i]
             more += product_wraps[0, i] - product_wraps[1, i] + product_wraps[2, i]
             total += wrapped[i] * more
@@ -175,15 +175,14 @@ def polynomial(
     """This party's share of sum_i q_i (-m)^i, int64 [*S]: of q_0 it has a share, q_i + s_i are opened [3, *S].
 
     powers, wraps: as in `spline`; products [3, *S] of the s_i and m^i, and product_wraps [3, *S] of s_i and wraps.
-    wrapped: empty, or public [*S], what the wraps are multiplied by.
+    wrapped: public [*S], what the wraps are multiplied by.
     """
     out = torch.empty(q0.shape, dtype=torch.int64, device=q0.device)
     if q0.device.type == "meta":
         return out
     n = q0.numel()
-    more = n if wrapped.numel() else 0
     _polynomial(
-        array(q0, n), array(wrapped, more), array(opened, 3, n), array(powers, 3, n), array(wraps, 3, more),
-        array(products, 3, n), array(product_wraps, 3, more), out.numpy().reshape(n),
+        array(q0, n), array(wrapped, n), array(opened, 3, n), array(powers, 3, n), array(wraps, 3, n),
+        array(products, 3, n), array(product_wraps, 3, n), out.numpy().reshape(n),
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import torch
 
 from mpcinfer.errors import ProtocolError
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.gated import GatedPieces, gated
+from mpcinfer.protocol.gated import _FEW, GatedPieces, gated
 from mpcinfer.protocol.local import LocalWorld
 from mpcinfer.protocol.piecewise import splines
 from mpcinfer.protocol.tracing import trace
@@ -42,19 +42,24 @@ def close(name: str, got: torch.Tensor, x: torch.Tensor, u: torch.Tensor) -> boo
     return bool(((got.double() / 2.0**32 - f * factor).abs() <= allowed).all())
 
 
+@pytest.mark.parametrize("sizes", [(0.01, 1, 100), (1,)], ids=["many", "few"])
 @EVERY
-def test_every_function(world: Worlds, parties: int, name: str) -> None:
-    x, u = products(0.01, 1, 100)
+def test_every_function(world: Worlds, parties: int, name: str, sizes: tuple[float, ...]) -> None:
+    """Of many numbers coefficients are opened, of few none."""
+    x, u = products(*sizes)
+    assert (len(x) > _FEW) == (len(sizes) > 1)
     shares = world(parties).run(named(name), *(world(parties).share(v, 32) for v in (x, u)))
     assert shares[0].frac_bits == 32  # type: ignore[attr-defined]
     assert close(name, world(parties).reveal(shares), x, u)  # type: ignore[arg-type]
 
 
-def test_to_the_ends_of_the_domain(run: Callable[..., Ran]) -> None:
+@pytest.mark.parametrize("times", [1, 700])
+def test_to_the_ends_of_the_domain(run: Callable[..., Ran], times: int) -> None:
     """Each of x, u and the product may be as large as a truncation allows."""
     end = 1 << 62
     x = torch.tensor([-end, end - 1, -end, end - 1, 1 << 48, -(1 << 48)])
     u = torch.tensor([end - 1, 1 << 32, -end, -(1 << 32), (1 << 46) - 1, -end])
+    x, u = x.repeat(times), u.repeat(times)
     got = run(named("silu"), (x, 32), (u, 32)).value
     expected = torch.where(x > 0, (x >> 16) * (u >> 16), 0)
     assert int((got - expected).abs().max()) <= (1 << 46) + (1 << 30)

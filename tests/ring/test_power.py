@@ -64,7 +64,7 @@ def test_powers_of_masked_numbers(shape: tuple[int, ...], parties: int, ceiling:
     under = shared(betas[2], parties)
     e = (ends ^ betas).to(torch.uint8)[: 3 if ceiling else 2]
     got = sum(
-        masked_exp(x, f, scale, window, e, powers[i], under[i] if ceiling else None, limit, i == 0)
+        masked_exp(x, f, scale, window, e, powers[i], (under[i], limit) if ceiling else None, i == 0)
         for i in range(parties)
     )
     wrapped, clip, below = ends != 0
@@ -78,8 +78,8 @@ def test_powers_of_masked_numbers(shape: tuple[int, ...], parties: int, ceiling:
 def test_views_and_meta_tensors() -> None:
     x, powers = torch.arange(24).reshape(4, 6), words(2, 3, 4, 6)
     e, under = torch.randint(0, 2, (3, 4, 6), generator=RNG).to(torch.uint8), words(4, 6)
-    whole = masked_exp(x, 12, 19, 16 << 12, e, powers, under, 5, True)
+    whole = masked_exp(x, 12, 19, 16 << 12, e, powers, (under, 5), True)
     turned = [t.transpose(-1, -2) for t in (x, e, powers, under)]
-    assert torch.equal(masked_exp(turned[0], 12, 19, 16 << 12, turned[1], turned[2], turned[3], 5, True), whole.T)
+    assert torch.equal(masked_exp(turned[0], 12, 19, 16 << 12, turned[1], turned[2], (turned[3], 5), True), whole.T)
     meta = [t.to("meta") for t in turned]
-    assert masked_exp(meta[0], 12, 19, 16 << 12, meta[1], meta[2], meta[3], 5, True).shape == (6, 4)
+    assert masked_exp(meta[0], 12, 19, 16 << 12, meta[1], meta[2], (meta[3], 5), True).shape == (6, 4)
