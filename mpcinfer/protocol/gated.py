@@ -8,7 +8,7 @@ import torch
 
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Field, FixedMasks, Kind, Tensors, kind
-from mpcinfer.protocol.piecewise import ARGUMENT_BITS, Pieces, Spline, evaluated
+from mpcinfer.protocol.piecewise import ARGUMENT_BITS, Pieces, Spline, evaluated, open_residual, opens_coefficients
 from mpcinfer.protocol.truncate import logical_shift, offset, truncated_parts
 from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64, Ring
@@ -17,9 +17,6 @@ from mpcinfer.ring.gate import gate
 # what both factors lose, and what is left for comparisons
 D = ARGUMENT_BITS
 _WIDTH = 64 - D
-# with more thresholds, of more numbers, the cubic that is chosen is opened: a round and 24 bytes more, 30 T - 84 bytes
-# fewer dealt
-_FEW_THRESHOLDS, _FEW = 6, 4096
 
 
 @kind
@@ -68,7 +65,7 @@ class GatedPieces(Kind):
         inside, beta = free["beta"][:2].to(torch.int64)
         m, m_wrap = logical_shift(free["r"], D), logical_shift(free["r"], 63)
         n, n_wrap = logical_shift(free["t"], D), logical_shift(free["t"], 63)
-        h, h_wrap = logical_shift(free["s"], self.cut), logical_shift(free["s"], 63)
+        h, h_wrap = self._pieces().truncated(free["s"])
         each, switch, ends = torch.stack([one, beta, inside]), torch.stack([one, beta]), torch.stack([one, inside])
         return self._pieces().derive(free, fixed) | {
             "n": each * n,
@@ -94,21 +91,20 @@ async def gated(ctx: Context, x: Shared, u: Shared, spline: Spline) -> Shared:
     Of many numbers the cubic that is chosen is opened under masks, too, so that products of masks are dealt for one.
     Opened: those of `piecewise` from 32 fraction bits, of more than 4,096 numbers with those of coefficients; u + 2^62
     + t over Z_2^64.
-    Rounds 5; online 45 bytes per element and peer for SiLU (T = 10), 8 of them for u; offline about 250 + 41 T; of more
-    numbers (and from 7 thresholds on) rounds 6, 24 bytes more online and 30 T - 84 fewer offline; correlation
+    Rounds 5; online 41 bytes per element and peer for SiLU (T = 10), 8 of them for u; offline about 119 + 40 T; of more
+    numbers (and from 7 thresholds on) rounds 6, 24 bytes more online and 30 T - 100 fewer offline; correlation
     `GatedPieces`.
     Source: as `piecewise`; products of more than two masked values by dealt products of masks as in ABY2.0.
     """
     if x.frac_bits != 2 * ARGUMENT_BITS or u.frac_bits != 2 * ARGUMENT_BITS:
         raise ValueError("a gate takes two products that were not truncated")
     cut = spline.frac_bits - ARGUMENT_BITS
-    many = len(spline.thresholds) > _FEW_THRESHOLDS and x.share.numel() > _FEW
-    correlation = ctx.correlation(GatedPieces(x.shape, len(spline.thresholds), cut, many))
+    correlation = ctx.correlation(GatedPieces(x.shape, len(spline.thresholds), cut, opens_coefficients(x, spline)))
     at, other = await together(
         evaluated(ctx, offset(ctx, x), spline, correlation, _WIDTH, D),
         ctx.open(offset(ctx, u), correlation.mask("t")),
     )
-    c_s, by_s = truncated_parts((await ctx.open(offset(ctx, at.residual), correlation.mask("s"))).value, cut)
+    c_s, by_s = await open_residual(ctx, at.residual, correlation, cut)
     c_u, by_u = truncated_parts(other.value, D)
     (slope, constant), (right, last) = spline.left, spline.right
     z = gate(

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from math import comb
+from math import comb, prod
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -24,7 +24,14 @@ from mpcinfer.protocol.compare import (
 from mpcinfer.protocol.context import Context, together
 from mpcinfer.protocol.correlation import Correlation, Field, FixedMasks, Kind, Tensors, kind
 from mpcinfer.protocol.select import bit_number, bit_product
-from mpcinfer.protocol.truncate import logical_shift, offset, truncate, truncated_parts
+from mpcinfer.protocol.truncate import (
+    logical_shift,
+    offset,
+    truncate,
+    truncated_parts,
+    unopened_bits,
+    without_low_bits,
+)
 from mpcinfer.protocol.types import Masked, Shared, SharedBits
 from mpcinfer.ring import spline as kernel
 from mpcinfer.ring.domain import BIT, Z64, Ring
@@ -33,6 +40,11 @@ from mpcinfer.ring.domain import BIT, Z64, Ring
 ARGUMENT_BITS = 16
 # comparisons that must see all of a number: with the outer knots, and with the one where asymptotes change
 _WIDE = 3
+# with more thresholds, of more numbers, the cubic that is chosen is opened: a round and 24 bytes more, 30 T - 100 bytes
+# fewer dealt
+_FEW_THRESHOLDS, _FEW = 6, 4096
+# in larger matrices, however many there are of them, the bytes that are sent online weigh more
+_MANY = 1 << 16
 T = TypeVar("T")
 
 
@@ -128,7 +140,7 @@ class Pieces(Kind):
             **block_masks(wide, self.width),
             **(near_masks(near) if near[0] else {}),
             "beta": Field((chosen[0] + 1, *self.shape), BIT),
-            "s": Field(self.shape, Z64),
+            "s": Field(self.shape, Ring(64 - unopened_bits(self.cut))),
         }
 
     def derived(self) -> dict[str, Field]:
@@ -156,11 +168,16 @@ class Pieces(Kind):
             fields["bit_wraps"] = Field((3, *chosen), Ring(self.d))
         return fields
 
+    def truncated(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left of the mask of the residual, and its top bit."""
+        low = unopened_bits(self.cut)
+        return logical_shift(s, self.cut - low), logical_shift(s, 63 - low)
+
     def derive(self, free: Tensors, fixed: FixedMasks) -> Tensors:
         """See `derived`."""
         m = logical_shift(free["r"], self.d) if self.d else free["r"]
         inside, *betas = free["beta"].to(torch.int64)
-        beta, high, wrap = torch.stack(betas), logical_shift(free["s"], self.cut), logical_shift(free["s"], 63)
+        beta, (high, wrap) = torch.stack(betas), self.truncated(free["s"])
         powers = torch.stack([m, m * m, m * m * m])
         values = {
             **digit_values(m, free, self.width),
@@ -200,11 +217,13 @@ async def piecewise(
     outer knots and where asymptotes change, are of x's whole width; the others are of its low bits. Where x is too far
     away for these, the residual is any number; it is truncated and multiplied by [x is between the outer knots] at
     once, by one opening: a bit that is masked by a known bit is public but for dealt products.
-    Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below` and `below_near`; outcome bits xor beta; the residual
-    + 2^62 + s over Z_2^64, whatever number it is.
-    Rounds 5; online 16 + 4.375 * 3 + 1.625 (T - 3) bytes per element and peer (36.9 for GELU, T = 8; 40.1 for SiLU,
-    T = 10), for width 48 and from 32 fraction bits 3.4 less; offline about 130 + 35 T bytes, 24 + 6 T more from 32
-    fraction bits; correlation `Pieces`.
+    Of many numbers with 32 fraction bits the cubic that is chosen is opened under masks, too (see `evaluated`).
+    Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below` and `below_near`; outcome bits xor beta; what
+    `open_residual` says of the residual + 2^62, whatever number it is; of more than 4,096 numbers with 32 fraction
+    bits, in matrices of 65,536 at most, coefficients.
+    Rounds 5; online 12 + 4.375 * 3 + 1.625 (T - 3) bytes per element and peer (33.1 for GELU, T = 8; 36.4 for SiLU,
+    T = 10), for width 48 and from 32 fraction bits 3.4 less; offline about 50 + 34 T bytes, from 32 fraction bits
+    33 + 40 T; with coefficients rounds 6, online 24 bytes more, offline about 133 + 10 T; correlation `Pieces`.
     Source: splines on masked values by the binomial theorem as in `polynomial`; the split into an asymptote, which no
     scale can make wrap around, and a bounded residual, and comparisons of low bits only, are our own.
     """
@@ -217,9 +236,10 @@ async def piecewise(
         opened = x = x.rescaled(ARGUMENT_BITS)
     out_bits = max(frac_bits, ARGUMENT_BITS)
     cut = spline.frac_bits - out_bits
-    correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds), cut, d))
+    by_coefficients = d > 0 and prod(x.shape[-2:]) <= _MANY and opens_coefficients(x, spline)
+    correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds), cut, d, by_coefficients))
     at = await evaluated(ctx, opened, spline, correlation, width, d)
-    c, wrapped = truncated_parts((await ctx.open(offset(ctx, at.residual), correlation.mask("s"))).value, cut)
+    c, wrapped = await open_residual(ctx, at.residual, correlation, cut)
     high, inside_high = correlation["high"] - wrapped * correlation["wrap"]
     inside = Shared(bit_product(ctx.first, at.e[0], correlation["inside"], c, high, inside_high), out_bits)
 
@@ -283,6 +303,21 @@ async def evaluated(
         bit_wraps = correlation["bit_wraps"] if d else wraps
         residual = kernel.spline(c, wrapped, e[1:], powers, wraps, bits, bit_wraps, base, steps, ctx.first)
     return Evaluated(c, wrapped, m, e, bits[0, 0], bit_m, Shared(residual, spline.frac_bits))
+
+
+def opens_coefficients(x: Shared, spline: Spline) -> bool:
+    """Whether that is cheaper in all."""
+    return len(spline.thresholds) > _FEW_THRESHOLDS and x.share.numel() > _FEW
+
+
+async def open_residual(
+    ctx: Context, residual: Shared, correlation: Correlation, cut: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of a truncation of the residual by `cut` bits. Opened: all of it that is not far below the last place
+    that stays, over Z_2^32 if cut >= 40. Rounds 1; online 4 bytes per element and peer then, else 8."""
+    low = unopened_bits(cut)
+    opened = await ctx.open(without_low_bits(offset(ctx, residual), low), correlation.mask("s"))
+    return truncated_parts(opened.value, cut, low)
 
 
 async def _outcomes(ctx: Context, c: torch.Tensor, spline: Spline, correlation: Correlation, width: int) -> SharedBits:

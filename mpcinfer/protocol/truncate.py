@@ -15,6 +15,7 @@ from mpcinfer.protocol.types import Shared
 from mpcinfer.ring.domain import Z64, Ring
 
 OFFSET_BITS = 62
+_LOW_BITS, _FAR = 32, 8
 
 
 def logical_shift(x: torch.Tensor, d: int) -> torch.Tensor:
@@ -27,9 +28,28 @@ def offset(ctx: Context, x: Shared) -> Shared:
     return Shared(x.share + (1 << OFFSET_BITS), x.frac_bits) if ctx.first else x
 
 
-def truncated_parts(c: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an opened c = x + 2^62 + r: p and q with x / 2^d = p - ((r >> d) - q msb(r)). q is 0 or 2^(64 - d)."""
-    return logical_shift(c, d) - (1 << (OFFSET_BITS - d)), (c >= 0).to(torch.int64) << (64 - d)
+def truncated_parts(c: torch.Tensor, d: int, without: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an opened c = x + 2^62 + r: p and q with x / 2^d = p - ((r >> d) - q msb(r)). q is 0 or 2^(64 - d).
+
+    Where c and r are `without` low bits: 2^(62 - without), r >> (d - without), 2^(64 - d) as before.
+    """
+    low = c >= 0 if not without else c < 1 << (63 - without)
+    return logical_shift(c, d - without) - (1 << (OFFSET_BITS - d)), low.to(torch.int64) << (64 - d)
+
+
+def unopened_bits(d: int) -> int:
+    """How many low bits of a number that is truncated by d bits may be left out of what is opened: half of them all,
+    where what they carry is far below the last place that stays."""
+    return _LOW_BITS if d >= _LOW_BITS + _FAR else 0
+
+
+def without_low_bits(x: Shared, count: int) -> Shared:
+    """x / 2^count, modulo 2^(64 - count): floor(x / 2^count) or less, by at most one for each party but the first.
+
+    Local: every party forgets the lowest bits of its share, and with them what they carry. So a number must not be the
+    least of a domain.
+    """
+    return Shared(logical_shift(x.share, count), x.frac_bits - count) if count else x
 
 
 @kind

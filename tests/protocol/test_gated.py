@@ -9,14 +9,14 @@ import torch
 
 from mpcinfer.errors import ProtocolError
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.gated import _FEW, GatedPieces, gated
+from mpcinfer.protocol.gated import GatedPieces, gated
 from mpcinfer.protocol.local import LocalWorld
-from mpcinfer.protocol.piecewise import splines
+from mpcinfer.protocol.piecewise import _FEW, splines
 from mpcinfer.protocol.tracing import trace
 from mpcinfer.protocol.types import Shared
 from tests.openings import assert_hides
 from tests.protocol.conftest import Ran
-from tests.protocol.test_piecewise import ERRORS, EVERY, dealt_bits, opened, sent_bits, wanted
+from tests.protocol.test_piecewise import ERRORS, EVERY, by_coefficients, dealt_bits, opened, sent_bits, wanted
 
 Worlds = Callable[..., LocalWorld]
 FAR = [sign * x for x in (32, 64, 100, 255, 256, 257, 20_000, 2**20) for sign in (-1, 1)]
@@ -71,15 +71,11 @@ def test_costs(run: Callable[..., Ran], name: str, rows: int) -> None:
     zeros = torch.zeros(rows, 8, dtype=torch.int64)
     ran = run(named(name), (zeros, 32), (zeros, 32))
     more = 64 * 3 + 16 * 3 + 2 * (64 + 16 + 16) + 2 * (64 + splines()[name].frac_bits - 16 + 16)
-    expected = [(label.replace("Pieces", "GatedPieces"), bits) for label, bits in opened(name, 48)]
+    many = rows > 512
+    expected = [(label.replace("Pieces", "GatedPieces"), bits) for label, bits in opened(name, 48, many)]
     expected.insert(1, ("GatedPieces.t", 64))
-    rounds, sent, dealt = 5, sent_bits(name, 48) + 64, dealt_bits(name, 48, 16) + more
-    if name != "hardswish" and rows > 512:  # many numbers, and pieces: the coefficients of one are opened
-        rounds, sent = 6, sent + 3 * 64
-        expected.insert(-1, ("GatedPieces.q", 64))
-        outcomes = len(splines()[name].thresholds) - 2
-        dealt += 3 * (64 + 16) + (64 + 16) - outcomes * 3 * (64 + 16)
-    ran.costs(rounds, rows * sent, rows * dealt)
+    rounds = 5 + by_coefficients(name, many)
+    ran.costs(rounds, rows * (sent_bits(name, 48, many) + 64), rows * (dealt_bits(name, 48, 16, many) + more))
     assert ran.opened() == expected
 
 

@@ -142,22 +142,41 @@ def test_narrow_comparisons(world: Worlds, parties: int, width: int) -> None:
     assert not torch.equal(used.reveal(used.run(narrow, used.share(beyond, 16))), beyond)
 
 
-def dealt_bits(name: str, width: int, d: int) -> int:
-    """What the dealer sends per element."""
+def dealt_bits(name: str, width: int, d: int, many: bool = False) -> int:
+    """What the dealer sends per element; of many numbers those that coefficients take."""
     t = len(splines()[name].thresholds)
     digits, (leaf, top) = {48: (12, (3 * 22, 5)), 64: (16, (4 * 22, 15))}[width]
     comparisons = digits * 15 + 1 + 3 * (leaf + top) + (1 + (t - 3) * (2 * 8 + 1) if t > 3 else 0)
     cubics = 64 * ((3 if d else 2) + 4 * (t - 2)) + d * 3 * (1 + t - 2)
-    return comparisons + cubics + 64 + 2 * (64 + splines()[name].frac_bits - 16)
+    fewer = (3 * (t - 2) - 4) * (64 + d) if by_coefficients(name, many) else 0
+    return comparisons + cubics - fewer + 64 + 2 * (64 + splines()[name].frac_bits - 16)
 
 
-def sent_bits(name: str, width: int) -> int:
+def by_coefficients(name: str, many: bool) -> bool:
+    """Whether those of the cubic that is chosen are opened."""
+    return many and len(splines()[name].thresholds) > 6
+
+
+def residual_bits(name: str) -> int:
+    """Over how many bits a residual is opened."""
+    return 32 if splines()[name].frac_bits - 16 >= 40 else 64
+
+
+def sent_bits(name: str, width: int, many: bool = False) -> int:
     """What a party sends per element and peer."""
     t = len(splines()[name].thresholds)
-    return 2 * 64 + 3 * {48: 25, 64: 34}[width] + (t - 3) * 12 + t - 1
+    return (
+        64
+        + residual_bits(name)
+        + by_coefficients(name, many) * 3 * 64
+        + 3 * {48: 25, 64: 34}[width]
+        + (t - 3) * 12
+        + t
+        - 1
+    )
 
 
-def opened(name: str, width: int) -> list[tuple[str, int]]:
+def opened(name: str, width: int, many: bool = False) -> list[tuple[str, int]]:
     """The openings, in order; those of one round by name."""
     near = len(splines()[name].thresholds) > 3
     return [
@@ -167,7 +186,8 @@ def opened(name: str, width: int) -> list[tuple[str, int]]:
         ("Pieces.top", {48: 4, 64: 6}[width]),
         *([("Pieces.near_top", 2)] if near else []),
         ("Pieces.beta", 1),
-        ("Pieces.s", 64),
+        *([("Pieces.q", 64)] if by_coefficients(name, many) else []),
+        ("Pieces.s", residual_bits(name)),
     ]
 
 
@@ -178,16 +198,31 @@ def test_narrow_comparisons_cost_less(run: Callable[..., Ran]) -> None:
     assert ran.opened() == opened("silu", 48)
 
 
+@pytest.mark.parametrize("times", [1, 5], ids=["few", "many"])
 @EVERY
-def test_a_product_is_truncated_by_its_opening(run: Callable[..., Ran], name: str) -> None:
+def test_a_product_is_truncated_by_its_opening(run: Callable[..., Ran], name: str, times: int) -> None:
     """Of 32 fraction bits 16 are left, with no round of their own and to the ends of the domain."""
     x = torch.cat([torch.linspace(-12 * 2.0**32, 12 * 2.0**32, 999).to(torch.int64), torch.tensor(FAR) << 32])
-    x = torch.cat([x.clamp(-(1 << 62), (1 << 62) - 1), torch.tensor([-(1 << 62), (1 << 62) - 1])])[-1000:]
+    x = torch.cat([x.clamp(-(1 << 62), (1 << 62) - 1), torch.tensor([-(1 << 62), (1 << 62) - 1])])[-1000:].repeat(times)
+    assert (len(x) > module._FEW) == (times > 1)
     ran = run(named(name), (x, 32))
     error = (real(ran.value) - wanted(name, x, 32)).abs()
     assert ran.frac_bits == 16 and float(error.max()) <= ERRORS[name] + 2.5 * 2**-16
-    ran.costs(5, 125 * sent_bits(name, 48), 125 * dealt_bits(name, 48, 16))
-    assert ran.opened() == opened(name, 48)
+    many, rows = times > 1, 125 * times
+    ran.costs(5 + by_coefficients(name, many), rows * sent_bits(name, 48, many), rows * dealt_bits(name, 48, 16, many))
+    assert ran.opened() == opened(name, 48, many)
+
+
+def test_of_large_matrices_what_is_sent_online_counts(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MANY", 5000)
+    for shape, many in (((5000,), True), ((2, 50, 100), True), ((50, 101), False)):
+        plan, cost, _ = trace(
+            lambda ctx, s=shape: piecewise(  # type: ignore[misc]
+                ctx, Shared(torch.empty(s, dtype=torch.int64, device="meta"), 32), splines()["gelu"]
+            ),
+            parties=2,
+        )
+        assert cost.rounds == 5 + many and [item.coefficients for _, item in plan.entries] == [many]
 
 
 def test_far_away_a_residual_is_any_number_times_zero(monkeypatch: pytest.MonkeyPatch, world: Worlds) -> None:
@@ -243,7 +278,12 @@ def test_any_shape(run: Callable[..., Ran], shape: tuple[int, ...]) -> None:
 
 def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
     async def two(ctx: Context, x: Shared) -> None:
-        for name, width, frac_bits in (("hardswish", 64, 16), ("gelu", 48, 16), ("hardswish", 48, 32)):
+        for name, width, frac_bits in (
+            ("hardswish", 64, 16),
+            ("gelu", 48, 16),
+            ("hardswish", 48, 32),
+            ("gelu", 48, 32),
+        ):
             await piecewise(ctx, Shared(x.share, frac_bits), splines()[name], width)
 
     assert_hides(monkeypatch, two, torch.arange(14_000) * 977, torch.zeros(14_000, dtype=torch.int64))

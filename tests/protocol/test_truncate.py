@@ -10,7 +10,14 @@ import torch
 
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.local import LocalWorld
-from mpcinfer.protocol.truncate import Truncation, logical_shift, truncate
+from mpcinfer.protocol.truncate import (
+    Truncation,
+    logical_shift,
+    truncate,
+    truncated_parts,
+    unopened_bits,
+    without_low_bits,
+)
 from mpcinfer.protocol.types import Shared
 from tests.openings import seed
 
@@ -46,6 +53,27 @@ def truncated(world: LocalWorld, x: torch.Tensor, d: int) -> torch.Tensor:
 def test_error_below_one_unit(world: Worlds, parties: int, d: int) -> None:
     x = numbers(20_000, d)
     assert worst_error(x, truncated(world(parties), x, d), d) < 1
+
+
+@pytest.mark.parametrize("d", [40, 47, 61])
+def test_without_its_low_bits_a_number_is_truncated_alike(world: Worlds, parties: int, d: int) -> None:
+    low = unopened_bits(d)
+    assert low == 32 and unopened_bits(39) == 0
+    # what the low bits carry is lost, by which a number may get less than the least one
+    x = numbers(20_000, d).clamp(-LIMIT + (parties << low))
+    shares = [without_low_bits(share, low) for share in world(parties).share(x, 60)]
+    assert {share.frac_bits for share in shares} == {60 - low}
+    short = sum(share.share for share in shares) % (1 << (64 - low))
+    lost = ((x >> low) - short) % (1 << (64 - low))
+    assert int(lost.max()) <= parties - 1
+    s = torch.randint(0, 1 << (64 - low), x.shape, generator=torch.Generator().manual_seed(d))
+    c = (short + (LIMIT >> low) + s) % (1 << (64 - low))
+    public, wrapped = truncated_parts(c, d, low)
+    got = public - (s >> (d - low)) + wrapped * (s >> (63 - low))
+    assert set((got - (x >> d)).unique().tolist()) <= {-1, 0, 1}  # -1: what was lost was the last of a multiple
+    assert float((got - (x >> d)).double().mean()) < 0.6
+    beyond = truncated_parts((c + (1 << (62 - low))) % (1 << (64 - low)), d, low)  # this test can fail
+    assert not torch.equal(beyond[0] - (s >> (d - low)) + beyond[1] * (s >> (63 - low)), got + (LIMIT >> d))
 
 
 def test_multiples_are_exact(world: Worlds, parties: int) -> None:
