@@ -98,8 +98,7 @@ async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joi
     own_tape, _ = members[0].content
     plan, digest = model.plan(shapes, part.epoch.mesh.parties, count)
     began = time.perf_counter()
-    # several come when there is no time to fetch anything before
-    ahead = by.pool.take(digest, model, shapes, plan) if count == 1 else None
+    ahead = by.pool.take(digest, model, shapes, plan, count)
     tape, beside = await by.taken(part, ahead) if ahead is not None else (None, 0.0)
     if tape is None:
         tape = await by.deal(part, own_tape, plan, digest, model.weights)
@@ -112,7 +111,7 @@ async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joi
         lambda ctx: interpret_several(model.program, ctx, holdings, requests),
         compare=False,
     )
-    offline = Phase(seconds + tape.waited, 0, sent, tape.dealer_bytes)
+    offline = Phase(seconds + tape.waited + tape.beside, 0, sent, tape.dealer_bytes)
     return Ran.divided(outputs, online, offline, tape, part.transcript)
 
 
@@ -124,7 +123,7 @@ async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:
     def prepare() -> tuple[Model, Plan]:
         by.pool.check_room(digest)
         shelf = by.pool.shelves()[digest]
-        return shelf.model, shelf.model.plan(shelf.shapes, part.epoch.mesh.parties)[0]
+        return shelf.model, shelf.model.plan(shelf.shapes, part.epoch.mesh.parties, shelf.count)[0]
 
     try:
         model, plan = await by.agreed(part, prepare)

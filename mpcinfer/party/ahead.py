@@ -48,6 +48,12 @@ class Ahead:
             self.seconds = time.perf_counter() - self._began
             self._tape.set_result(tape)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of the tape has come."""
+        tape = self._tape
+        return tape.done() and tape.exception() is None and tape.result().complete
+
     def take(self) -> Tape:
         """The tape, once it is there; raises what fetching it, or what came before, has raised."""
         began = time.perf_counter()

@@ -45,6 +45,7 @@ class Model:
     weights: dict[str, Weight] = field(default_factory=dict, repr=False)
     masked_in: bytes = b""
     masking_in: bytes = b""
+    step_seconds: float = 0.0  # of the last step that evaluated it, at party 0
     plans: dict[Any, tuple[Plan, bytes]] = field(default_factory=dict, repr=False)
     planner: Planner | None = field(default=None, repr=False)
     constants: dict[str, Public] | None = field(default=None, repr=False)
@@ -319,8 +320,7 @@ class Catalogue:
     def next_version(self, name: str, owner: str) -> int:
         """The version a new deployment gets under its owner's name, as far as this party knows."""
         with self._lock:
-            same = [m for m in self._models.values() if (m.name, m.owner) == (name, owner)]
-            return max((m.version for m in same), default=0) + 1
+            return max((m.version for m in self._models.values() if (m.name, m.owner) == (name, owner)), default=0) + 1
 
     def commit(self, request_id: bytes, deployment: bytes, version: int) -> Model:
         """Make a staged upload a deployment, pending until `confirm`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator
+from queue import SimpleQueue
 
 import grpc
 
@@ -33,6 +35,16 @@ class Delivery:
         self._rest = memoryview(b"")
         self._more()
 
+    @property
+    def complete(self) -> bool:
+        """Whether all has come already."""
+        return False
+
+    @property
+    def beside(self) -> float:
+        """Seconds for which it came while nobody waited for it."""
+        return 0.0
+
     def take(self, size: int) -> bytearray | memoryview:
         """The next ones, so many bytes; ProtocolError if fewer come."""
         if 0 < size <= len(self._rest):  # as most are: nothing is copied
@@ -47,6 +59,12 @@ class Delivery:
             at += len(part)
             self._rest = self._rest[len(part) :]
         return taken
+
+    def part(self) -> memoryview:
+        """Whatever comes next, empty if that was all."""
+        self._more()
+        found, self._rest = self._rest, memoryview(b"")
+        return found
 
     def end(self) -> None:
         """Nothing more may come; ProtocolError if it does."""
@@ -101,12 +119,67 @@ class Delivery:
                 passing.end()
 
 
+class Gathered(Delivery):
+    """Corrections that are taken from the dealer as they come, by a thread, however late they are wanted."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.statement, self.frame_bytes = None, delivery.frame_bytes
+        self._delivery = delivery
+        self._rest = memoryview(b"")
+        self._parts: SimpleQueue[memoryview | BaseException] = SimpleQueue()
+        self._began, self._ended, self._closed = time.perf_counter(), 0.0, False
+        threading.Thread(target=self._gather, name="gather", daemon=True).start()
+
+    @property
+    def complete(self) -> bool:
+        """See `Delivery`."""
+        return self._ended > 0
+
+    @property
+    def beside(self) -> float:
+        """See `Delivery`."""
+        return max(0.0, self._ended - self._began)
+
+    def close(self) -> None:
+        """See `Delivery`."""
+        self._closed = True
+
+    def _gather(self) -> None:
+        last: memoryview | BaseException = memoryview(b"")
+        try:
+            while not self._closed and (part := self._delivery.part()):
+                self._parts.put(part)
+                self.frame_bytes = self._delivery.frame_bytes
+        except BaseException as error:  # is raised by whoever wants what has not come
+            last = error
+        finally:
+            self._delivery.close()
+            self._ended = time.perf_counter()
+            self._parts.put(last)
+
+    def _more(self) -> bool:
+        if not self._rest:
+            part = self._parts.get()
+            if isinstance(part, BaseException):
+                self._parts.put(part)
+                raise part
+            self._rest = part
+            if not part:
+                self._parts.put(part)
+        return bool(self._rest)
+
+
 class Held(Delivery):
     """Corrections that have come already."""
 
     def __init__(self, corrections: bytearray | bytes, frame_bytes: int = 0) -> None:
         self.statement, self.frame_bytes = None, frame_bytes
         self._rest = memoryview(corrections)
+
+    @property
+    def complete(self) -> bool:
+        """See `Delivery`."""
+        return True
 
     def close(self) -> None:
         """See `Delivery`."""

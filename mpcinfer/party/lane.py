@@ -27,7 +27,7 @@ from mpcinfer.errors import (
 )
 from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
 from mpcinfer.party.audit import Audit
-from mpcinfer.party.batch import memory_of, slot_of
+from mpcinfer.party.batch import Room, slot_of
 from mpcinfer.party.catalogue import Catalogue
 from mpcinfer.party.epoch import Epoch, Former
 from mpcinfer.party.generation import generate, gone
@@ -53,6 +53,7 @@ _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _IDLE_SECONDS = 0.5
 _QUIET_SECONDS = 0.05  # without a request, before something is fetched for one that may come
 _FLUSH_SECONDS = 0.5
+_GATHER_SECONDS, _GATHER_SHARE = 0.1, 0.01  # for others that could share a step: at most 1 % of what the last one took
 _ACTIONS: dict[str, Callable[..., Any]] = {
     "infer": infer,
     "deploy": deploy,
@@ -240,19 +241,22 @@ class Lane:
             return
         step = {"action": job.action, "parts": [self._describe(each) for each in jobs]}
         epoch.mesh.announce(json.dumps(step).encode())
+        began = time.monotonic()
         self._step(epoch, step)
-        for each in jobs:
-            if each.action == "generate" and each.taken:
-                self._inbox.again(each)
+        if job.action == "infer":
+            job.content.model.step_seconds = time.monotonic() - began
+        for each in (job for job in jobs if job.action == "generate" and job.taken):
+            self._inbox.again(each)
 
     def _together(self, epoch: Epoch, job: Job) -> list[Job]:
         """The request and those that wait behind it and can share its step: rounds cost the same for all of them.
 
         Models whose masks are open, texts that grow from rows of their own, and as many as there is memory for.
         """
-        jobs, rest, slots, used = [job], [], {slot_of(self._sessions, job)}, 0
+        jobs, rest, slots, room = [job], [], {slot_of(self._sessions, job)}, Room(self._limits.batch_mb)
+        took = job.content.model.step_seconds if job.action == "infer" else 0.0
         while job.action in ("infer", "generate") and len(jobs) < self._limits.max_batch:
-            other = self._inbox.next(0)
+            other = self._inbox.next(min(_GATHER_SECONDS, _GATHER_SHARE * took))
             if other is None:
                 break
             slot = slot_of(self._sessions, other)
@@ -260,8 +264,9 @@ class Lane:
             if not (fits and job.content.model.masked_in == epoch.id):
                 rest.append(other)
                 break
-            used = (used or memory_of(epoch, job)) + memory_of(epoch, other)
-            if used > self._limits.batch_mb << 20:
+            if len(jobs) == 1:
+                room.add(epoch, job)
+            if not room.add(epoch, other):
                 rest.append(other)
                 break
             jobs.append(other)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from mpcinfer.errors import BusyError
 from mpcinfer.party.ahead import Ahead
 from mpcinfer.party.catalogue import Model
+from mpcinfer.party.tape import held_bytes
 from mpcinfer.protocol.tracing import Plan
 
 READY = 2  # tapes of a shape
@@ -17,10 +18,13 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass
 class Shelf:
-    """The tapes for inputs of these shapes, all of one plan. `size`: what one of them takes of memory, in bytes."""
+    """The tapes for so many requests with inputs of these shapes, all of one plan. `size`: what one of them takes of
+    memory, in bytes.
+    """
 
     model: Model
     shapes: Shapes
+    count: int
     size: int
     tapes: deque[Ahead] = field(default_factory=deque)
     # party 0: some party has no room for another one
@@ -38,15 +42,16 @@ class Pool:
         self._shelves: dict[bytes, Shelf] = {}  # by the plan's digest; what was asked for last is at the end
 
     def __len__(self) -> int:
-        return sum(len(shelf.tapes) for shelf in self.shelves().values())
+        """For how many runs all has come."""
+        return sum(tape.complete for shelf in self.shelves().values() for tape in tuple(shelf.tapes))
 
     def shelves(self) -> dict[bytes, Shelf]:
         """What there is, by the plan's digest."""
         return dict(self._shelves)
 
-    def take(self, digest: bytes, model: Model, shapes: Shapes, plan: Plan) -> Ahead | None:
-        """The oldest tape of this plan, if there is one. That it was asked for is remembered."""
-        shelf = self._shelves.pop(digest, None) or Shelf(model, shapes, plan.expanded_bytes)
+    def take(self, digest: bytes, model: Model, shapes: Shapes, plan: Plan, count: int = 1) -> Ahead | None:
+        """The oldest tape of this plan, for `count` requests, if there is one. That it was asked for is remembered."""
+        shelf = self._shelves.pop(digest, None) or Shelf(model, shapes, count, held_bytes(plan))
         self._shelves[digest] = shelf
         if len(self._shelves) > _SHAPES:
             self._shelves.pop(next(iter(self._shelves)))

@@ -202,7 +202,7 @@ class Stepping:
         """
         seconds, epoch = self._limits.step_timeout_s, part.epoch
         runs = [digest] if use is None else [use.after(i * rows).digest(digest) for i in range(use.times)]
-        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use, whole=True)
+        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use, ahead=True)
         self._ahead = Ahead(tape, work, rows * len(runs), runs, after=self._ahead)
         return self._ahead
 
@@ -302,37 +302,49 @@ def tapes(step: dict[str, Any], count: int) -> list[bytes]:
     return [hashlib.sha256(base + bytes([i])).digest()[:16] for i in range(count)]
 
 
-def _shared_round(epoch: Epoch, rounds: list[Round]) -> list[torch.Tensor]:
-    """One round of all parts; the frames' headers count with the first one's bytes."""
-    before, peers = epoch.mesh.bytes_sent, epoch.mesh.parties - 1
+def _shared_round(epoch: Epoch, rounds: list[Round]) -> Callable[[], list[torch.Tensor]]:
+    """One round of all parts; the frames' headers count with the first one's bytes. See `running.Exchange`."""
+    # a witness sends nothing
+    before, peers = epoch.mesh.bytes_sent, 0 if epoch.mesh.shadow else epoch.mesh.parties - 1
     seals = [each for each in rounds if each.seal]
-    values = _exchange(epoch, [opening for each in rounds for opening in each.openings], seals)
-    headers, at = epoch.mesh.bytes_sent - before, 0
+    answers = _exchange(epoch, [opening for each in rounds for opening in each.openings], seals)
+    headers = epoch.mesh.bytes_sent - before
     for each in rounds:
         own = peers * (sum(o.ring.packed_bytes(o.masked.numel()) for o in each.openings) + len(each.seal))
         each.part.rounds += 1
         each.part.sent += own
         headers -= own
-        each.part.transcript.add(each.openings, values[at : at + len(each.openings)])
-        at += len(each.openings)
     rounds[0].part.sent += headers
-    return values
+
+    def opened() -> list[torch.Tensor]:
+        values, at = answers(), 0
+        for each in rounds:
+            each.part.transcript.add(each.openings, values[at : at + len(each.openings)])
+            at += len(each.openings)
+        return values
+
+    return opened
 
 
-def _exchange(epoch: Epoch, batch: list[Opening], sealed: list[Round]) -> list[torch.Tensor]:
+def _exchange(epoch: Epoch, batch: list[Opening], sealed: list[Round]) -> Callable[[], list[torch.Tensor]]:
     """One round: all openings of a batch, then the seals, in one message to every peer."""
     packed = [opening.ring.pack(opening.masked) for opening in batch]
-    received = epoch.mesh.exchange(b"".join([*packed, *(each.seal for each in sealed)]))
-    values = [opening.masked for opening in batch]
-    expected = sum(len(p) for p in packed) + COMPARED * len(sealed)
-    for peer, payload in received.items():
-        if len(payload) != expected:
-            raise ProtocolError(f"party {peer} sent {len(payload)} bytes in a round of {expected}")
-        at = 0
-        view = memoryview(payload)
-        for i, opening in enumerate(batch):
-            values[i] = opening.ring.add_packed(values[i], view[at : at + len(packed[i])])
-            at += len(packed[i])
-        for i, each in enumerate(sealed):
-            each.seals[peer] = payload[at + COMPARED * i : at + COMPARED * (i + 1)]
-    return values
+    sizes = [len(p) for p in packed]
+    receive = epoch.mesh.begin(b"".join([*packed, *(each.seal for each in sealed)]))
+    expected = sum(sizes) + COMPARED * len(sealed)
+
+    def opened() -> list[torch.Tensor]:
+        values = [opening.masked for opening in batch]
+        for peer, payload in receive().items():
+            if len(payload) != expected:
+                raise ProtocolError(f"party {peer} sent {len(payload)} bytes in a round of {expected}")
+            at = 0
+            view = memoryview(payload)
+            for i, opening in enumerate(batch):
+                values[i] = opening.ring.add_packed(values[i], view[at : at + sizes[i]])
+                at += sizes[i]
+            for i, each in enumerate(sealed):
+                each.seals[peer] = payload[at + COMPARED * i : at + COMPARED * (i + 1)]
+        return values
+
+    return opened

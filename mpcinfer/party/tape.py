@@ -1,7 +1,8 @@
 """A tape: the correlations of one request, fetched from the dealer and expanded, each drawn once.
 
 A large one is expanded while it is drawn, a few portions ahead, and its corrections are taken from the dealer at that
-pace: what it takes of memory is bounded. That it fails on the way ends the epoch, as anything does that breaks.
+pace: what it takes of memory is bounded. One that is fetched ahead has them all in memory before it is drawn. That it
+fails on the way ends the epoch, as anything does that breaks.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from mpcinfer.errors import NotFoundError, ProtocolError
-from mpcinfer.party.delivery import Delivery, Held
+from mpcinfer.party.delivery import Delivery, Gathered, Held
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.party.passing import Unwatched
 from mpcinfer.party.sacrifice import Dealt
-from mpcinfer.protocol.batch import Batch
+from mpcinfer.protocol.batch import PORTION_BYTES, Batch
 from mpcinfer.protocol.cache import CacheUse
 from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.evidence import KeptMasks
@@ -64,8 +65,18 @@ class Tape:
 
     @property
     def large(self) -> bool:
-        """Whether it comes while it is drawn."""
+        """Whether it is expanded while it is drawn."""
         return self._rest is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it has come."""
+        return self._rest is None or self._rest.delivery.complete
+
+    @property
+    def beside(self) -> float:
+        """Seconds for which it came after it was fetched, while nobody waited for it."""
+        return self._rest.delivery.beside if self._rest is not None else 0.0
 
     def draw(self, name: str, item: Kind) -> Tensors:
         """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before.
@@ -185,6 +196,13 @@ def large(plan: Plan) -> bool:
     return plan.expanded_bytes > HELD_BYTES
 
 
+def held_bytes(plan: Plan) -> int:
+    """What a tape of it takes of memory that was fetched ahead, at the party that takes most."""
+    if not large(plan):
+        return plan.expanded_bytes
+    return plan.correction_bytes() + (AHEAD + 1) * PORTION_BYTES
+
+
 def fetch(
     epoch: Epoch,
     tape: bytes,
@@ -194,13 +212,14 @@ def fetch(
     timeout: float,
     use: CacheUse | None = None,
     *,
-    whole: bool = False,
+    ahead: bool = False,
 ) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
 
-    use: the rows that products with caches are of, and how often the plan is to be run: then see `Tape.runs`. whole:
-    expand all of it at once; else what is large is expanded as it is drawn. Of a tape that may be audited, or that a
-    witness takes part in, all corrections have come when this returns; of others those that come first.
+    use: the rows that products with caches are of, and how often the plan is to be run: then see `Tape.runs`. What is
+    large is expanded as it is drawn. Of a tape that may be audited, or that a witness takes part in, all corrections
+    have come when this returns; of others those that come first, and the others as they are wanted, or (`ahead`) as
+    soon as the dealer sends them.
 
     Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must
     end: the two ends' key chains need not be at the same place any more.
@@ -237,7 +256,9 @@ def fetch(
             batch.give(expanded, shares)
         return shares
 
-    there = min(AHEAD, len(dealt.portions)) if large(dealt) and not whole else len(dealt.portions)
+    there = min(AHEAD, len(dealt.portions)) if large(dealt) else len(dealt.portions)
+    if ahead and last and there < len(dealt.portions) and not delivery.complete:
+        delivery = Gathered(delivery)
     shares: _Shares = {}
     for portion in dealt.portions[:there]:
         shares |= expand(portion, delivery)

@@ -252,20 +252,32 @@ class Mesh:
 
     def exchange(self, payload: bytes, kind: int = OPENING) -> dict[int, bytes]:
         """Send the same message to all peers and receive one from each, by index: one round."""
+        return self.begin(payload, kind)()
+
+    def begin(self, payload: bytes, kind: int = OPENING) -> Callable[[], dict[int, bytes]]:
+        """The first half of a round, which sends. What it returns is the second one, which receives.
+
+        Rounds end in the order in which they have begun, all before a message of another kind; at most two are under
+        way (see `direct.Direct.put`).
+        """
         self.rounds += kind == OPENING
         for link in self.links.values():
             link.send(kind, payload)
-        began = time.perf_counter()
-        try:
-            most = max(len(payload), MAX_MESSAGE)
-            return {peer: link.receive(kind, most) for peer, link in self.links.items()}
-        finally:
-            waited = time.perf_counter() - began
-            if kind == OPENING:
-                self.account.rounds += 1
-                self.account.openings_seconds += waited
-            else:
-                self.account.votes_seconds += waited
+        most = max(len(payload), MAX_MESSAGE)
+
+        def receive() -> dict[int, bytes]:
+            began = time.perf_counter()
+            try:
+                return {peer: link.receive(kind, most) for peer, link in self.links.items()}
+            finally:
+                waited = time.perf_counter() - began
+                if kind == OPENING:
+                    self.account.rounds += 1
+                    self.account.openings_seconds += waited
+                else:
+                    self.account.votes_seconds += waited
+
+        return receive
 
     def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
         """Tell all peers something and hear the same from them: what each party says, this one included, by index.

@@ -8,7 +8,7 @@ through the same steps, the witness a little later, and have the same running di
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mpcinfer.wire.mesh import CONTROL, MAX_MESSAGE, OPENING, Link, Merge, Mesh
 from mpcinfer.wire.traffic import Traffic
@@ -27,16 +27,21 @@ class WitnessedMesh(Mesh):
         """See `Mesh`."""
         return self._witness is not None and self._witness.broken.is_set()
 
-    def exchange(self, payload: bytes, kind: int = OPENING) -> dict[int, bytes]:
+    def begin(self, payload: bytes, kind: int = OPENING) -> Callable[[], dict[int, bytes]]:
         """See `Mesh`."""
-        found = super().exchange(payload, kind)
+        receive = super().begin(payload, kind)
         self.traffic.sent(kind, payload)
-        if kind == CONTROL:
-            self._tell(CONTROL, payload)
-        for peer, received in found.items():
-            self.traffic.received(peer, kind, received)
-            self._tell(kind, received)
-        return found
+
+        def told() -> dict[int, bytes]:
+            found = receive()
+            if kind == CONTROL:
+                self._tell(CONTROL, payload)
+            for peer, received in found.items():
+                self.traffic.received(peer, kind, received)
+                self._tell(kind, received)
+            return found
+
+        return told
 
     def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
         """See `Mesh`: a party and its witness speak with one voice."""
@@ -92,18 +97,22 @@ class ShadowMesh(Mesh):
         """Whether its party has gone."""
         return self._link.broken.is_set()
 
-    def exchange(self, payload: bytes, kind: int = OPENING) -> dict[int, bytes]:
+    def begin(self, payload: bytes, kind: int = OPENING) -> Callable[[], dict[int, bytes]]:
         """What the party has received, in return for what it must have sent."""
         self.rounds += kind == OPENING
-        began = time.perf_counter()
         self.traffic.sent(kind, payload)
         most = max(len(payload), MAX_MESSAGE)
-        found = {peer: self._link.receive(kind, most) for peer in self._peers}
-        for peer, received in found.items():
-            self.traffic.received(peer, kind, received)
-        self.account.rounds += kind == OPENING
-        self.account.openings_seconds += time.perf_counter() - began
-        return found
+
+        def receive() -> dict[int, bytes]:
+            began = time.perf_counter()
+            found = {peer: self._link.receive(kind, most) for peer in self._peers}
+            for peer, received in found.items():
+                self.traffic.received(peer, kind, received)
+            self.account.rounds += kind == OPENING
+            self.account.openings_seconds += time.perf_counter() - began
+            return found
+
+        return receive
 
     def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
         """See `Mesh`: the party speaks for both; whoever calls this checks that it does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,13 @@ def drawn(tape: Tape, plan: Plan) -> dict[str, Any]:
     return shares
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "as it is drawn"])
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "as it is drawn"])
 @pytest.mark.parametrize("rate", [0.0, 0.5], ids=["", "audited"])
-def test_the_portions_of_all_parties_belong_together(table: Table, plan: Plan, rate: float, whole: bool) -> None:
+def test_the_portions_of_all_parties_belong_together(table: Table, plan: Plan, rate: float, ahead: bool) -> None:
     for each in table.epochs:
         each.audit_rate = rate
     tape = secrets.token_bytes(16)
-    tapes = table.each(lambda i: fetch(table.epochs[i], tape, plan, plan.digest(), {}, 20, whole=whole))
+    tapes = table.each(lambda i: fetch(table.epochs[i], tape, plan, plan.digest(), {}, 20, ahead=ahead))
     shares = [drawn(tape, plan) for tape in tapes]
     for name, item in plan.entries:
         fields = {f: declared for each in fields_of(item) for f, declared in each.items()}
@@ -208,6 +209,64 @@ def test_what_nobody_draws_is_not_waited_for(plan: Plan) -> None:
     wait_for(lambda: dealer.cancelled)
     wait_for(lambda: not any(thread.name == "tape" for thread in threading.enumerate()))
     assert dealer.asked < COUNT
+
+
+# --- fetched ahead ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_fetched_ahead_comes_before_it_is_drawn_and_is_expanded_as_it_is(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expanded: list[str] = []
+    honest = batch_module.Batch.expand
+
+    def expand(self: Any, *args: Any, **options: Any) -> Any:
+        expanded.extend(self.names)
+        return honest(self, *args, **options)
+
+    monkeypatch.setattr(batch_module.Batch, "expand", expand)
+    dealer = Portions(plan)
+    tape = taken(plan, dealer, ahead=True)
+    wait_for(lambda: tape.complete)
+    assert dealer.asked == COUNT and len(expanded) <= 2 * (AHEAD + 1) and tape.large
+    assert set(drawn(tape, plan)) == set(expanded) == {name for name, _ in plan.entries}
+    assert tape.dealer_bytes > plan.correction_bytes() and 0 < tape.beside < 30
+
+
+def test_a_dealer_that_fails_while_nobody_draws(plan: Plan) -> None:
+    dealer = Portions(plan, AHEAD + 2, [FailedCall(grpc.StatusCode.UNAVAILABLE)])
+    tape = taken(plan, dealer, ahead=True)
+    wait_for(lambda: tape.complete)
+    entries = list(plan.entries)
+    for name, item in entries[: 2 * (AHEAD + 2)]:
+        tape.draw(name, item)
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="dealer"):
+            tape.draw(*entries[2 * (AHEAD + 2)])
+
+
+def test_what_was_fetched_ahead_in_vain_is_not_listened_to_any_more(plan: Plan) -> None:
+    """A dealer that never stops to deal, and a tape that nobody wants."""
+
+    class Endless(Portions):
+        def Deal(self, request: dealer_pb2.DealRequest, timeout: float) -> Any:
+            def stream() -> Iterator[dealer_pb2.DealResponse]:
+                yield from (dealer_pb2.DealResponse(chunk=message) for message in self.messages)  # type: ignore[arg-type]
+                while not self.cancelled:
+                    time.sleep(0.001)
+                    yield dealer_pb2.DealResponse(chunk=bytes(8))
+
+            call = super().Deal(request, timeout)
+            type(call).__iter__ = lambda _: stream()
+            return call
+
+    dealer = Endless(plan)
+    tape = taken(plan, dealer, ahead=True)
+    assert not dealer.cancelled and not tape.complete
+    del tape
+    gc.collect()
+    wait_for(lambda: dealer.cancelled)
+    wait_for(lambda: not any(thread.name in ("tape", "gather") for thread in threading.enumerate()))
 
 
 # --- in a cluster ----------------------------------------------------------------------------------------------------

@@ -135,9 +135,10 @@ def waiting_behind(cluster: InProcess, caller: Caller, requests: Sequence[Callab
     return waiting
 
 
-@pytest.mark.parametrize("count", [2, 5])
-def test_requests_of_one_shape_are_one_run(tmp_path: Path, count: int) -> None:
-    with InProcess(tmp_path, 2, Limits(pool_mb=0)) as cluster:
+@pytest.mark.parametrize(("count", "witnesses"), [(2, ()), (5, ()), (16, ()), (16, (0, 1))])
+def test_requests_of_one_shape_are_one_run(tmp_path: Path, count: int, witnesses: tuple[int, ...]) -> None:
+    """From sixteen on they are two, which take turns."""
+    with InProcess(tmp_path, 2, Limits(pool_mb=0, max_batch=16), witnesses) as cluster:
         caller = cluster.caller()
         caller.deploy(PROGRAM, WEIGHTS)
         alone = caller.infer(X)
@@ -201,8 +202,9 @@ def test_a_caller_that_goes_while_its_request_is_done_leaves_the_others_alone(
 
 
 def test_portions_are_few_and_of_few_sizes() -> None:
-    assert all(sum(portions(n)) == n and len(portions(n)) <= 2 for n in range(1, 17))
-    assert {size for n in range(1, 33) for size in portions(n)} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
+    assert all(sum(portions(n)) == n and len(portions(n)) <= 2 for n in range(1, 16))
+    assert {size for n in range(1, 33) for size in portions(n)} == {1, 2, 3, 4, 6, 8, 12}
+    assert portions(16) == [8, 8] and portions(15) == [12, 3] and portions(24) == [12, 12]
 
 
 def test_a_request_that_is_refused_leaves_those_beside_it_alone(cluster: InProcess, caller: Caller) -> None:
@@ -266,6 +268,53 @@ def test_the_next_request_finds_its_randomness_ready(
     wait_for(lambda: ready(cluster))  # it is filled again
     tapes = [[t for s in p.lane.pool.shelves().values() for t in s.tapes] for p in cluster.parties.values()]
     assert len({tuple(t.id for t in each) for each in tapes}) == 1
+
+
+def test_requests_that_come_together_find_their_randomness_ready_too(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def burst() -> None:
+        """One request, then four that have waited for it and are one run."""
+        gate = Gate(cluster.parties[1].lane)
+        first = later(lambda: caller.infer(X))
+        assert gate.reached.wait(60)
+        waiting = [later(lambda: caller.infer(X)) for _ in range(4)]
+        wait_for(lambda: all(len(p.inbox) == 5 for p in cluster.parties.values()))
+        gate.open.set()
+        assert all(right(each.result(60)) for each in (first, *waiting))
+
+    assert right(caller.infer(X))
+    burst()
+    wait_for(lambda: ready(cluster, 2 * READY))
+    assert sorted(s.count for s in cluster.parties[0].lane.pool.shelves().values()) == [1, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepping, "deal", lambda *_: pytest.fail("a tape was fetched"))
+        burst()
+    wait_for(lambda: ready(cluster, 2 * READY))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+def test_the_lane_waits_a_little_for_those_that_could_share_a_long_step(
+    cluster: InProcess, caller: Caller, seconds: float
+) -> None:
+    assert right(caller.infer(X)) and right(caller.infer(X))
+    lane, model = cluster.parties[0].lane, cluster.parties[0].catalogue.find("m", 0)
+    model.step_seconds, together = seconds, list[int]()
+    honest = lane._step
+
+    def step(epoch: Any, step: dict[str, Any]) -> None:
+        together.append(len(step["parts"]))
+        if len(together) == 1:  # a step that takes as long as this one says
+            wait_for(lambda: len(lane._inbox) == 2)
+        honest(epoch, step)
+
+    lane._step = step  # type: ignore[method-assign]
+    first = later(lambda: caller.infer(X))
+    if not seconds:
+        wait_for(lambda: bool(together))
+    second = later(lambda: caller.infer(X))
+    assert right(first.result(60)) and right(second.result(60))
+    assert together == ([2] if seconds else [1, 1])
 
 
 def test_parties_that_take_different_tapes_burn_them(cluster: InProcess, caller: Caller) -> None:
@@ -725,12 +774,17 @@ def test_no_mask_and_no_opening_ever_repeats(
         return shares
 
     def exchange(epoch: Any, batch: Any, sealed: Any) -> Any:
-        values = real_exchange(epoch, batch, sealed)
-        if epoch.mesh.index == 0:
-            for opening, value in zip(batch, values, strict=True):
-                if opening.ring.bits == 64:
-                    opened.extend(words(value))
-        return values
+        answers = real_exchange(epoch, batch, sealed)
+
+        def noted() -> list[torch.Tensor]:
+            values = answers()
+            if epoch.mesh.index == 0:
+                for opening, value in zip(batch, values, strict=True):
+                    if opening.ring.bits == 64:
+                        opened.extend(words(value))
+            return values
+
+        return noted
 
     real_execute = Stepping.execute
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mpcinfer.errors import BusyError
+from mpcinfer.party import tape as tape_module
 from mpcinfer.party.pool import READY, Pool
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
@@ -19,8 +20,8 @@ SMALL = Plan((("a#0", Truncation((4096,), 16)),))
 SIZE = SMALL.expanded_bytes
 
 
-def tape() -> Any:
-    return object()
+def tape(complete: bool = True) -> Any:
+    return SimpleNamespace(complete=complete)
 
 
 def asked(pool: Pool, *names: bytes, model: Any = MODEL) -> None:
@@ -80,6 +81,32 @@ def test_no_tape_that_is_larger_than_the_budget() -> None:
         assert pool.wanted() is None
         with pytest.raises(BusyError, match="pool_mb"):
             pool.check_room(b"a")
+
+
+def test_of_what_is_large_there_is_what_the_dealer_sends_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape_module, "HELD_BYTES", SIZE - 1)
+    monkeypatch.setattr(tape_module, "PORTION_BYTES", 100)
+    pool = Pool(100)
+    asked(pool, b"a")
+    assert filled(pool) == [(b"a", [])] * READY
+    assert pool.shelves()[b"a"].size == SMALL.correction_bytes() + 3 * 100 < SIZE
+
+
+def test_what_has_not_come_is_not_ready() -> None:
+    pool, coming = Pool(100), tape(complete=False)
+    asked(pool, b"a")
+    pool.put(b"a", coming)
+    pool.put(b"a", tape())
+    assert len(pool) == 1 and len(pool.shelves()[b"a"].tapes) == 2
+    coming.complete = True
+    assert len(pool) == 2
+
+
+def test_requests_that_came_together_are_expected_together() -> None:
+    pool = Pool(100)
+    pool.take(b"a", MODEL, ((1, 4),), SMALL, 4)
+    pool.take(b"b", MODEL, ((1, 4),), SMALL)
+    assert {d: s.count for d, s in pool.shelves().items()} == {b"a": 4, b"b": 1}
 
 
 def test_what_another_party_refused_is_tried_again_once_something_was_taken() -> None:

@@ -374,7 +374,7 @@ class Tampering:
         """From the request that comes after so many others, one round, at random; each request has `rounds` of them."""
         self.wait, self.done, self._round, self._at = after, 0, 0, self.draw(self.rounds)
 
-    def _exchange(self, epoch: Any, batch: list[Any], *rest: Any) -> list[torch.Tensor]:
+    def _exchange(self, epoch: Any, batch: list[Any], *rest: Any) -> Callable[[], list[torch.Tensor]]:
         if not batch:
             return self._real(epoch, batch, *rest)
         if epoch.mesh.index == 1 and self.wait < 0:

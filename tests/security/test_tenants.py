@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,20 @@ class Transcripts:
         shared_round, begin, following = stepping._shared_round, Tape.__init__, KeyChain.next
         here = self
 
-        def round_(epoch: Any, rounds: Sequence[Any]) -> list[torch.Tensor]:
-            values = shared_round(epoch, rounds)  # type: ignore[arg-type]
+        def round_(epoch: Any, rounds: Sequence[Any]) -> Callable[[], list[torch.Tensor]]:
+            answers = shared_round(epoch, rounds)  # type: ignore[arg-type]
             openings = [opening for each in rounds for opening in each.openings]
             here.together += len({id(each.part) for each in rounds}) > 1
-            for opening, value in zip(openings, values, strict=True):
-                here._take("sent", opening.ring, opening.masked)
-                if epoch.mesh.index == 0:
-                    here._take("opened", opening.ring, value)
-            return values
+
+            def opened() -> list[torch.Tensor]:
+                values = answers()
+                for opening, value in zip(openings, values, strict=True):
+                    here._take("sent", opening.ring, opening.masked)
+                    if epoch.mesh.index == 0:
+                        here._take("opened", opening.ring, value)
+                return values
+
+            return opened
 
         def drawn(self: Tape, id_: bytes, shares: Any, *more: Any) -> None:
             begin(self, id_, shares, *more)
