@@ -6,10 +6,11 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from bench_network import Relay
 from bench_peers.host import PEERS
@@ -25,11 +26,19 @@ LIMITS = {"step_timeout_s": 3600.0}  # a slow network is no failure
 class Ours:
     """A local cluster, parties and dealer as separate processes over mTLS gRPC, used through the SDK."""
 
-    def __init__(self, parties: int, stack: ExitStack, network: Network | None = None) -> None:
-        """`network`: between all processes, the client included; else the loopback device."""
+    def __init__(
+        self,
+        parties: int,
+        stack: ExitStack,
+        network: Network | None = None,
+        limits: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """`network`: between all processes, the client included; else the loopback device. limits: of node files, where
+        they are not the usual ones.
+        """
         relay = stack.enter_context(Relay(network)) if network else None
         via = relay.route if relay else None
-        self.cluster = stack.enter_context(LocalCluster(parties=parties, via=via, limits=LIMITS))
+        self.cluster = stack.enter_context(LocalCluster(parties=parties, via=via, limits=LIMITS | dict(limits)))
         path = self.cluster.cluster_path
         self.owner = stack.enter_context(ModelOwner.connect(path, self.cluster.identity("owner/owner")))
         self.client = stack.enter_context(self.connect())
