@@ -27,6 +27,7 @@ from mpcinfer.protocol.types import Shared
 from mpcinfer.wire.v1 import tensor_pb2
 
 _log = logging.getLogger(__name__)
+_COMING = "coming"  # what a party says that does not have yet what was fetched before
 
 
 @dataclass(frozen=True)
@@ -116,21 +117,30 @@ async def _run(by: Stepping, model: Model, shapes: Shapes, members: Sequence[Joi
 
 
 async def fill(by: Stepping, part: Part, step: dict[str, Any]) -> None:
-    """Begin to fetch a tape for a request that may come. Refused if some party has no room for it."""
+    """Begin to fetch a tape for a request that may come. Refused if some party has no room for it, and put off if what
+    was fetched before has not come everywhere.
+    """
     digest = bytes.fromhex(step["plan"])
     by.pool.drop([bytes.fromhex(d) for d in step["drops"]])
+    shelf = by.pool.shelves()[digest]
 
-    def prepare() -> tuple[Model, Plan]:
+    def planned() -> Plan:
+        return shelf.model.plan(shelf.shapes, part.epoch.mesh.parties, shelf.count)[0]
+
+    def prepare() -> str:
         by.pool.check_room(digest)
-        shelf = by.pool.shelves()[digest]
-        return shelf.model, shelf.model.plan(shelf.shapes, part.epoch.mesh.parties, shelf.count)[0]
+        planned()
+        return _COMING if by.pool.coming else ""
 
     try:
-        model, plan = await by.agreed(part, prepare)
+        notes = await by.voted(part, prepare)
     except Refused:
-        by.pool.shelves()[digest].full = True
+        shelf.full = True
         return
-    by.pool.put(digest, by.ahead(part, tapes(step, 1)[0], plan, digest, model.weights))
+    if _COMING in notes.values():
+        by.pool.wait()
+        return
+    by.pool.put(digest, by.ahead(part, tapes(step, 1)[0], planned(), digest, shelf.model.weights))
 
 
 async def deploy(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> Model:

@@ -30,6 +30,7 @@ class Delivery:
         """
         self.statement: Signed | None = None
         self.frame_bytes = 0
+        self._over = False
         self._account = epoch.mesh.account
         self._chunks = self._received(epoch, request, timeout)
         self._rest = memoryview(b"")
@@ -38,7 +39,7 @@ class Delivery:
     @property
     def complete(self) -> bool:
         """Whether all has come already."""
-        return False
+        return self._over
 
     @property
     def beside(self) -> float:
@@ -84,6 +85,7 @@ class Delivery:
                 self._rest = memoryview(next(self._chunks, b""))
             finally:
                 self._account.dealer_seconds += time.perf_counter() - began
+            self._over = not self._rest
         return bool(self._rest)
 
     def _received(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> Generator[bytes]:

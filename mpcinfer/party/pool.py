@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from mpcinfer.protocol.tracing import Plan
 
 READY = 2  # tapes of a shape
 _SHAPES = 64  # that are remembered
+_LATER = 1.0  # seconds after which it is looked again whether all has come
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -40,6 +42,7 @@ class Pool:
     def __init__(self, megabytes: float) -> None:
         self._most = megabytes * (1 << 20)
         self._shelves: dict[bytes, Shelf] = {}  # by the plan's digest; what was asked for last is at the end
+        self._not_before = 0.0
 
     def __len__(self) -> int:
         """For how many runs all has come."""
@@ -63,6 +66,8 @@ class Pool:
 
         Those are of plans that were not asked for since, one for each digest named.
         """
+        if time.monotonic() < self._not_before:
+            return None
         order = list(self._shelves.items())
         for at in range(len(order) - 1, -1, -1):
             digest, shelf = order[at]
@@ -77,6 +82,17 @@ class Pool:
             if over <= 0:
                 return digest, drops
         return None
+
+    @property
+    def coming(self) -> bool:
+        """Whether something was fetched that has not come yet: one after the other is, so that a request that needs
+        another tape waits for little else.
+        """
+        return any(not tape.complete for shelf in self.shelves().values() for tape in tuple(shelf.tapes))
+
+    def wait(self) -> None:
+        """Some party still waits for what was fetched before."""
+        self._not_before = time.monotonic() + _LATER
 
     def drop(self, digests: list[bytes]) -> None:
         """Make room: the oldest tape of each plan named."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from math import comb, prod
+from math import comb
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -43,8 +43,8 @@ _WIDE = 3
 # with more thresholds, of more numbers, the cubic that is chosen is opened: a round and 24 bytes more, 30 T - 100 bytes
 # fewer dealt
 _FEW_THRESHOLDS, _FEW = 6, 4096
-# in larger matrices, however many there are of them, the bytes that are sent online weigh more
-_MANY = 1 << 16
+# of wider rows, those of larger models, the bytes that are sent online weigh more, however many rows there are
+_WIDEST = 2048
 T = TypeVar("T")
 
 
@@ -220,7 +220,7 @@ async def piecewise(
     Of many numbers with 32 fraction bits the cubic that is chosen is opened under masks, too (see `evaluated`).
     Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below` and `below_near`; outcome bits xor beta; what
     `open_residual` says of the residual + 2^62, whatever number it is; of more than 4,096 numbers with 32 fraction
-    bits, in matrices of 65,536 at most, coefficients.
+    bits, in rows of 2,048 at most, coefficients.
     Rounds 5; online 12 + 4.375 * 3 + 1.625 (T - 3) bytes per element and peer (33.1 for GELU, T = 8; 36.4 for SiLU,
     T = 10), for width 48 and from 32 fraction bits 3.4 less; offline about 50 + 34 T bytes, from 32 fraction bits
     33 + 40 T; with coefficients rounds 6, online 24 bytes more, offline about 133 + 10 T; correlation `Pieces`.
@@ -236,7 +236,7 @@ async def piecewise(
         opened = x = x.rescaled(ARGUMENT_BITS)
     out_bits = max(frac_bits, ARGUMENT_BITS)
     cut = spline.frac_bits - out_bits
-    by_coefficients = d > 0 and prod(x.shape[-2:]) <= _MANY and opens_coefficients(x, spline)
+    by_coefficients = d > 0 and max(x.shape[-1:], default=1) <= _WIDEST and opens_coefficients(x, spline)
     correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds), cut, d, by_coefficients))
     at = await evaluated(ctx, opened, spline, correlation, width, d)
     c, wrapped = await open_residual(ctx, at.residual, correlation, cut)

@@ -307,3 +307,29 @@ def test_a_dealer_that_fails_while_its_tape_is_used(cluster: InProcess, monkeypa
     assert begun.is_set() and failed.is_set() and "InferResponse" not in answers
     new_epoch()
     assert right(caller.infer(x), x)
+
+
+def test_a_request_does_not_wait_for_what_is_fetched_ahead(cluster: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is large comes while something else is asked for and dealt; nothing more is fetched ahead meanwhile."""
+    caller = cluster.caller()
+    caller.deploy(mlp(), WEIGHTS)
+    assert cluster.dealer is not None
+    honest, goes_on, seen = cluster.dealer._dealt, threading.Event(), list[Any]()
+
+    def dealt(batch: Any, *more: Any) -> Any:
+        if batch.names[0].startswith("linear1") and getattr(batch.item, "x", ())[:1] == (len(X),):
+            seen.append(batch)
+            if len(seen) > 1:
+                goes_on.wait(60)
+        return honest(batch, *more)
+
+    monkeypatch.setattr(cluster.dealer, "_dealt", dealt)
+    monkeypatch.setattr(service_module, "CHUNK", 1)
+    assert right(caller.infer(X))
+    wait_for(lambda: len(seen) == 2)
+    last = cluster.parties[cluster.n - 1].lane.pool
+    assert right(caller.infer(X[:1]), X[:1])
+    assert last.coming and len(last) == 0 and sum(len(shelf.tapes) for shelf in last.shelves().values()) == 1
+    goes_on.set()
+    wait_for(lambda: not last.coming and len(last) > 1)
+    assert right(caller.infer(X))

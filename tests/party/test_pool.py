@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mpcinfer.errors import BusyError
+from mpcinfer.party import pool as pool_module
 from mpcinfer.party import tape as tape_module
 from mpcinfer.party.pool import READY, Pool
 from mpcinfer.protocol.tracing import Plan
@@ -100,6 +102,19 @@ def test_what_has_not_come_is_not_ready() -> None:
     assert len(pool) == 1 and len(pool.shelves()[b"a"].tapes) == 2
     coming.complete = True
     assert len(pool) == 2
+
+
+def test_what_is_put_off_is_wanted_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, coming = Pool(100), tape(complete=False)
+    asked(pool, b"a")
+    assert not pool.coming
+    pool.put(b"a", coming)
+    assert pool.coming
+    monkeypatch.setattr(pool_module, "_LATER", 0.2)
+    pool.wait()
+    assert pool.wanted() is None
+    time.sleep(0.25)
+    assert pool.wanted() == (b"a", [])
 
 
 def test_requests_that_came_together_are_expected_together() -> None:

@@ -205,6 +205,7 @@ def test_a_product_is_truncated_by_its_opening(run: Callable[..., Ran], name: st
     x = torch.cat([torch.linspace(-12 * 2.0**32, 12 * 2.0**32, 999).to(torch.int64), torch.tensor(FAR) << 32])
     x = torch.cat([x.clamp(-(1 << 62), (1 << 62) - 1), torch.tensor([-(1 << 62), (1 << 62) - 1])])[-1000:].repeat(times)
     assert (len(x) > module._FEW) == (times > 1)
+    x = x.reshape(times, -1)
     ran = run(named(name), (x, 32))
     error = (real(ran.value) - wanted(name, x, 32)).abs()
     assert ran.frac_bits == 16 and float(error.max()) <= ERRORS[name] + 2.5 * 2**-16
@@ -213,9 +214,14 @@ def test_a_product_is_truncated_by_its_opening(run: Callable[..., Ran], name: st
     assert ran.opened() == opened(name, 48, many)
 
 
-def test_of_large_matrices_what_is_sent_online_counts(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MANY", 5000)
-    for shape, many in (((5000,), True), ((2, 50, 100), True), ((50, 101), False)):
+def test_of_wide_rows_what_is_sent_online_counts() -> None:
+    for shape, many in (
+        ((3, 2048), True),
+        ((2, 50, 100), True),
+        ((3, 2049), False),
+        ((5000,), False),
+        ((4, 1024), False),
+    ):
         plan, cost, _ = trace(
             lambda ctx, s=shape: piecewise(  # type: ignore[misc]
                 ctx, Shared(torch.empty(s, dtype=torch.int64, device="meta"), 32), splines()["gelu"]
@@ -286,7 +292,8 @@ def test_openings(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             await piecewise(ctx, Shared(x.share, frac_bits), splines()[name], width)
 
-    assert_hides(monkeypatch, two, torch.arange(14_000) * 977, torch.zeros(14_000, dtype=torch.int64))
+    numbers = (torch.arange(14_000) * 977).reshape(14, 1000)
+    assert_hides(monkeypatch, two, numbers, torch.zeros_like(numbers))
 
 
 def test_a_mask_serves_one_argument() -> None:
