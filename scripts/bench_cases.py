@@ -261,6 +261,10 @@ class PeerCase:
 
     def prepare(self) -> None:
         """Share the inputs, compile, warm up."""
+        needed, free = self.parties.peer.large_bytes if self.workload.large else 0, _free_bytes()
+        if needed > free:  # else the kernel would end whom it likes, this process perhaps
+            self.failed = f"needs {needed / 1e9:.0f} GB of memory or more, of which {free / 1e9:.0f} GB were free"
+            return
         arguments = {"operation": self.workload.operation, "arrays": str(self.directory / "arrays.npz")}
         self._call("prepare", PREPARE_TIMEOUT, variant=self.variant, settings=self.workload.settings, **arguments)
 
@@ -305,6 +309,12 @@ class PeerCase:
         if do == "prepare":
             self.prepared, self.started = answers, self.parties.starts
         return answers
+
+
+def _free_bytes() -> int:
+    """What could be allocated now without taking it from anybody."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def best(rows: list[Row]) -> Row:

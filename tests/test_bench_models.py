@@ -184,6 +184,18 @@ def test_what_is_large_runs_with_one_variant_at_a_time(turns: Any) -> None:
     assert not log
 
 
+def test_what_does_not_fit_into_memory_is_not_begun(turns: Any, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    monkeypatch.setitem(cases.PEERS, "spu", replace(cases.PEERS["spu"], large_bytes=16 << 30))
+    monkeypatch.setattr(cases, "_free_bytes", lambda: 8 << 30)
+    row, log = turns(large=True)
+    assert "needs 17 GB" in row["peers"]["spu"]["failed"] and not any("prepare" in line for line in log)
+    assert "prepare default" in turns()[1]
+    monkeypatch.undo()
+    assert cases._free_bytes() > 1 << 28
+
+
 def test_a_variant_that_fails_takes_no_other_along(turns: Any) -> None:
     row, log = turns("run default")
     assert log.count("prepare cached") == 2 and log.count("prepare default") == 1

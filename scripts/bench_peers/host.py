@@ -49,6 +49,7 @@ class Peer:
     steps: tuple[tuple[str, ...], ...]
     variants: dict[str, tuple[str, ...]]  # ways to do an operation that has more than one; what counts is the fastest
     lacks: tuple[str, ...] = ()  # functions it does not have
+    large_bytes: int = 0  # what large workloads take of memory, at least, all parties together
 
     def ways(self, operation: str) -> tuple[str, ...]:
         """The variants of an operation."""
@@ -80,6 +81,7 @@ PEERS = {
         ),
         {"maxpool": ("default", "pairs")},
         lacks=("softplus", "hardswish", "elu", "mish"),
+        large_bytes=16 << 30,  # with ours it did not fit into 24 GB
     ),
     # one peer for each of its modes: they share no method; its parties are one process, see run_prix.py
     **{
