@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 
 from bench_network import Relay
 from bench_peers.host import PEERS
@@ -31,14 +30,14 @@ class Ours:
         parties: int,
         stack: ExitStack,
         network: Network | None = None,
-        limits: Mapping[str, float] = MappingProxyType({}),
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         """`network`: between all processes, the client included; else the loopback device. limits: of node files, where
         they are not the usual ones.
         """
         relay = stack.enter_context(Relay(network)) if network else None
         via = relay.route if relay else None
-        self.cluster = stack.enter_context(LocalCluster(parties=parties, via=via, limits=LIMITS | dict(limits)))
+        self.cluster = stack.enter_context(LocalCluster(parties=parties, via=via, limits=LIMITS | dict(limits or {})))
         path = self.cluster.cluster_path
         self.owner = stack.enter_context(ModelOwner.connect(path, self.cluster.identity("owner/owner")))
         self.client = stack.enter_context(self.connect())

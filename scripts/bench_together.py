@@ -78,9 +78,9 @@ def _measured(ours: Ours, name: str, options: argparse.Namespace) -> list[Row]:
                     **workload.judged(samples[-1]["output"], case.frac_bits),
                 }
                 own["right"] = all(workload.judged(sample["output"], case.frac_bits)["right"] for sample in samples)
-                said = (f"{count} requests at a time" if count > 1 else "") + (", fetched ahead" if ahead else "")
-                said = f"{workload.name}, {said.removeprefix(', ')}" if said else workload.name
-                rows.append({"name": said, "right": workload.required(), "ours": own})
+                said = [workload.name]
+                said += [f"{count} requests at a time"] * (count > 1) + ["fetched ahead"] * ahead
+                rows.append({"name": ", ".join(said), "right": workload.required(), "ours": own})
     ours.owner.remove("bench")
     return rows
 

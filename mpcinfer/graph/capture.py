@@ -333,10 +333,9 @@ class _Translator:
         return Constant(name, tuple(tensor.shape), value.frac_bits, data, tensor.dtype == torch.bool)
 
     def encoded(self, program: Program) -> dict[str, torch.Tensor]:
-        """The program's parameters in fixed point, instead of what they were: a large model is not held twice."""
-        self.known.clear()
+        """The program's parameters in fixed point."""
         return {
-            p.name: self.codec.encode(self.tensors.pop(p.name), f"parameter {p.name}").contiguous()
+            p.name: self.codec.encode(self.tensors[p.name], f"parameter {p.name}").contiguous()
             for p in program.parameters
         }
 

@@ -38,12 +38,12 @@ class Delivery:
 
     @property
     def complete(self) -> bool:
-        """Whether all has come already."""
+        """Whether nothing more will come: all has, or it has failed, which whoever takes it will be told."""
         return self._over
 
     @property
     def beside(self) -> float:
-        """Seconds for which it came while nobody waited for it."""
+        """Seconds for which it came by itself, whether it was wanted or not."""
         return 0.0
 
     def take(self, size: int) -> bytearray | memoryview:

@@ -245,7 +245,7 @@ class Lane:
         self._step(epoch, step)
         if job.action == "infer":
             job.content.model.step_seconds = time.monotonic() - began
-        for each in (job for job in jobs if job.action == "generate" and job.taken):
+        for each in (each for each in jobs if each.action == "generate" and each.taken):
             self._inbox.again(each)
 
     def _together(self, epoch: Epoch, job: Job) -> list[Job]:

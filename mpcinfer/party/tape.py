@@ -76,7 +76,7 @@ class Tape:
     @property
     def beside(self) -> float:
         """Seconds for which it came after it was fetched, while nobody waited for it."""
-        return self._rest.delivery.beside if self._rest is not None else 0.0
+        return max(0.0, self._rest.delivery.beside - self.waited) if self._rest is not None else 0.0
 
     def draw(self, name: str, item: Kind) -> Tensors:
         """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before.

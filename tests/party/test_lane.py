@@ -238,13 +238,7 @@ def test_as_many_as_there_is_memory_for(tmp_path: Path) -> None:
             for p in cluster.parties.values():
                 p.lane._limits = Limits(max_batch=limit, pool_mb=0)
             before = mesh.rounds
-            gate = Gate(cluster.parties[1].lane)
-            first = later(lambda: caller.infer(X))
-            assert gate.reached.wait(60)
-            waiting = [later(lambda: caller.infer(X)) for _ in range(4)]
-            wait_for(lambda: all(len(p.inbox) == 5 for p in cluster.parties.values()))
-            gate.open.set()
-            assert right(first.result(60))
+            waiting = waiting_behind(cluster, caller, [lambda: caller.infer(X)] * 4)
             assert all(right(w.result(60)) for w in waiting) and mesh.rounds - before == steps * alone
 
 
@@ -275,13 +269,7 @@ def test_requests_that_come_together_find_their_randomness_ready_too(
 ) -> None:
     def burst() -> None:
         """One request, then four that have waited for it and are one run."""
-        gate = Gate(cluster.parties[1].lane)
-        first = later(lambda: caller.infer(X))
-        assert gate.reached.wait(60)
-        waiting = [later(lambda: caller.infer(X)) for _ in range(4)]
-        wait_for(lambda: all(len(p.inbox) == 5 for p in cluster.parties.values()))
-        gate.open.set()
-        assert all(right(each.result(60)) for each in (first, *waiting))
+        assert all(right(each.result(60)) for each in waiting_behind(cluster, caller, [lambda: caller.infer(X)] * 4))
 
     assert right(caller.infer(X))
     burst()
