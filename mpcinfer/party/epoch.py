@@ -264,9 +264,7 @@ class Former:
         found: Direct | None = None
         if self._node.peer_transport == "tls":
             try:
-                found = dial(
-                    endpoint, offer.direct_port, offer.direct_token, self._node.cluster, self._identity, link.parse
-                )
+                found = dial(endpoint, offer.direct_port, offer.direct_token, self._node.cluster, self._identity)
             except UnavailableError as error:
                 _log.warning("%s; openings go through gRPC, which takes longer", error)
         link.send(mesh.HELLO, mesh_pb2.Direct(connected=found is not None).SerializeToString())
@@ -277,7 +275,7 @@ class Former:
         """What the other end made of an offer."""
         assert self._listener is not None
         if mesh.read_message(mesh_pb2.Direct, link.receive(mesh.HELLO), link.who).connected:
-            link.use(self._listener.take(token, link.parse, _DIRECT_SECONDS))
+            link.use(self._listener.take(token, _DIRECT_SECONDS))
 
     def _watch_dealer(self, epoch: Epoch) -> None:
         """Party 0 sees when the dealer stops or restarts (and has forgotten everything), even if nobody needs it then.

@@ -24,7 +24,7 @@ def block_masks(many: tuple[int, ...], width: int) -> dict[str, Field]:
     if blocks == 1:
         return {"top": Field(many, Ring(digits.block(leaves, False).width, xor=True))}
     return {
-        "leaf": Field((*many, blocks), Ring(digits.block(leaves, True).width, xor=True)),
+        "leaf": Field((blocks, *many), Ring(digits.block(leaves, True).width, xor=True)),
         "top": Field(many, Ring(digits.block(blocks, False).width, xor=True)),
     }
 
@@ -33,14 +33,14 @@ def digit_tables(shape: tuple[int, ...], many: tuple[int, ...], width: int) -> d
     """What `below` needs of masks of `shape`: lt tables and sign; and the products of the block masks."""
     blocks, leaves = digits.layout(width)
     tables = {
-        "lt": Field((*shape, blocks * leaves), Ring(digits.TABLE_BITS, xor=True)),
+        "lt": Field((blocks * leaves, *shape), Ring(digits.TABLE_BITS, xor=True)),
         "msb": Field(shape, BIT),
     }
     if blocks == 1:
         return {**tables, "top_products": Field(many, Ring(digits.block(leaves, False).products, xor=True))}
     return {
         **tables,
-        "leaf_products": Field((*many, blocks), Ring(digits.block(leaves, True).products, xor=True)),
+        "leaf_products": Field((blocks, *many), Ring(digits.block(leaves, True).products, xor=True)),
         "top_products": Field(many, Ring(digits.block(blocks, False).products, xor=True)),
     }
 
@@ -169,7 +169,7 @@ async def below_near(ctx: Context, c: Masked, thresholds: tuple[int, ...], corre
     Opened: 5 bits per block of 3 digits and then 2 bits, under masks of their own (`near_masks`).
     Rounds 2; online 1.5 bytes per threshold, element and peer; offline 3.9 per threshold.
     """
-    return await _below(ctx, c, thresholds, correlation, NEAR, correlation["lt"][..., :_NEAR_DIGITS], "near_")
+    return await _below(ctx, c, thresholds, correlation, NEAR, correlation["lt"][:_NEAR_DIGITS], "near_")
 
 
 async def _below(
@@ -187,8 +187,7 @@ async def _below(
     if blocks == 1:
         outer = digits.block(leaves, False)
         words, high = (
-            part.squeeze(-1)
-            for part in digits.leaves(c.value, thresholds, width, lt, ctx.first, top.share.unsqueeze(-1))
+            part.squeeze(0) for part in digits.leaves(c.value, thresholds, width, lt, ctx.first, top.share.unsqueeze(0))
         )
     else:
         inner, outer = digits.block(leaves, True), digits.block(blocks, False)

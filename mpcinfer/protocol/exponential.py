@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from mpcinfer.protocol.compare import Comparison, below
 from mpcinfer.protocol.context import Context, together
@@ -63,7 +62,7 @@ class Exponential(Kind):
         one = (1, *self.shape)
         return self._comparison().free() | {
             "r": Field(self.shape, Ring(self.width + self.d)),
-            "low_leaf": Field((*one, blocks), Ring(digits.block(leaves, True).width, xor=True)),
+            "low_leaf": Field((blocks, *one), Ring(digits.block(leaves, True).width, xor=True)),
             "low_top": Field(one, Ring(digits.block(blocks, False).width, xor=True)),
             "beta": Field((3 if self.ceiling else 2, *self.shape), BIT),
         }
@@ -73,7 +72,7 @@ class Exponential(Kind):
         blocks, leaves = _low_layout(self.frac_bits + WINDOW_BITS)
         one = (1, *self.shape)
         fields = self._comparison().derived() | {
-            "low_leaf_products": Field((*one, blocks), Ring(digits.block(leaves, True).products, xor=True)),
+            "low_leaf_products": Field((blocks, *one), Ring(digits.block(leaves, True).products, xor=True)),
             "low_top_products": Field(one, Ring(digits.block(blocks, False).products, xor=True)),
             "powers": Field((2, 3 if self.ceiling else 2, *self.shape), Z64),
         }
@@ -101,7 +100,8 @@ async def _wrapped(ctx: Context, low: torch.Tensor, correlation: Correlation, bi
     inner, outer = digits.block(leaves, True), digits.block(blocks, False)
     leaf, top = correlation.mask("low_leaf"), correlation.mask("low_top")
     count = bits // digits.DIGIT_BITS
-    lt = functional.pad(correlation["lt"][..., :count], (0, blocks * leaves - count))
+    lt = correlation["lt"][:count]
+    lt = torch.cat([lt, lt.new_zeros(blocks * leaves - count, *lt.shape[1:])])
     words, tops = digits.leaves(low, (0,), 64, lt, ctx.first, leaf.share)
     opened = (await ctx.open_masked(words, leaf)).value
     words, high = digits.fold_blocks(

@@ -86,21 +86,20 @@ def block(leaves: int, with_eq: bool) -> Block:
     return Block(width, len(monomials), table(terms), table([product] if product else []), product_of)
 
 
-@njit("void(uint64[::1], uint64, uint16[:, ::1])", nogil=True, cache=True)
-def _tables(r: Any, low: Any, out: Any) -> None:
+@njit("void(uint64[::1], uint64, uint64, uint16[::1])", nogil=True, cache=True)
+def _tables(r: Any, low: Any, shift: Any, out: Any) -> None:
+    one = np.uint64(1)
     for i in range(r.size):
-        rest = r[i] & low
-        for j in range(out.shape[1]):
-            out[i, j] = (np.uint32(1) << np.uint32(rest & np.uint64(15))) - np.uint32(1)
-            rest >>= np.uint64(4)
+        out[i] = np.uint16((one << (((r[i] & low) >> shift) & np.uint64(15))) - one)
 
 
 def tables(r: torch.Tensor, width: int) -> torch.Tensor:
-    """The lt tables of the digits of low(r), least significant first: int64 [*S] -> int16 [*S, digits]."""
+    """The lt tables of the digits of low(r), least significant first: int64 [*S] -> int16 [digits, *S]."""
     digits = math.prod(layout(width))
-    out = torch.empty((*r.shape, digits), dtype=torch.int16)
-    low = np.uint64((1 << (width - 1)) - 1)
-    _tables(array(r, r.numel()).view(np.uint64), low, out.numpy().reshape(-1, digits).view(np.uint16))
+    out = torch.empty((digits, *r.shape), dtype=torch.int16)
+    low, values = np.uint64((1 << (width - 1)) - 1), array(r, r.numel()).view(np.uint64)
+    for j, row in enumerate(out.numpy().reshape(digits, -1).view(np.uint16)):
+        _tables(values, low, np.uint64(DIGIT_BITS * j), row)
     return out
 
 
@@ -117,81 +116,99 @@ def products(masks: torch.Tensor, spec: Block) -> torch.Tensor:
     return out
 
 
-def _leaves_of(k: int) -> Any:
-    """The kernel for blocks of k leaves: that it knows k saves a third of its time."""
-
-    @njit(
-        "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, "
-        "uint8[:, :, ::1], uint8[:, :, ::1], uint8[:, :, ::1])",
-        nogil=True,
-        cache=True,
-    )
-    def kernel(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, words: Any, tops: Any) -> None:
-        one, held = np.uint32(1), np.uint32(first)
-        blocks = words.shape[2]
-        kept = np.uint32((1 << (2 * k - (1 if blocks > 1 else 2))) - 1)
-        for t in range(thresholds.size):
-            for i in range(c.size):
-                u = (c[i] - thresholds[t]) & low
-                for b in range(blocks):
-                    at = lt.shape[1] - (b + 1) * k
-                    part = np.uint32(u >> np.uint64(4 * at))
-                    word, less = np.uint32(0), np.uint32(0)
-                    for j in range(k):
-                        v = (part >> np.uint32(4 * j)) & np.uint32(15)
-                        # bit v + 1 of the extended table is lt(v); bit 0 is lt(-1) = 1, held by the first party
-                        two = ((np.uint32(lt[i, at + j]) << one) | held) >> v
-                        less = (two >> one) & one
-                        word = (word << np.uint32(2)) | (((two & one) ^ less) << one) | less
-                    tops[t, i, b] = np.uint8(less)
-                    words[t, i, b] = masks[t, i, b] ^ np.uint8((word >> one) & kept)
-
-    return kernel
+@njit("UniTuple(uint64, 2)(uint64, uint64, uint64, uint64)", nogil=True, cache=True, inline="always")
+def _digit(word: Any, table: Any, held: Any, v: Any) -> Any:
+    """The leaf of a digit v: what is before it with eq and lt appended, and lt."""
+    one = np.uint64(1)
+    # bit v + 1 of the extended table is lt(v); bit 0 is lt(-1) = 1, held by the first party
+    two = ((table << one) | held) >> (v & np.uint64(15))
+    less = (two >> one) & one
+    return (word << np.uint64(2)) | (((two & one) ^ less) << one) | less, less
 
 
-_LEAVES = {k: _leaves_of(k) for k in sorted({leaves for _, leaves in LAYOUTS.values()})}
-
-
-def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: bool, masks: Any, words: Any, tops: Any) -> None:
-    _LEAVES[lt.shape[1] // words.shape[2]](c, thresholds, low, lt, first, masks, words, tops)
+# The kernels' inner loops are functions of arrays of one dimension: only of these LLVM sees that they fill vectors.
+@njit(
+    "void(uint64[::1], uint64, uint64, uint64, uint16[::1], uint16[::1], uint16[::1], uint16[::1], boolean, uint64, "
+    "uint64, uint8[::1], uint8[::1], uint8[::1])",
+    nogil=True,
+    cache=True,
+)
+def _leaves_of_one(
+    c: Any, threshold: Any, low: Any, shift: Any, lt0: Any, lt1: Any, lt2: Any, lt3: Any, four: Any, held: Any,
+    kept: Any, masks: Any, words: Any, tops: Any,
+) -> None:  # fmt: skip
+    for i in range(words.size):
+        part = ((c[i] - threshold) & low) >> shift
+        word, less = _digit(np.uint64(0), np.uint64(lt0[i]), held, part)
+        word, less = _digit(word, np.uint64(lt1[i]), held, part >> np.uint64(4))
+        word, less = _digit(word, np.uint64(lt2[i]), held, part >> np.uint64(8))
+        if four:
+            word, less = _digit(word, np.uint64(lt3[i]), held, part >> np.uint64(12))
+        tops[i] = np.uint8(less)
+        words[i] = masks[i] ^ np.uint8((word >> np.uint64(1)) & kept)
 
 
 @njit(
-    "void(uint8[:, :, ::1], uint8[:, :, ::1], uint32[:, :, ::1], uint8[:, :, ::1], boolean, int64, "
-    "uint32[::1], uint32[::1], uint8[:, ::1], uint8[:, ::1], uint8[:, ::1])",
+    "void(uint64[::1], uint64[::1], uint64, uint16[:, ::1], boolean, uint8[:, :, ::1], uint8[:, :, ::1], "
+    "uint8[:, :, ::1])",
+    nogil=True,
+    cache=True,
+)
+def _leaves(c: Any, thresholds: Any, low: Any, lt: Any, first: Any, masks: Any, words: Any, tops: Any) -> None:
+    blocks = masks.shape[0]
+    k = lt.shape[0] // blocks
+    kept = np.uint64((1 << (2 * k - (1 if blocks > 1 else 2))) - 1)
+    for b in range(blocks):
+        at = lt.shape[0] - (b + 1) * k
+        shift = np.uint64(4 * at)
+        for t in range(thresholds.size):
+            _leaves_of_one(
+                c, thresholds[t], low, shift, lt[at], lt[at + 1], lt[at + 2], lt[at + k - 1], k == 4,
+                np.uint64(first), kept, masks[b, t], words[b, t], tops[b, t],
+            )  # fmt: skip
+
+
+@njit(
+    "void(uint8[::1], uint8[::1], uint32[::1], uint32, uint32, uint32[::1], uint8[::1])",
+    nogil=True,
+    cache=True,
+)
+def _folded(opened: Any, masks: Any, dealt: Any, width: Any, const: Any, table: Any, out: Any) -> None:
+    for i in range(out.size):
+        share = np.uint32(masks[i]) | (dealt[i] << width) | const
+        out[i] = parity(np.uint32(table[opened[i]] & share))
+
+
+@njit("void(uint8[::1], uint8[::1], uint8)", nogil=True, cache=True)
+def _add_bit(word: Any, bit: Any, at: Any) -> None:
+    for i in range(word.size):
+        word[i] ^= bit[i] << at
+
+
+@njit(
+    "void(uint8[:, ::1], uint8[:, ::1], uint32[:, ::1], uint8[:, ::1], boolean, int64, "
+    "uint32[::1], uint32[::1], uint8[::1], uint8[::1], uint8[::1])",
     nogil=True,
     cache=True,
 )
 def _fold_blocks(
-    opened: Any,
-    masks: Any,
-    dealt: Any,
-    tops: Any,
-    first: Any,
-    width: Any,
-    lt: Any,
-    eq: Any,
-    next_masks: Any,
-    words: Any,
-    top: Any,
-) -> None:
-    shift = np.uint32(width)
-    for t in range(opened.shape[0]):
-        for i in range(opened.shape[1]):
-            word = next_masks[t, i]
-            for b in range(opened.shape[2]):
-                e = opened[t, i, b]
-                share = np.uint32(masks[t, i, b]) | (dealt[t, i, b] << shift)
-                if first:
-                    share |= np.uint32(0x80000000)
-                less = parity(lt[e] & share) ^ tops[t, i, b]
-                if b == 0:
-                    top[t, i] = less
-                else:
-                    word ^= less << np.uint8(2 * b - 1)
-                if b + 1 < opened.shape[2]:
-                    word ^= parity(eq[e] & share) << np.uint8(2 * b)
-            words[t, i] = word
+    opened: Any, masks: Any, dealt: Any, tops: Any, first: Any, width: Any, lt: Any, eq: Any, next_masks: Any,
+    words: Any, top: Any,
+) -> None:  # fmt: skip
+    words[:] = next_masks
+    shift, const = np.uint32(width), np.uint32(0x80000000 if first else 0)
+    bit = np.empty(words.size, np.uint8)
+    for b in range(opened.shape[0]):
+        if b == 0:
+            _folded(opened[b], masks[b], dealt[b], shift, const, lt, top)
+            _add_bit(top, tops[b], np.uint8(0))
+        else:
+            _folded(opened[b], masks[b], dealt[b], shift, const, lt, bit)
+            _add_bit(bit, tops[b], np.uint8(0))
+            _add_bit(words, bit, np.uint8(2 * b - 1))
+        if b + 1 < opened.shape[0]:
+            _folded(opened[b], masks[b], dealt[b], shift, const, eq, bit)
+            _add_bit(words, bit, np.uint8(2 * b))
 
 
 @njit(
@@ -233,19 +250,19 @@ def _dealt(x: torch.Tensor, *shape: int) -> npt.NDArray[np.uint32]:
 def leaves(
     c: torch.Tensor, thresholds: tuple[int, ...], width: int, lt: torch.Tensor, first: bool, masks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked leaf words to open and the linear top bits, both uint8 [T, *S, blocks].
+    """Masked leaf words to open and the linear top bits, both uint8 [blocks, T, *S].
 
-    c: opened x + r, [*S]; lt: shares of r's tables, int16 [*S, digits]; masks: uint8 [T, *S, blocks].
+    c: opened x + r, [*S]; lt: shares of r's tables, int16 [digits, *S]; masks: uint8 [blocks, T, *S].
     """
-    if c.device.type == "meta":
-        return torch.empty_like(masks), torch.empty_like(masks)
-    n, t, blocks = c.numel(), len(thresholds), masks.shape[-1]
     words, tops = torch.empty_like(masks), torch.empty_like(masks)
+    if c.device.type == "meta":
+        return words, tops
+    n, t, blocks = c.numel(), len(thresholds), len(masks)
     public = np.array([x % (1 << 64) for x in thresholds], np.uint64)
-    low = np.uint64((1 << (width - 1)) - 1)
     _leaves(
-        array(c, n).view(np.uint64), public, low, array(lt, n, lt.shape[-1]).view(np.uint16), first,
-        array(masks, t, n, blocks), words.numpy().reshape(t, n, blocks), tops.numpy().reshape(t, n, blocks),
+        array(c, n).view(np.uint64), public, np.uint64((1 << (width - 1)) - 1),
+        array(lt, len(lt), n).view(np.uint16), first, array(masks, blocks, t, n),
+        words.numpy().reshape(blocks, t, n), tops.numpy().reshape(blocks, t, n),
     )  # fmt: skip
     return words, tops
 
@@ -259,16 +276,15 @@ def fold_blocks(
     spec: Block,
     next_masks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """First-level blocks to the second level's masked words and top bits, uint8 [T, *S]."""
+    """First-level blocks, [blocks, T, *S], to the second level's masked words and top bits, uint8 [T, *S]."""
     words, top = torch.empty_like(next_masks), torch.empty_like(next_masks)
     if opened.device.type == "meta":
         return words, top
-    t, blocks = opened.shape[0], opened.shape[-1]
-    n = next_masks.numel() // t
+    blocks, size = len(opened), next_masks.numel()
     _fold_blocks(
-        array(opened, t, n, blocks), array(masks, t, n, blocks), _dealt(dealt, t, n, blocks),
-        array(tops, t, n, blocks), first, spec.width, spec.lt, spec.eq, array(next_masks, t, n),
-        words.numpy().reshape(t, n), top.numpy().reshape(t, n),
+        array(opened, blocks, size), array(masks, blocks, size), _dealt(dealt, blocks, size),
+        array(tops, blocks, size), first, spec.width, spec.lt, spec.eq, array(next_masks, size),
+        words.numpy().reshape(size), top.numpy().reshape(size),
     )  # fmt: skip
     return words, top
 

@@ -20,6 +20,7 @@ from numba import njit
 from mpcinfer.ring.domain import array
 
 COEFFICIENTS = 4
+_AT_ONCE = 1024  # numbers: what belongs to them stays in the cache
 
 
 @njit(
@@ -62,31 +63,47 @@ def _spline(
         out[i] = total + q0 if first else total
 
 
+# inner loops, of arrays of one dimension: only of these LLVM sees that they fill vectors
+@njit(
+    "void(uint8[::1], int64[::1], int64[::1], int64, int64[::1], int64[::1], int64[::1], int64[::1])",
+    nogil=True,
+    cache=True,
+)
+def _add_chosen(e: Any, beta: Any, step: Any, one: Any, q0: Any, q1: Any, q2: Any, q3: Any) -> None:
+    s0, s1, s2, s3 = step[0], step[1], step[2], step[3]
+    for i in range(q0.size):
+        flip = np.int64(e[i])
+        bit = beta[i] * (1 - 2 * flip) + one * flip
+        q0[i] += bit * s0
+        q1[i] += bit * s1
+        q2[i] += bit * s2
+        q3[i] += bit * s3
+
+
+@njit("void(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True)
+def _move(c: Any, q0: Any, q1: Any, q2: Any, q3: Any) -> None:
+    """A cubic's coefficients to those of its powers of y - c."""
+    for i in range(c.size):
+        at, a1, a2, a3 = c[i], q1[i], q2[i], q3[i]
+        q0[i] += (a1 + (a2 + a3 * at) * at) * at
+        q1[i] = a1 + (2 * a2 + 3 * a3 * at) * at
+        q2[i] = a2 + 3 * a3 * at
+
+
 @njit(
     "void(int64[::1], uint8[:, ::1], int64[:, ::1], int64[::1], int64[:, ::1], boolean, int64[:, ::1])",
     nogil=True,
     cache=True,
 )
 def _coefficients(c: Any, e: Any, betas: Any, base: Any, steps: Any, first: Any, out: Any) -> None:
-    for i in range(c.size):
-        at = c[i]
-        q0 = q1 = q2 = q3 = 0
-        if first:
-            q0 = base[0] + (base[1] + (base[2] + base[3] * at) * at) * at
-            q1 = base[1] + (2 * base[2] + 3 * base[3] * at) * at
-            q2 = base[2] + 3 * base[3] * at
-            q3 = base[3]
+    one = np.int64(1 if first else 0)
+    for start in range(0, c.size, _AT_ONCE):
+        end = min(c.size, start + _AT_ONCE)
+        q0, q1, q2, q3 = out[0, start:end], out[1, start:end], out[2, start:end], out[3, start:end]
+        q0[:], q1[:], q2[:], q3[:] = one * base[0], one * base[1], one * base[2], one * base[3]
         for k in range(steps.shape[0]):
-            s1, s2, s3 = steps[k, 1], steps[k, 2], steps[k, 3]
-            if e[k, i]:
-                bit = (1 if first else 0) - betas[k, i]
-            else:
-                bit = betas[k, i]
-            q3 += bit * s3
-            q2 += bit * (s2 + 3 * s3 * at)
-            q1 += bit * (s1 + (2 * s2 + 3 * s3 * at) * at)
-            q0 += bit * (steps[k, 0] + (s1 + (s2 + s3 * at) * at) * at)
-        out[0, i], out[1, i], out[2, i], out[3, i] = q0, q1, q2, q3
+            _add_chosen(e[k, start:end], betas[k, start:end], steps[k], one, q0, q1, q2, q3)
+        _move(c[start:end], q0, q1, q2, q3)
 
 
 @njit(

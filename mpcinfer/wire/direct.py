@@ -11,23 +11,19 @@ import logging
 import secrets
 import socket
 import ssl
-import struct
 import threading
 import time
-from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
 
 from mpcinfer.config import Cluster, Endpoint
 from mpcinfer.config.reading import split_address
 from mpcinfer.errors import ConfigError, IdentityError, MpcInferError, UnavailableError
-from mpcinfer.wire.frames import CHUNK
+from mpcinfer.wire.frames import CHUNK, HEADER
 from mpcinfer.wire.identity import Identity, dns_name, peer_from_certificate
 from mpcinfer.wire.tls import tls_context
 
 _log = logging.getLogger(__name__)
 
-_HEAD = struct.Struct(">BI")  # as gRPC's: not compressed, length
 _TOKEN_BYTES = 32
 # so much, four times, fits into the buffers between two ends: sending it never waits for the other end
 _INLINE = 1 << 15
@@ -40,33 +36,32 @@ _DIALLER_WRITES, _ACCEPTOR_WRITES = b"\0", b"\1"
 class Direct:
     """Both connections to one peer: messages go to `put` and come from `next`, each in one thread at a time."""
 
-    def __init__(self, out: ssl.SSLSocket, incoming: ssl.SSLSocket, parse: Callable[[bytes], Any]) -> None:
-        self._out, self._in, self._parse = out, incoming, parse
+    def __init__(self, out: ssl.SSLSocket, incoming: ssl.SSLSocket) -> None:
+        self._out, self._in = out, incoming
         for sock in (out, incoming):
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._writing, self._reading = threading.Lock(), threading.Lock()
-        self._later: SimpleQueue[bytes | None] = SimpleQueue()
+        self._later: SimpleQueue[tuple[bytes, bytes | memoryview] | None] = SimpleQueue()
         self._queued = self._written = 0
         self._progress = threading.Condition()
         threading.Thread(target=self._write_queued, name="direct", daemon=True).start()
 
-    def put(self, message: Any) -> None:
-        """Send a protobuf message, at once if it is small and nothing waits; never waits for the other end to read.
+    def put(self, head: bytes, payload: bytes | memoryview) -> None:
+        """Send a frame, at once if it is small and nothing waits; never waits for the other end to read.
 
         That holds since nobody is more than four rounds ahead of anybody: two may be under way.
         """
-        raw = message.SerializeToString()
-        framed = _HEAD.pack(0, len(raw)) + raw
-        if len(framed) <= _INLINE and self._queued == self._written:
-            self._write(framed)
+        if len(head) + len(payload) <= _INLINE and self._queued == self._written:
+            self._write(head + payload)
         else:
             self._queued += 1
-            self._later.put(framed)
+            self._later.put((head, payload))
 
     def _write_queued(self) -> None:
-        while (framed := self._later.get()) is not None:
-            self._write(framed)
+        while (frame := self._later.get()) is not None:
+            for part in frame:
+                self._write(part)
             with self._progress:
                 self._written += 1
                 self._progress.notify_all()
@@ -76,33 +71,35 @@ class Direct:
         with self._progress:
             self._progress.wait_for(lambda: self._queued == self._written, seconds)
 
-    def _write(self, framed: bytes) -> None:
+    def _write(self, raw: bytes | memoryview) -> None:
         try:
             with self._writing:
-                self._out.sendall(framed)
+                self._out.sendall(raw)
         except (OSError, ValueError):  # it has ended; whoever reads will say so
             self._shut()
 
     def __iter__(self) -> Direct:
         return self
 
-    def __next__(self) -> Any:
-        """The next message; StopIteration when the other end has closed, OSError when the connection broke."""
+    def __next__(self) -> memoryview:
+        """The next frame's message, without its header; StopIteration when the other end has closed.
+
+        OSError when the connection broke.
+        """
         with self._reading:
-            none, length = _HEAD.unpack(self._exactly(_HEAD.size))
+            none, length = HEADER.unpack(self._exactly(HEADER.size))
             if none or length > CHUNK + 64:
                 raise ConnectionError("no frame of ours")
-            return self._parse(self._exactly(length))
+            return self._exactly(length)
 
-    def _exactly(self, size: int) -> bytes:
-        content = bytearray(size)
-        rest = memoryview(content)
+    def _exactly(self, size: int) -> memoryview:
+        rest = content = memoryview(bytearray(size))
         while rest:
             got = self._in.recv_into(rest)
             if not got:
                 raise StopIteration
             rest = rest[got:]
-        return bytes(content)
+        return content
 
     def close(self) -> None:
         """End both; whoever reads or writes is woken first."""
@@ -148,14 +145,14 @@ class Listener:
             self._offers[token], self._arrived[token] = role, {}
         return token
 
-    def take(self, token: bytes, parse: Callable[[bytes], Any], timeout: float) -> Direct:
+    def take(self, token: bytes, timeout: float) -> Direct:
         """The connections that were made with the token; UnavailableError if they do not come."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._arrived.get(token, {})) == 2, timeout)
             found = self._arrived.get(token, {})
             if len(found) == 2:
                 del self._offers[token], self._arrived[token]
-                return Direct(found[_ACCEPTOR_WRITES], found[_DIALLER_WRITES], parse)
+                return Direct(found[_ACCEPTOR_WRITES], found[_DIALLER_WRITES])
         raise UnavailableError("the connections that a party has announced did not arrive")
 
     def withdraw(self) -> None:
@@ -214,9 +211,7 @@ class Listener:
             self._slots.release()
 
 
-def dial(
-    endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity: Identity, parse: Callable[[bytes], Any]
-) -> Direct:
+def dial(endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity: Identity) -> Direct:
     """Connect to a party that offers `port` and has given this token.
 
     UnavailableError if the port cannot be reached, IdentityError if it is not that party that answers.
@@ -242,7 +237,7 @@ def dial(
         raise
     out, incoming = made
     assert isinstance(out, ssl.SSLSocket) and isinstance(incoming, ssl.SSLSocket)
-    return Direct(out, incoming, parse)
+    return Direct(out, incoming)
 
 
 def _role(tls: ssl.SSLSocket, cluster: Cluster) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+
 CHUNK = 1 << 20  # payload of one frame at most
 GRPC_HEADER = 5  # length prefix of a gRPC message
+HEADER = struct.Struct(">BI")  # that: not compressed, length
 COMPARED = 32  # what the parties compare at the end of a run: an HMAC of all that was opened
 
 
@@ -24,6 +27,43 @@ def chunk_bytes(size: int) -> int:
     Asking the message would make it write all of itself.
     """
     return GRPC_HEADER + _bytes_field(size)
+
+
+def head(sequence: int, kind: int, more: bool, size: int) -> bytes:
+    """What comes before a frame's payload of so many bytes, header included (see mesh.proto), for sequence > 0.
+
+    As protobuf writes it, which would copy the payload several times.
+    """
+    fields = b"\x09" + sequence.to_bytes(8, "little") + bytes([0x10, kind]) + (b"\x18\x01" if more else b"")
+    if size:
+        fields += b"\x22" + _varint(size)
+    frame = b"\x0a" + _varint(len(fields) + size) + fields
+    return HEADER.pack(0, len(frame) + size) + frame
+
+
+def payload(message: memoryview, sequence: int, kind: int) -> tuple[memoryview, bool]:
+    """The payload of a frame whose message follows its header, and whether more follow; ValueError if it is another."""
+    for more in (False, True):
+        size = _content(_content(len(message)) - (9 + 2 + 2 * more))
+        if size >= 0:
+            first = head(sequence, kind, more, size)[GRPC_HEADER:]
+            if len(first) + size == len(message) and message[: len(first)] == first:
+                return message[len(first) :], more
+    raise ValueError("another frame")
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _content(field: int) -> int:
+    """The content of a `_bytes_field` of so many bytes, -1 if there is none."""
+    return next((n for n in (field, *(field - 1 - v for v in range(1, 6))) if n >= 0 and _bytes_field(n) == field), -1)
 
 
 def _parts(size: int) -> list[tuple[int, bool]]:

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from mpcinfer.errors import AbortedError, ConfigError, IdentityError, MpcInferError, ProtocolError
 from mpcinfer.wire import channel
 from mpcinfer.wire.direct import Direct
-from mpcinfer.wire.frames import CHUNK, GRPC_HEADER
+from mpcinfer.wire.frames import CHUNK, GRPC_HEADER, head, payload
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
 
 _M = TypeVar("_M", bound=Message)
@@ -36,12 +36,10 @@ MAX_MESSAGE = 16 << 20  # bytes, or as many as this end sends in the same round:
 _DRAIN_SECONDS = 2.0  # what has arrived over direct connections may be read for so long after the gRPC stream has ended
 
 
-class _Stream:
+class _Count:
     """Frames in both directions, counted."""
 
-    def __init__(self, incoming: Iterator[Any], put: Callable[[Any], None], first: int = 0) -> None:
-        self.incoming = incoming
-        self.put = put
+    def __init__(self, first: int) -> None:
         self.sent = self.received = first
 
 
@@ -53,16 +51,16 @@ class Link:
         peer: int,
         incoming: Iterator[Any],
         outgoing: SimpleQueue[Any],
-        types: tuple[Any, Any],
+        wrap: Callable[..., Any],
         cancel: Callable[[], Any],
     ) -> None:
         self.peer = peer
         self.who = f"party {peer}"
         self.bytes_sent = self.openings_sent = 0  # bytes, the latter only of openings
         self._outgoing = outgoing
-        self._wrap, self.parse = types[0], types[1].FromString
-        self._cancel = cancel
-        self._grpc = self._openings = _Stream(incoming, outgoing.put)
+        self._wrap = wrap
+        self._incoming, self._cancel = incoming, cancel
+        self._grpc = self._openings = _Count(0)
         self._direct: Direct | None = None
         self.broken = threading.Event()
 
@@ -70,28 +68,32 @@ class Link:
         """From now on openings travel over direct connections."""
         self._direct = direct
         # counted from 1: a number 0 takes fewer bytes, and every round should cost the same
-        self._openings = _Stream(direct, direct.put, 1)
+        self._openings = _Count(1)
         if self.broken.is_set():
             direct.close()
 
     def send(self, kind: int, payload: bytes) -> None:
         """Queue a message; never blocks."""
-        stream = self._openings if kind == OPENING else self._grpc
+        view = memoryview(payload)
         for start in range(0, len(payload) or 1, CHUNK):
-            part = payload if len(payload) <= CHUNK else payload[start : start + CHUNK]
-            frame = mesh_pb2.Frame(
-                sequence=stream.sent,
-                kind=kind,  # type: ignore[arg-type]
-                more=start + CHUNK < len(payload),
-                payload=part,
-            )
-            stream.sent += 1
-            message = self._wrap(frame=frame)
-            size = message.ByteSize() + GRPC_HEADER
+            part = view[start : start + CHUNK]
+            size = self._send(kind, start + CHUNK < len(payload), part)
             self.bytes_sent += size
             if kind == OPENING:
                 self.openings_sent += size
-            stream.put(message)
+
+    def _send(self, kind: int, more: bool, part: memoryview) -> int:
+        """Queue a frame: how many bytes it is."""
+        if kind == OPENING and self._direct is not None:
+            first = head(self._openings.sent, kind, more, len(part))
+            self._openings.sent += 1
+            self._direct.put(first, part)
+            return len(first) + len(part)
+        frame = mesh_pb2.Frame(sequence=self._grpc.sent, kind=kind, more=more, payload=bytes(part))  # type: ignore[arg-type]
+        self._grpc.sent += 1
+        message = self._wrap(frame=frame)
+        self._outgoing.put(message)
+        return int(message.ByteSize()) + GRPC_HEADER
 
     def receive(self, kind: int, most: int = MAX_MESSAGE) -> bytes:
         """The next message, which must be of this kind; AbortedError when the stream has ended.
@@ -100,28 +102,41 @@ class Link:
         other end refused the stream for that.
         """
         parts, size = list[bytes](), 0
-        stream = self._openings if kind == OPENING else self._grpc
         while True:
             try:
-                frame = next(stream.incoming).frame
+                part, more = self._next(kind)
             except StopIteration:
                 raise self._lost() from None
+            except ProtocolError:
+                self.close()
+                raise
             except Exception as error:  # grpc raises RpcError at the dialler and bare exceptions at the acceptor
                 raise self._lost(error) from error
-            if frame.sequence != stream.received or frame.kind != kind:
-                self.close()
-                raise ProtocolError(f"{self.who} sent a frame out of order")
-            stream.received += 1
-            size += len(frame.payload)
+            size += len(part)
             if size > most:
                 self.close()
                 raise ProtocolError(f"{self.who} sent more than the {most} bytes that are due")
-            if not frame.more and not parts:
-                payload: bytes = frame.payload
-                return payload
-            parts.append(frame.payload)
-            if not frame.more:
+            if not more and not parts:
+                return part
+            parts.append(part)
+            if not more:
                 return b"".join(parts)
+
+    def _next(self, kind: int) -> tuple[bytes, bool]:
+        """The payload of the next frame, and whether more follow; ProtocolError if it is not the one that is due."""
+        if kind == OPENING and self._direct is not None:
+            message = next(self._direct)
+            try:
+                part, more = payload(message, self._openings.received, kind)
+            except ValueError:
+                raise ProtocolError(f"{self.who} sent a frame out of order") from None
+            self._openings.received += 1
+            return bytes(part), more
+        frame = next(self._incoming).frame
+        if frame.sequence != self._grpc.received or frame.kind != kind:
+            raise ProtocolError(f"{self.who} sent a frame out of order")
+        self._grpc.received += 1
+        return frame.payload, frame.more
 
     def close(self) -> None:
         """End the stream; whoever waits on it gets AbortedError."""
@@ -178,7 +193,7 @@ def dial(peer: int, opened: grpc.Channel, on_end: Callable[[], None]) -> Link:
     """Open the stream to a party with a higher index."""
     outgoing: SimpleQueue[Any] = SimpleQueue()
     call = mesh_pb2_grpc.MeshServiceStub(opened).Connect(iter(outgoing.get, None))
-    link = Link(peer, call, outgoing, (mesh_pb2.ConnectRequest, mesh_pb2.ConnectResponse), call.cancel)
+    link = Link(peer, call, outgoing, mesh_pb2.ConnectRequest, call.cancel)
 
     def ended() -> None:
         link.ended()
@@ -194,7 +209,7 @@ def accept(
 ) -> tuple[Link, Iterator[Any]]:
     """The other end: the link, and the iterator that the RPC handler must return."""
     outgoing: SimpleQueue[Any] = SimpleQueue()
-    link = Link(peer, incoming, outgoing, (mesh_pb2.ConnectResponse, mesh_pb2.ConnectRequest), context.cancel)
+    link = Link(peer, incoming, outgoing, mesh_pb2.ConnectResponse, context.cancel)
 
     def ended() -> None:
         link.ended()

@@ -60,10 +60,10 @@ def test_tables_say_which_values_are_below_the_digit(width: int) -> None:
     low = prg.expand(bytes(32), (50,), Ring(width - 1))
     low[0], low[1] = 0, (1 << (width - 1)) - 1
     tables = digits.tables(low, width)
-    assert tables.shape == (50, count) and tables.dtype == torch.int16
+    assert tables.shape == (count, 50) and tables.dtype == torch.int16
     for j in range(count):
         for v in range(15):
-            assert torch.equal((tables[:, j] >> v & 1).bool(), v < (low >> 4 * j & 15))
+            assert torch.equal((tables[j] >> v & 1).bool(), v < (low >> 4 * j & 15))
 
 
 def compare(c: list[int], r: list[int], thresholds: tuple[int, ...], width: int, seed: bytes) -> np.ndarray:
@@ -73,12 +73,12 @@ def compare(c: list[int], r: list[int], thresholds: tuple[int, ...], width: int,
     n, many = len(c), (len(thresholds), len(c))
     opened = torch.from_numpy(np.array(c, np.uint64).view(np.int64))
     secret = torch.from_numpy(np.array(r, np.uint64).view(np.int64))
-    leaf = prg.expand(prg.derive(seed, "leaf"), (*many, blocks), Ring(inner.width, xor=True))
+    leaf = prg.expand(prg.derive(seed, "leaf"), (blocks, *many), Ring(inner.width, xor=True))
     top = prg.expand(prg.derive(seed, "top"), many, Ring(outer.width, xor=True))
     lt = digits.tables(secret, width)
     msb = ((secret >> (width - 1)) & 1).to(torch.uint8)
     if blocks == 1:
-        words, high = (part[..., 0] for part in digits.leaves(opened, thresholds, width, lt, True, top[..., None]))
+        words, high = (part[0] for part in digits.leaves(opened, thresholds, width, lt, True, top[None]))
     else:
         words, tops = digits.leaves(opened, thresholds, width, lt, True, leaf)
         words, high = digits.fold_blocks(words, leaf, digits.products(leaf, inner), tops, True, inner, top)
@@ -114,7 +114,7 @@ def assert_opened_words_hold_the_whole_mask(width: int, first: bool) -> None:
     low = (1 << (width - 1)) - 1
     c, r = (prg.expand(prg.derive(bytes(32), name), (n,), Ring(width)) for name in ("c", "r"))
     lt = digits.tables(r & low, width)
-    leaf = torch.arange(n, dtype=torch.uint8).reshape(1, n, 1).expand(t, n, blocks).contiguous()  # every mask word
+    leaf = torch.arange(n, dtype=torch.uint8).reshape(1, 1, n).expand(blocks, t, n).contiguous()  # every mask word
     masked, tops = digits.leaves(c, (0, 5), width, lt, first, leaf)
     plain, same_tops = digits.leaves(c, (0, 5), width, lt, first, torch.zeros_like(leaf))
     assert torch.equal(masked ^ plain, leaf) and torch.equal(tops, same_tops)

@@ -40,11 +40,14 @@ def meshes(n: int) -> tuple[list[Mesh], list[tuple[int, int, bytes]]]:
                 sent.append((*self.ends, item.frame.payload))
             queues[self.ends].put(item)
 
-    types = mesh_pb2.ConnectRequest, mesh_pb2.ConnectRequest
     return [
         Mesh(
             i,
-            {j: Link(j, iter(queues[j, i].get, None), Noted(i, j), types, lambda: None) for j in range(n) if j != i},
+            {
+                j: Link(j, iter(queues[j, i].get, None), Noted(i, j), mesh_pb2.ConnectRequest, lambda: None)
+                for j in range(n)
+                if j != i
+            },
         )
         for i in range(n)
     ], sent

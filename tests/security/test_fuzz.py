@@ -34,6 +34,7 @@ from mpcinfer.client.cluster import Connection
 from mpcinfer.config import PROTOCOL_VERSION, Limits
 from mpcinfer.errors import AbortedError, MpcInferError
 from mpcinfer.wire import channel
+from mpcinfer.wire.frames import HEADER
 from mpcinfer.wire.identity import dns_name
 from mpcinfer.wire.mesh import CONTROL, HELLO, OPENING, Link
 from mpcinfer.wire.tls import tls_context
@@ -363,12 +364,11 @@ class Ends:
         self.listener = direct_module.Listener("127.0.0.1:0", keys.cluster, keys.identity("party/1"))
         token = self.listener.offer("party/0")
         self.theirs = direct_module.dial(
-            keys.cluster.parties[1], self.listener.port, token, keys.cluster, keys.identity("party/0"), bytes
+            keys.cluster.parties[1], self.listener.port, token, keys.cluster, keys.identity("party/0")
         )
         outgoing: Any = SimpleQueue()
-        types = mesh_pb2.ConnectResponse, mesh_pb2.ConnectRequest
-        self.link = Link(0, iter(()), outgoing, types, lambda: None)
-        self.link.use(self.listener.take(token, self.link.parse, 10))
+        self.link = Link(0, iter(()), outgoing, mesh_pb2.ConnectResponse, lambda: None)
+        self.link.use(self.listener.take(token, 10))
 
     def write(self, raw: bytes) -> None:
         try:
@@ -389,7 +389,6 @@ def test_malformed_frames_of_openings(target: Target, examples: int, seconds: fl
         mesh_pb2.ConnectRequest(frame=mesh_pb2.Frame(sequence=i, kind=OPENING, payload=bytes(40)))  # type: ignore[arg-type]
         for i in (1, 2, 3)
     ]
-    head = direct_module._HEAD
 
     def one(draw: Draw) -> None:
         ends = Ends(target)
@@ -398,7 +397,7 @@ def test_malformed_frames_of_openings(target: Target, examples: int, seconds: fl
             for message in draw(st.lists(st.sampled_from(frames), min_size=1, max_size=4)):
                 content = malformed(draw, message) if draw(st.booleans()) else message.SerializeToString()
                 length = draw(st.sampled_from([len(content)] * 3 + [0, 1, 1 << 20, (1 << 20) + 65, (1 << 32) - 1]))
-                raw += head.pack(draw(st.sampled_from([0, 0, 0, 1, 255])), length) + content
+                raw += HEADER.pack(draw(st.sampled_from([0, 0, 0, 1, 255])), length) + content
             ends.write(raw)
             ends.theirs._shut()  # nothing more comes, so that a frame that announces more must end as well
             error: Exception | None = None
@@ -425,7 +424,7 @@ def test_a_message_without_end_is_not_collected(target: Target) -> None:
         for i in range(1, 200):
             frame = mesh_pb2.Frame(sequence=i, kind=OPENING, more=True, payload=bytes(1 << 20))  # type: ignore[arg-type]
             raw = mesh_pb2.ConnectRequest(frame=frame).SerializeToString()
-            ends.write(direct_module._HEAD.pack(0, len(raw)) + raw)
+            ends.write(HEADER.pack(0, len(raw)) + raw)
 
     before = resident()
     thread = threading.Thread(target=flood, daemon=True)

@@ -18,6 +18,7 @@ import pytest
 from mpcinfer.errors import AbortedError, ProtocolError
 from mpcinfer.wire import direct, mesh
 from mpcinfer.wire.direct import Listener
+from mpcinfer.wire.frames import HEADER
 from mpcinfer.wire.mesh import CONTROL, HELLO, OPENING, Link, Mesh
 from mpcinfer.wire.v1 import mesh_pb2, mesh_pb2_grpc
 from tests.inprocess import Keys
@@ -86,10 +87,8 @@ class Network:
         listener = Listener("127.0.0.1:0", keys.cluster, keys.identity(f"party/{peer}"))
         token = listener.offer(f"party/{own}")
         identity = keys.identity(f"party/{own}")
-        dialler.use(
-            direct.dial(keys.cluster.parties[peer], listener.port, token, keys.cluster, identity, dialler.parse)
-        )
-        acceptor.use(listener.take(token, acceptor.parse, 10))
+        dialler.use(direct.dial(keys.cluster.parties[peer], listener.port, token, keys.cluster, identity))
+        acceptor.use(listener.take(token, 10))
         listener.close()
 
     def meshes(self, n: int) -> list[Mesh]:
@@ -160,8 +159,12 @@ def test_a_message_of_any_size_arrives_whole_in_frames_of_at_most_a_mebibyte(end
 
 def put(link: Link, sequence: int, kind: int = OPENING, **fields: Any) -> None:
     """A frame of any content, where openings travel."""
-    stream = link._openings
-    stream.put(link._wrap(frame=mesh_pb2.Frame(sequence=stream.sent + sequence, kind=kind, **fields)))  # type: ignore[arg-type]
+    message = link._wrap(frame=mesh_pb2.Frame(sequence=link._openings.sent + sequence, kind=kind, **fields))  # type: ignore[arg-type]
+    if link._direct is None:
+        link._outgoing.put(message)
+    else:
+        raw = message.SerializeToString()
+        link._direct.put(HEADER.pack(0, len(raw)), raw)
 
 
 @pytest.mark.parametrize(
