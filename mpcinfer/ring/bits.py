@@ -71,6 +71,24 @@ def _unpack(data: Any, k: int, out: Any) -> None:
         out[i] = value
 
 
+_MANY = 1 << 12  # bytes: of fewer, calls would take longer than what they save
+_WIDER = [("uint16", 8), ("uint32", 16), ("uint64", 32)]
+
+
+@njit([f"void({t}[::1], {t}, {t}, {t}, {t}[::1])" for t, _ in _WIDER], nogil=True, cache=True)
+def _join(pairs: Any, half: Any, k: Any, mask: Any, out: Any) -> None:
+    """Two values of k bits, each in half a word, to one of 2k bits."""
+    for i in range(pairs.size):
+        out[i] = (pairs[i] & mask) | (((pairs[i] >> half) & mask) << k)
+
+
+@njit([f"void({t}[::1], {t}, {t}, {t})" for t, _ in _WIDER], nogil=True, cache=True)
+def _split(words: Any, half: Any, k: Any, mask: Any) -> None:
+    """The inverse of `_join`, in place."""
+    for i in range(words.size):
+        words[i] = (words[i] & mask) | (((words[i] >> k) & mask) << half)
+
+
 @intrinsic
 def _ones(_: Any, x: Any) -> Any:
     """How many bits of a word are set: the processor's own instruction, where it has one."""
@@ -139,9 +157,16 @@ def pack(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:
     """`values` (1-D integers; the low k bits count) as a little-endian bit string of ceil(size * k / 8) bytes."""
     if k == 1:
         return np.packbits((values & 1).astype(np.uint8, copy=False), bitorder="little")
-    words = np.empty((values.size * k + 31) // 32, np.uint32)
-    _pack(unsigned(values), k, words)
-    return words.view(np.uint8)[: (values.size * k + 7) // 8]
+    length, values = (values.size * k + 7) // 8, unsigned(values)
+    words = np.empty((length + 3) // 4, np.uint32)
+    for wider, half in _WIDER:  # two values become one, by kernels that fill vectors; the last one takes each by itself
+        if values.itemsize * 8 == half and values.size % 2 == 0 and length >= _MANY:
+            pairs = values.view(wider)
+            numbers = np.array([half, k, (1 << k) - 1], wider)
+            values, k = np.empty_like(pairs), 2 * k
+            _join(*[pairs, *numbers, values])
+    _pack(values, k, words)
+    return words.view(np.uint8)[:length]
 
 
 def unpack(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
@@ -152,7 +177,15 @@ def unpack(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
         return
     words = np.zeros((raw.size + 3) // 4, np.uint32)  # aligned, writable, whole words: what the kernel takes
     words.view(np.uint8)[: raw.size] = raw
-    _unpack(words, k, unsigned(out))
+    into, steps = unsigned(out), list[Any]()
+    for wider, half in _WIDER:  # as `pack`
+        if into.itemsize * 8 == half and into.size % 2 == 0 and raw.size >= _MANY:
+            into = into.view(wider)
+            steps.append((into, *np.array([half, k, (1 << k) - 1], wider)))
+            k *= 2
+    _unpack(words, k, into)
+    for step in reversed(steps):
+        _split(*step)
 
 
 def pack_rows(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:

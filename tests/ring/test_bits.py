@@ -74,3 +74,18 @@ def test_unsigned_is_a_view() -> None:
     assert view.dtype == np.uint64 and view[0] == 2**64 - 1
     view[1] = 5
     assert array[1] == 5
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("count", [bits._MANY * 8 + extra for extra in (0, 1, 2, 4, 6)])
+def test_many_are_packed_as_few_are(container: type, count: int) -> None:
+    generator = np.random.default_rng(count)
+    for k in range(1, CONTAINERS[container] + 1):
+        dirty = as_container(generator.integers(0, 1 << 63, count).tolist(), np.int64).astype(container)
+        values = dirty.astype(np.uint64) & np.uint64((1 << k) - 1)
+        plain = np.unpackbits(values.view(np.uint8).reshape(count, 8), axis=1, bitorder="little")[:, :k]
+        data = bits.pack(dirty, k)
+        assert data.tobytes() == np.packbits(plain.reshape(-1), bitorder="little").tobytes()
+        out = np.zeros_like(dirty)
+        bits.unpack(data.tobytes(), k, out)
+        assert (bits.unsigned(out) == values).all()
