@@ -20,13 +20,14 @@ from mpcinfer.config.reading import split_address
 from mpcinfer.errors import ConfigError, IdentityError, MpcInferError, UnavailableError
 from mpcinfer.wire.frames import CHUNK, HEADER
 from mpcinfer.wire.identity import Identity, dns_name, peer_from_certificate
-from mpcinfer.wire.tls import tls_context
+from mpcinfer.wire.tls import TlsStream, tls_context
 
 _log = logging.getLogger(__name__)
 
 _TOKEN_BYTES = 32
 # so much, four times, fits into the buffers between two ends: sending it never waits for the other end
 _INLINE = 1 << 15
+_RECORD_BYTES = 1 << 14  # of TLS, at most
 _HANDSHAKE_SECONDS = 5.0
 _CONNECT_SECONDS = 2.0
 _HANDSHAKES = 16  # at a time
@@ -36,11 +37,13 @@ _DIALLER_WRITES, _ACCEPTOR_WRITES = b"\0", b"\1"
 class Direct:
     """Both connections to one peer: messages go to `put` and come from `next`, each in one thread at a time."""
 
-    def __init__(self, out: ssl.SSLSocket, incoming: ssl.SSLSocket) -> None:
+    def __init__(self, out: TlsStream, incoming: TlsStream) -> None:
         self._out, self._in = out, incoming
-        for sock in (out, incoming):
-            sock.settimeout(None)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for stream in (out, incoming):
+            stream.socket.settimeout(None)
+            stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._record = memoryview(bytearray(_RECORD_BYTES))
+        self._rest = self._record[:0]  # what has come of it and was not asked for yet
         self._writing, self._reading = threading.Lock(), threading.Lock()
         self._later: SimpleQueue[tuple[bytes, bytes | memoryview] | None] = SimpleQueue()
         self._queued = self._written = 0
@@ -60,8 +63,7 @@ class Direct:
 
     def _write_queued(self) -> None:
         while (frame := self._later.get()) is not None:
-            for part in frame:
-                self._write(part)
+            self._write(*frame)
             with self._progress:
                 self._written += 1
                 self._progress.notify_all()
@@ -71,10 +73,10 @@ class Direct:
         with self._progress:
             self._progress.wait_for(lambda: self._queued == self._written, seconds)
 
-    def _write(self, raw: bytes | memoryview) -> None:
+    def _write(self, *parts: bytes | memoryview) -> None:
         try:
             with self._writing:
-                self._out.sendall(raw)
+                self._out.write(*parts)
         except (OSError, ValueError):  # it has ended; whoever reads will say so
             self._shut()
 
@@ -93,26 +95,33 @@ class Direct:
             return self._exactly(length)
 
     def _exactly(self, size: int) -> memoryview:
-        rest = content = memoryview(bytearray(size))
-        while rest:
-            got = self._in.recv_into(rest)
+        content, at = memoryview(bytearray(size)), 0
+        while at < size:
+            if not self._rest and size - at >= _RECORD_BYTES:
+                got = self._in.read_into(content[at:])
+            else:
+                if not self._rest:
+                    self._rest = self._record[: self._in.read_into(self._record)]
+                got = min(size - at, len(self._rest))
+                content[at : at + got] = self._rest[:got]
+                self._rest = self._rest[got:]
             if not got:
                 raise StopIteration
-            rest = rest[got:]
+            at += got
         return content
 
     def close(self) -> None:
         """End both; whoever reads or writes is woken first."""
         self._shut()
         self._later.put(None)
-        for lock, sock in ((self._writing, self._out), (self._reading, self._in)):
+        for lock, stream in ((self._writing, self._out), (self._reading, self._in)):
             with lock:
-                sock.close()
+                stream.socket.close()
 
     def _shut(self) -> None:
-        for sock in (self._out, self._in):
+        for stream in (self._out, self._in):
             try:
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's, which is for the thread that reads
+                stream.socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
 
@@ -133,7 +142,7 @@ class Listener:
             ) from error
         self.port: int = self._socket.getsockname()[1]
         self._offers: dict[bytes, str] = {}
-        self._arrived: dict[bytes, dict[bytes, ssl.SSLSocket]] = {}
+        self._arrived: dict[bytes, dict[bytes, TlsStream]] = {}
         self._changed = threading.Condition()
         self._slots = threading.Semaphore(_HANDSHAKES)
         threading.Thread(target=self._accept, name="direct-listener", daemon=True).start()
@@ -159,8 +168,8 @@ class Listener:
         """Nobody may use a token any more that was offered and not taken; who did is disconnected."""
         with self._changed:
             for arrived in self._arrived.values():
-                for sock in arrived.values():
-                    sock.close()
+                for stream in arrived.values():
+                    stream.socket.close()
             self._offers.clear()
             self._arrived.clear()
 
@@ -185,28 +194,27 @@ class Listener:
                 plain.close()
 
     def _receive(self, plain: socket.socket) -> None:
-        sock: socket.socket = plain
         try:
             plain.settimeout(_HANDSHAKE_SECONDS)
-            sock = tls = self._context.wrap_socket(plain, server_side=True)
+            tls = TlsStream(plain, self._context)
             role = _role(tls, self._cluster)
-            said = b""
-            while len(said) < _TOKEN_BYTES + 1:
-                part = tls.recv(_TOKEN_BYTES + 1 - len(said))
-                if not part:
+            said, at = bytearray(_TOKEN_BYTES + 1), 0
+            while at < len(said):
+                got = tls.read_into(memoryview(said)[at:])
+                if not got:
                     raise ConnectionError
-                said += part
-            token, direction = said[:-1], said[-1:]
+                at += got
+            token, direction = bytes(said[:-1]), bytes(said[-1:])
             with self._changed:
                 expected = self._offers.get(token) == role and direction in (_DIALLER_WRITES, _ACCEPTOR_WRITES)
                 if not expected or direction in self._arrived[token]:
                     raise ConnectionError
-                tls.sendall(b"\1")
+                tls.write(b"\1")
                 self._arrived[token][direction] = tls
                 self._changed.notify_all()
         except (OSError, MpcInferError) as error:
             _log.warning("a connection to the port for parties was refused (%s)", type(error).__name__)
-            sock.close()
+            plain.close()
         finally:
             self._slots.release()
 
@@ -218,16 +226,17 @@ def dial(endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity
     """
     context, host = tls_context(cluster, identity), split_address(endpoint.address)[0]
     deadline = time.monotonic() + _HANDSHAKE_SECONDS
-    made: list[socket.socket] = []
+    made: list[TlsStream] = []
     try:
         for direction in (_DIALLER_WRITES, _ACCEPTOR_WRITES):
-            made.append(socket.create_connection((host, port), timeout=_CONNECT_SECONDS))
-            made[-1].settimeout(max(0.1, deadline - time.monotonic()))
-            made[-1] = tls = context.wrap_socket(made[-1], server_hostname=dns_name(endpoint.role))
-            if _role(tls, cluster) != endpoint.role:
+            plain = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+            plain.settimeout(max(0.1, deadline - time.monotonic()))
+            made.append(TlsStream(plain, context, dns_name(endpoint.role)))
+            if _role(made[-1], cluster) != endpoint.role:
                 raise IdentityError(f"another party than {endpoint.role} listens on its port {port}")
-            tls.sendall(token + direction)
-            if tls.recv(1) != b"\1":
+            made[-1].write(token + direction)
+            answer = bytearray(1)
+            if not made[-1].read_into(memoryview(answer)) or answer != b"\1":
                 raise ConnectionError("refused")
     except OSError as error:
         _close(made)
@@ -235,18 +244,15 @@ def dial(endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity
     except MpcInferError:
         _close(made)
         raise
-    out, incoming = made
-    assert isinstance(out, ssl.SSLSocket) and isinstance(incoming, ssl.SSLSocket)
-    return Direct(out, incoming)
+    return Direct(*made)
 
 
-def _role(tls: ssl.SSLSocket, cluster: Cluster) -> str:
-    certificate = tls.getpeercert(binary_form=True)
-    if certificate is None:
+def _role(tls: TlsStream, cluster: Cluster) -> str:
+    if tls.certificate is None:
         raise IdentityError("no certificate was shown")
-    return peer_from_certificate(ssl.DER_cert_to_PEM_cert(certificate).encode(), cluster).role
+    return peer_from_certificate(ssl.DER_cert_to_PEM_cert(tls.certificate).encode(), cluster).role
 
 
-def _close(sockets: list[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()
+def _close(streams: list[TlsStream]) -> None:
+    for stream in streams:
+        stream.socket.close()

@@ -6,6 +6,7 @@ import struct
 
 CHUNK = 1 << 20  # payload of one frame at most
 GRPC_HEADER = 5  # length prefix of a gRPC message
+_MOST_HEAD = 32  # bytes before a payload, at most
 HEADER = struct.Struct(">BI")  # that: not compressed, length
 COMPARED = 32  # what the parties compare at the end of a run: an HMAC of all that was opened
 
@@ -43,13 +44,15 @@ def head(sequence: int, kind: int, more: bool, size: int) -> bytes:
 
 def payload(message: memoryview, sequence: int, kind: int) -> tuple[memoryview, bool]:
     """The payload of a frame whose message follows its header, and whether more follow; ValueError if it is another."""
-    for more in (False, True):
-        size = _content(_content(len(message)) - (9 + 2 + 2 * more))
-        if size >= 0:
-            first = head(sequence, kind, more, size)[GRPC_HEADER:]
-            if len(first) + size == len(message) and message[: len(first)] == first:
-                return message[len(first) :], more
-    raise ValueError("another frame")
+    raw = bytes(message[:_MOST_HEAD])
+    at = _varint_end(raw, 1) + 9 + 2
+    more = raw[at : at + 2] == b"\x18\x01"
+    at += 2 * more
+    if at < len(message):
+        at = _varint_end(raw, at + 1)
+    if at > len(message) or raw[:at] != head(sequence, kind, more, len(message) - at)[GRPC_HEADER:]:
+        raise ValueError("another frame")
+    return message[at:], more
 
 
 def _varint(number: int) -> bytes:
@@ -61,9 +64,10 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-def _content(field: int) -> int:
-    """The content of a `_bytes_field` of so many bytes, -1 if there is none."""
-    return next((n for n in (field, *(field - 1 - v for v in range(1, 6))) if n >= 0 and _bytes_field(n) == field), -1)
+def _varint_end(raw: bytes, at: int) -> int:
+    while raw[at : at + 1] > b"\x7f":
+        at += 1
+    return at + 1
 
 
 def _parts(size: int) -> list[tuple[int, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import ssl
 import tempfile
 from pathlib import Path
@@ -11,6 +12,8 @@ from cryptography.hazmat.primitives import serialization
 
 from mpcinfer.config import Cluster
 from mpcinfer.wire.identity import Identity
+
+_READ_BYTES = 1 << 18  # at a time, at most
 
 
 def tls_context(cluster: Cluster, identity: Identity, *, server: bool = False) -> ssl.SSLContext:
@@ -39,3 +42,70 @@ def tls_context(cluster: Cluster, identity: Identity, *, server: bool = False) -
         cert_file.write_bytes(identity.cert_pem)
         context.load_cert_chain(cert_file, key_file, password=passphrase)
     return context
+
+
+class TlsStream:
+    """TLS over a connected socket, for one thread in each direction. OSError, ssl's too, where it fails.
+
+    As `ssl.SSLSocket`, which makes two system calls for each record that it reads, of 16 KiB at most, and one for each
+    that it writes: here as much comes and goes in one as there is.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_hostname: str | None = None) -> None:
+        """Makes the handshake, within the socket's timeout for each wait: as a client of `server_hostname`, or server.
+
+        The socket is closed if it fails.
+        """
+        self.socket = sock
+        self._coming, self._going = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._raw = memoryview(bytearray(_READ_BYTES))
+        server = server_hostname is None
+        self._tls = context.wrap_bio(self._coming, self._going, server_side=server, server_hostname=server_hostname)
+        try:
+            while not self._shake_hands():
+                self._receive()
+        except BaseException:
+            sock.close()
+            raise
+
+    def _shake_hands(self) -> bool:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self._send()  # of a failure too: the alert
+        return True
+
+    @property
+    def certificate(self) -> bytes | None:
+        """The other end's, as DER."""
+        return self._tls.getpeercert(binary_form=True)
+
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Send all of them."""
+        for part in parts:
+            if part:
+                self._tls.write(part)
+        self._send()
+
+    def read_into(self, into: memoryview) -> int:
+        """Some bytes of what comes, at least one: how many; 0 once the other end has closed."""
+        while True:
+            try:
+                return self._tls.read(len(into), into)  # type: ignore[return-value]  # so many bytes
+            except ssl.SSLWantReadError:
+                self._receive()
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return 0
+
+    def _send(self) -> None:
+        if self._going.pending:
+            self.socket.sendall(self._going.read())
+
+    def _receive(self) -> None:
+        size = self.socket.recv_into(self._raw)
+        if size:
+            self._coming.write(self._raw[:size])
+        else:
+            self._coming.write_eof()

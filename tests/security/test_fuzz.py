@@ -372,7 +372,7 @@ class Ends:
 
     def write(self, raw: bytes) -> None:
         try:
-            self.theirs._out.sendall(raw)
+            self.theirs._out.write(raw)
         except OSError:
             pass  # the other end has had enough
 
