@@ -59,6 +59,33 @@ def run(epoch: Epoch, parts: Sequence[Coroutine[Any, Any, Any]], exchange: Excha
         for member, own in zip(members.pop(i), found, strict=True):
             resume(member, own)
 
+    def begun() -> bool:
+        """Whether anything but rounds could go on."""
+        ballots = {i: w for i, w in waiting.items() if isinstance(w, Ballot)}
+        if ballots:
+            votes = releasing.count(epoch, list(ballots.values()))
+            for (i, _), said in zip(ballots.items(), votes, strict=True):
+                resume(i, said)
+            return True
+        joints = {i: w for i, w in waiting.items() if isinstance(w, Joint)}
+        for group in joined(joints):
+            for i in group:
+                del waiting[i]
+            if len(group) >= _LARGE:
+                turns[len(steps)] = len(turns) % UNDER_WAY
+            members[len(steps)] = group
+            steps.append(joints[group[0]].work([joints[i] for i in group]))
+            resume(len(steps) - 1, None)
+        if joints:
+            return True
+        releases = {i: w for i, w in waiting.items() if isinstance(w, Release)}
+        if releases:
+            releasing.now(epoch, [each.subject for each in releases.values()])
+            for i in releases:
+                resume(i, None)
+            return True
+        return False
+
     try:
         for i in range(len(steps)):
             resume(i, None)
@@ -71,28 +98,7 @@ def run(epoch: Epoch, parts: Sequence[Coroutine[Any, Any, Any]], exchange: Excha
                     resume(i, values[at : at + len(each.openings)])
                     at += len(each.openings)
                 continue
-            ballots = {i: w for i, w in waiting.items() if isinstance(w, Ballot)}
-            if ballots:
-                votes = releasing.count(epoch, list(ballots.values()))
-                for (i, _), said in zip(ballots.items(), votes, strict=True):
-                    resume(i, said)
-                continue
-            joints = {i: w for i, w in waiting.items() if isinstance(w, Joint)}
-            for group in joined(joints):
-                for i in group:
-                    del waiting[i]
-                if len(group) >= _LARGE:
-                    turns[len(steps)] = len(turns) % UNDER_WAY
-                members[len(steps)] = group
-                steps.append(joints[group[0]].work([joints[i] for i in group]))
-                resume(len(steps) - 1, None)
-            if joints:
-                continue
-            releases = {i: w for i, w in waiting.items() if isinstance(w, Release)}
-            if releases:
-                releasing.now(epoch, [each.subject for each in releases.values()])
-                for i in releases:
-                    resume(i, None)
+            if others and begun():
                 continue
             turn = min(turns.get(i, 0) for i in waiting)
             rounds = {i: w for i, w in waiting.items() if isinstance(w, Round) and turns.get(i, 0) == turn}
