@@ -20,7 +20,10 @@ from mpcinfer.party.writing import Need, Writing, planned
 from mpcinfer.protocol.context import Context
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
+from mpcinfer.wire.memory import give_back
 
+# what tapes that were used have left in the heap, and others did not fit into: more of it is given back
+_FREE_BYTES = 320 << 20
 _MOST_RUNS = 4  # of a text that are dealt at a time: what more would save is little, what it takes of memory is not
 _LOW = 2  # once no more are left, the next ones are fetched
 
@@ -134,7 +137,7 @@ def _look_ahead(by: Stepping, part: Part, turns: Sequence[Turn], supply: Supply)
         return
     # a prompt's parts differ, and a tape that may be audited has one run
     if written and not part.epoch.audit_rate:
-        # two tapes are there at a time, and what freed ones leave in the heap
+        # two tapes are there at a time
         room = (first.pool_mb << 20) // (5 * max(1, plan.expanded_bytes))
         while times < min(_MOST_RUNS, 2 * supply.pace, room) and wanted(begun + times) == found:
             times += 1
@@ -160,6 +163,7 @@ async def _tape(
             seconds, rows = ahead.seconds / count, ahead.rows // count
             runs = zip(fetched.runs(count), ahead.digests, strict=True)
             supply.ready.extend(Run(each, digest, rows, seconds) for each, digest in runs)
+            give_back(unless=_FREE_BYTES)
     if supply.ready:
         if supply.ready[0].digest == use_of(sessions).digest(digest):
             run = supply.ready.popleft()

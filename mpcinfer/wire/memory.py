@@ -64,10 +64,25 @@ def one_heap() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def give_back() -> None:
-    """Return to the system what was freed and is not in use: after much more was needed than will be again."""
+def give_back(*, unless: int = 0) -> None:
+    """Return to the system what was freed and is not in use: after much more was needed than will be again.
+
+    unless: nothing is done for so many bytes or fewer, where glibc says how many there are.
+    """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        if unless:
+            libc.mallinfo2.restype = _Mallinfo2
+            if libc.mallinfo2().fordblks <= unless:
+                return
+        libc.malloc_trim(0)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
 
 
 def _swaps() -> bool:
