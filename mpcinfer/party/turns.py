@@ -22,8 +22,8 @@ from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Shared
 from mpcinfer.wire.memory import give_back
 
-# what tapes that were used have left in the heap, and others did not fit into: more of it is given back
-_FREE_BYTES = 320 << 20
+# so much as these take may be free in the heap: the next one's place, and what it does not fit into. More is given back
+_FREE_TAPES = 2
 _MOST_RUNS = 4  # of a text that are dealt at a time: what more would save is little, what it takes of memory is not
 _LOW = 2  # once no more are left, the next ones are fetched
 
@@ -163,7 +163,8 @@ async def _tape(
             seconds, rows = ahead.seconds / count, ahead.rows // count
             runs = zip(fetched.runs(count), ahead.digests, strict=True)
             supply.ready.extend(Run(each, digest, rows, seconds) for each, digest in runs)
-            give_back(unless=_FREE_BYTES)
+            if len(sessions) == 1:  # several texts' would be given back at every token, for a tenth of its time
+                give_back(unless=_FREE_TAPES * count * plan.expanded_bytes)
     if supply.ready:
         if supply.ready[0].digest == use_of(sessions).digest(digest):
             run = supply.ready.popleft()
