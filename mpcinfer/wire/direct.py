@@ -40,7 +40,7 @@ class Direct:
     def __init__(self, out: TlsStream, incoming: TlsStream) -> None:
         self._out, self._in = out, incoming
         for stream in (out, incoming):
-            stream.socket.settimeout(None)
+            stream.unlimited()
             stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._record = memoryview(bytearray(_RECORD_BYTES))
         self._rest = self._record[:0]  # what has come of it and was not asked for yet
@@ -195,8 +195,7 @@ class Listener:
 
     def _receive(self, plain: socket.socket) -> None:
         try:
-            plain.settimeout(_HANDSHAKE_SECONDS)
-            tls = TlsStream(plain, self._context)
+            tls = TlsStream(plain, self._context, seconds=_HANDSHAKE_SECONDS)
             role = _role(tls, self._cluster)
             said, at = bytearray(_TOKEN_BYTES + 1), 0
             while at < len(said):
@@ -230,8 +229,8 @@ def dial(endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity
     try:
         for direction in (_DIALLER_WRITES, _ACCEPTOR_WRITES):
             plain = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
-            plain.settimeout(max(0.1, deadline - time.monotonic()))
-            made.append(TlsStream(plain, context, dns_name(endpoint.role)))
+            left = max(0.1, deadline - time.monotonic())
+            made.append(TlsStream(plain, context, dns_name(endpoint.role), seconds=left))
             if _role(made[-1], cluster) != endpoint.role:
                 raise IdentityError(f"another party than {endpoint.role} listens on its port {port}")
             made[-1].write(token + direction)

@@ -6,6 +6,7 @@ import secrets
 import socket
 import ssl
 import tempfile
+import time
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -51,12 +52,15 @@ class TlsStream:
     that it writes: here as much comes and goes in one as there is.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_hostname: str | None = None) -> None:
-        """Makes the handshake, within the socket's timeout for each wait: as a client of `server_hostname`, or server.
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, server_hostname: str | None = None, *, seconds: float
+    ) -> None:
+        """Makes the handshake, as a client of `server_hostname` or as a server; the socket is closed if that fails.
 
-        The socket is closed if it fails.
+        seconds: for all that comes and goes, however little at a time, until `unlimited`.
         """
         self.socket = sock
+        self._ends: float | None = time.monotonic() + seconds
         self._coming, self._going = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._raw = memoryview(bytearray(_READ_BYTES))
         server = server_hostname is None
@@ -76,6 +80,11 @@ class TlsStream:
         finally:
             self._send()  # of a failure too: the alert
         return True
+
+    def unlimited(self) -> None:
+        """From now on it may wait for as long as it takes."""
+        self._ends = None
+        self.socket.settimeout(None)
 
     @property
     def certificate(self) -> bytes | None:
@@ -101,11 +110,17 @@ class TlsStream:
 
     def _send(self) -> None:
         if self._going.pending:
+            self._limit()
             self.socket.sendall(self._going.read())
 
     def _receive(self) -> None:
+        self._limit()
         size = self.socket.recv_into(self._raw)
         if size:
             self._coming.write(self._raw[:size])
         else:
             self._coming.write_eof()
+
+    def _limit(self) -> None:
+        if self._ends is not None:
+            self.socket.settimeout(max(0.001, self._ends - time.monotonic()))

@@ -189,3 +189,17 @@ def test_silent_callers_do_not_keep_others_out(keys: Keys, listener: Listener, m
     taken = listener.take(token, 10)
     for one in (*silent, made, taken):
         one.close()
+
+
+def test_callers_who_dribble_do_not_keep_their_places(
+    keys: Keys, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_HANDSHAKE_SECONDS", 0.5)
+    hello = bytes([22, 3, 1, 2, 0]) + bytes(200)  # the beginning of one
+    with socket.create_connection(("127.0.0.1", listener.port), timeout=10) as plain:
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            for byte in hello:
+                plain.sendall(bytes([byte]))
+                time.sleep(0.1)
+        assert time.monotonic() - began < 5
