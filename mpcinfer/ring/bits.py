@@ -158,6 +158,8 @@ def pack(values: npt.NDArray[Any], k: int) -> npt.NDArray[np.uint8]:
     if k == 1:
         return np.packbits((values & 1).astype(np.uint8, copy=False), bitorder="little")
     length, values = (values.size * k + 7) // 8, unsigned(values)
+    if length >= _MANY and values.ctypes.data % 8:  # as slices may be
+        values = values.copy()
     words = np.empty((length + 3) // 4, np.uint32)
     for wider, half in _WIDER:  # two values become one, by kernels that fill vectors; the last one takes each by itself
         if values.itemsize * 8 == half and values.size % 2 == 0 and length >= _MANY:
@@ -179,7 +181,7 @@ def unpack(data: memoryview | bytes, k: int, out: npt.NDArray[Any]) -> None:
     words.view(np.uint8)[: raw.size] = raw
     into, steps = unsigned(out), list[Any]()
     for wider, half in _WIDER:  # as `pack`
-        if into.itemsize * 8 == half and into.size % 2 == 0 and raw.size >= _MANY:
+        if raw.size >= _MANY and into.itemsize * 8 == half and into.size % 2 == 0 and not into.ctypes.data % 8:
             into = into.view(wider)
             steps.append((into, *np.array([half, k, (1 << k) - 1], wider)))
             k *= 2

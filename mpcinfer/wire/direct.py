@@ -144,7 +144,7 @@ class Listener:
         self._offers: dict[bytes, str] = {}
         self._arrived: dict[bytes, dict[bytes, TlsStream]] = {}
         self._changed = threading.Condition()
-        self._slots = threading.Semaphore(_HANDSHAKES)
+        self._slots, self._closed = threading.Semaphore(_HANDSHAKES), False
         threading.Thread(target=self._accept, name="direct-listener", daemon=True).start()
 
     def offer(self, role: str) -> bytes:
@@ -175,6 +175,7 @@ class Listener:
 
     def close(self) -> None:
         """Accept nothing more."""
+        self._closed = True
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -187,7 +188,10 @@ class Listener:
             try:
                 plain, _ = self._socket.accept()
             except OSError:
-                return
+                if self._closed:
+                    return
+                time.sleep(0.1)  # as without descriptors that are free
+                continue
             if self._slots.acquire(blocking=False):
                 threading.Thread(target=self._receive, args=[plain], name="direct-handshake", daemon=True).start()
             else:

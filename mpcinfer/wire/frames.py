@@ -50,7 +50,8 @@ def payload(message: memoryview, sequence: int, kind: int) -> tuple[memoryview, 
     at += 2 * more
     if at < len(message):
         at = _varint_end(raw, at + 1)
-    if at > len(message) or raw[:at] != head(sequence, kind, more, len(message) - at)[GRPC_HEADER:]:
+    size = len(message) - at
+    if size < 0 or more and size != CHUNK or raw[:at] != head(sequence, kind, more, size)[GRPC_HEADER:]:
         raise ValueError("another frame")
     return message[at:], more
 

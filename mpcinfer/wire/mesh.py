@@ -133,7 +133,7 @@ class Link:
             self._openings.received += 1
             return bytes(part), more
         frame = next(self._incoming).frame
-        if frame.sequence != self._grpc.received or frame.kind != kind:
+        if frame.sequence != self._grpc.received or frame.kind != kind or frame.more and len(frame.payload) != CHUNK:
             raise ProtocolError(f"{self.who} sent a frame out of order")
         self._grpc.received += 1
         return frame.payload, frame.more

@@ -46,7 +46,7 @@ def tls_context(cluster: Cluster, identity: Identity, *, server: bool = False) -
 
 
 class TlsStream:
-    """TLS over a connected socket, for one thread in each direction. OSError, ssl's too, where it fails.
+    """TLS over a connected socket, for one thread at a time; shutting the socket down wakes it. OSError where it fails.
 
     As `ssl.SSLSocket`, which makes two system calls for each record that it reads, of 16 KiB at most, and one for each
     that it writes: here as much comes and goes in one as there is.
@@ -64,8 +64,8 @@ class TlsStream:
         self._coming, self._going = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._raw = memoryview(bytearray(_READ_BYTES))
         server = server_hostname is None
-        self._tls = context.wrap_bio(self._coming, self._going, server_side=server, server_hostname=server_hostname)
         try:
+            self._tls = context.wrap_bio(self._coming, self._going, server_side=server, server_hostname=server_hostname)
             while not self._shake_hands():
                 self._receive()
         except BaseException:
@@ -94,8 +94,8 @@ class TlsStream:
     def write(self, *parts: bytes | memoryview) -> None:
         """Send all of them."""
         for part in parts:
-            if part:
-                self._tls.write(part)
+            if part and self._tls.write(part) != len(part):
+                raise OSError("TLS took less than it was given")
         self._send()
 
     def read_into(self, into: memoryview) -> int:
@@ -123,4 +123,7 @@ class TlsStream:
 
     def _limit(self) -> None:
         if self._ends is not None:
-            self.socket.settimeout(max(0.001, self._ends - time.monotonic()))
+            left = self._ends - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the handshake took too long")
+            self.socket.settimeout(left)

@@ -89,3 +89,14 @@ def test_many_are_packed_as_few_are(container: type, count: int) -> None:
         out = np.zeros_like(dirty)
         bits.unpack(data.tobytes(), k, out)
         assert (bits.unsigned(out) == values).all()
+
+
+def test_slices_are_packed_wherever_they_begin() -> None:
+    base = np.arange(bits._MANY * 8 + 8).astype(np.uint8) & 127
+    for first in (1, 2, 4):
+        part = base[first : first + bits._MANY * 8]
+        data = bits.pack(part, 7).tobytes()
+        assert data == bits.pack(part.copy(), 7).tobytes()
+        into = np.zeros(base.size, np.uint8)[first : first + part.size]
+        bits.unpack(data, 7, into)
+        assert (into == part).all()

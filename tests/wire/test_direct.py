@@ -191,15 +191,16 @@ def test_silent_callers_do_not_keep_others_out(keys: Keys, listener: Listener, m
         one.close()
 
 
+@pytest.mark.parametrize("pause", [0.1, 0.0005])
 def test_callers_who_dribble_do_not_keep_their_places(
-    keys: Keys, listener: Listener, monkeypatch: pytest.MonkeyPatch
+    keys: Keys, listener: Listener, monkeypatch: pytest.MonkeyPatch, pause: float
 ) -> None:
     monkeypatch.setattr(direct, "_HANDSHAKE_SECONDS", 0.5)
-    hello = bytes([22, 3, 1, 2, 0]) + bytes(200)  # the beginning of one
+    hello = bytes([22, 3, 3, 64, 0, 1, 1, 255, 0]) + bytes(16_000)  # the beginning of a long one
     with socket.create_connection(("127.0.0.1", listener.port), timeout=10) as plain:
         began = time.monotonic()
         with pytest.raises(OSError):
             for byte in hello:
                 plain.sendall(bytes([byte]))
-                time.sleep(0.1)
+                time.sleep(pause)
         assert time.monotonic() - began < 5

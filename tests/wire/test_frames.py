@@ -32,8 +32,7 @@ def test_corrections(size: int) -> None:
     assert dealt_bytes(size) == sum(dealer_pb2.DealResponse(chunk=bytes(n)).ByteSize() + GRPC_HEADER for n in chunks)
 
 
-@pytest.mark.parametrize("size", [size for size in SIZES if size <= CHUNK])
-@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize(("size", "more"), [(size, False) for size in SIZES if size <= CHUNK] + [(CHUNK, True)])
 @pytest.mark.parametrize("sequence", [1, 300, (1 << 64) - 1])
 def test_frames_are_written_as_protobuf_writes_them(size: int, more: bool, sequence: int) -> None:
     content = bytes(i % 251 for i in range(size))
@@ -54,5 +53,12 @@ def test_any_other_frame_is_refused(content: bytes, at: int, cut: bool) -> None:
         del message[: 1 + at % len(message)]
     else:
         message[at % first] ^= 1 << at % 8
+    with pytest.raises(ValueError, match="another frame"):
+        payload(memoryview(message), 7, OPENING)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, CHUNK - 1])
+def test_only_a_whole_chunk_is_followed_by_more(size: int) -> None:
+    message = head(7, OPENING, True, size)[GRPC_HEADER:] + bytes(size)
     with pytest.raises(ValueError, match="another frame"):
         payload(memoryview(message), 7, OPENING)
