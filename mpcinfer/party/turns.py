@@ -137,7 +137,7 @@ def _look_ahead(by: Stepping, part: Part, turns: Sequence[Turn], supply: Supply)
         return
     # a prompt's parts differ, and a tape that may be audited has one run
     if written and not part.epoch.audit_rate:
-        # two tapes are there at a time
+        # two tapes are there at a time, and as much again may be free between them
         room = (first.pool_mb << 20) // (5 * max(1, plan.expanded_bytes))
         while times < min(_MOST_RUNS, 2 * supply.pace, room) and wanted(begun + times) == found:
             times += 1

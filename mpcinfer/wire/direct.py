@@ -251,9 +251,10 @@ def dial(endpoint: Endpoint, port: int, token: bytes, cluster: Cluster, identity
 
 
 def _role(tls: TlsStream, cluster: Cluster) -> str:
-    if tls.certificate is None:
+    certificate = tls.certificate
+    if certificate is None:
         raise IdentityError("no certificate was shown")
-    return peer_from_certificate(ssl.DER_cert_to_PEM_cert(tls.certificate).encode(), cluster).role
+    return peer_from_certificate(ssl.DER_cert_to_PEM_cert(certificate).encode(), cluster).role
 
 
 def _close(streams: list[TlsStream]) -> None:

@@ -6,8 +6,8 @@ import struct
 
 CHUNK = 1 << 20  # payload of one frame at most
 GRPC_HEADER = 5  # length prefix of a gRPC message
-_MOST_HEAD = 32  # bytes before a payload, at most
 HEADER = struct.Struct(">BI")  # that: not compressed, length
+_MOST_HEAD = 32  # bytes before a payload, at most
 COMPARED = 32  # what the parties compare at the end of a run: an HMAC of all that was opened
 
 
