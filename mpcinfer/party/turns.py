@@ -163,8 +163,7 @@ async def _tape(
             seconds, rows = ahead.seconds / count, ahead.rows // count
             runs = zip(fetched.runs(count), ahead.digests, strict=True)
             supply.ready.extend(Run(each, digest, rows, seconds) for each, digest in runs)
-            if len(sessions) == 1:  # several texts' would be given back at every token, for a tenth of its time
-                give_back(unless=_FREE_TAPES * count * plan.expanded_bytes)
+            give_back(unless=_FREE_TAPES * count * plan.expanded_bytes)
     if supply.ready:
         if supply.ready[0].digest == use_of(sessions).digest(digest):
             run = supply.ready.popleft()

@@ -192,9 +192,13 @@ class Listener:
                     return
                 time.sleep(0.1)  # as without descriptors that are free
                 continue
-            if self._slots.acquire(blocking=False):
+            if not self._slots.acquire(blocking=False):
+                plain.close()
+                continue
+            try:
                 threading.Thread(target=self._receive, args=[plain], name="direct-handshake", daemon=True).start()
-            else:
+            except RuntimeError:  # as many threads as the system allows
+                self._slots.release()
                 plain.close()
 
     def _receive(self, plain: socket.socket) -> None:

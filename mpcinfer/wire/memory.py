@@ -21,6 +21,7 @@ _LARGEST_KEPT = 32 << 20, 256 << 20  # of these what glibc allows: before 2.35 t
 # Present and future pages, each once it is touched: address space that is only reserved takes no memory.
 _MCL_ALL_ON_FAULT = 1 | 2 | 4
 _CAP_IPC_LOCK = 14
+_beside = 0  # of memory, beside what is in use, after it was last given back
 _SWAPS = Path("/proc/swaps")  # a line of titles, and one for each
 
 
@@ -67,15 +68,24 @@ def one_heap() -> None:
 def give_back(*, unless: int = 0) -> None:
     """Return to the system what was freed and is not in use: after much more was needed than will be again.
 
-    unless: nothing is done for so many bytes or fewer, where glibc says how many there are.
+    unless: nothing is done for so many bytes or fewer since the last time, where glibc says what is in use.
     """
+    global _beside
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        if unless:
-            libc.mallinfo2.restype = _Mallinfo2
-            if libc.mallinfo2().fordblks <= unless:
-                return
+        if unless and _beside and _beside_used(libc) <= _beside + unless:
+            return
         libc.malloc_trim(0)
+        _beside = _beside_used(libc)
+
+
+def _beside_used(libc: ctypes.CDLL) -> int:
+    """Bytes of memory that hold something else than what was allocated and not freed: code, and what was freed. (The
+    bytes that glibc counts as free are no measure: those it has given back are among them.)"""
+    libc.mallinfo2.restype = _Mallinfo2
+    heap = libc.mallinfo2()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(resident - heap.uordblks - heap.hblkhd)
 
 
 class _Mallinfo2(ctypes.Structure):
