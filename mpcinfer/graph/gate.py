@@ -1,8 +1,8 @@
 """Rewriting a program so that an activation truncates the product that it is of, and a gate what it gates as well.
 
 A linear layer's product has twice the fraction bits. Where only activations take it, they truncate it by the opening
-that they make anyway: a round less, and 8 bytes an element. SiLU(x) * u, with u another such product, is one protocol:
-another round and 16 bytes less.
+that they make anyway: a round less, and 8 bytes an element. In SiLU(x) * u, with u another such product, u is
+truncated by the opening that multiplies it: another 8 bytes less.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from mpcinfer.nn.elementwise import add_public, encode, product, reachable, scal
 from mpcinfer.nn.registry import operator
 from mpcinfer.protocol import select
 from mpcinfer.protocol.context import Context
-from mpcinfer.protocol.gated import gated
 from mpcinfer.protocol.piecewise import ARGUMENT_BITS, piecewise, splines
 from mpcinfer.protocol.truncate import truncate
+from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
@@ -100,10 +101,16 @@ async def gelu(ctx: Context, x: Shared, approximate: str = "none") -> Shared:
 
 @operator("mpc.gate")
 async def gate(ctx: Context, x: Shared, u: Shared, function: str) -> Shared:
-    """function(x) * u for two products that were not truncated; see `graph.gate`."""
+    """function(x) * u for two products that were not truncated (ValueError otherwise); see `graph.gate`.
+
+    Neither takes a round of its own to be truncated: x is when its pieces are chosen, u when it is multiplied.
+    """
+    if x.frac_bits != 2 * ARGUMENT_BITS or u.frac_bits != 2 * ARGUMENT_BITS:
+        raise ValueError("a gate takes two products that were not truncated")
     shape = np.broadcast_shapes(x.shape, u.shape)
     x, u = (y.map(lambda t: t.expand(shape)) for y in (x, u))
-    return await truncate(ctx, await gated(ctx, x, u, splines()[function]), ARGUMENT_BITS)
+    f = await piecewise(ctx, x, splines()[function], widest=math.inf)
+    return await truncate(ctx, await truncated_product(ctx, u, ARGUMENT_BITS, f), ARGUMENT_BITS)
 
 
 @operator("aten.hardsigmoid.default")

@@ -203,7 +203,13 @@ class Pieces(Kind):
 
 
 async def piecewise(
-    ctx: Context, x: Shared, spline: Spline, width: int = 64, *, frac_bits: int | None = None
+    ctx: Context,
+    x: Shared,
+    spline: Spline,
+    width: int = 64,
+    *,
+    frac_bits: int | None = None,
+    widest: float = _WIDEST,
 ) -> Shared:
     """Shares of a fitted function of x, at x's scale or with `frac_bits` fraction bits.
 
@@ -217,10 +223,10 @@ async def piecewise(
     outer knots and where asymptotes change, are of x's whole width; the others are of its low bits. Where x is too far
     away for these, the residual is any number; it is truncated and multiplied by [x is between the outer knots] at
     once, by one opening: a bit that is masked by a known bit is public but for dealt products.
-    Of many numbers with 32 fraction bits the cubic that is chosen is opened under masks, too (see `evaluated`).
-    Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below` and `below_near`; outcome bits xor beta; what
-    `open_residual` says of the residual + 2^62, whatever number it is; of more than 4,096 numbers with 32 fraction
-    bits, in rows of 2,048 at most, coefficients.
+    Of many numbers with 32 fraction bits the cubic that is chosen is opened under masks, too (see `_evaluated`).
+    Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below` and `below_near`; outcome bits xor beta; the
+    residual + 2^62 + s, whatever number it is, over Z_2^64, or without its low bits over Z_2^32 where `unopened_bits`
+    says so; of more than 4,096 numbers with 32 fraction bits, in rows of `widest` at most, coefficients.
     Rounds 5; online 12 + 4.375 * 3 + 1.625 (T - 3) bytes per element and peer (33.1 for GELU, T = 8; 36.4 for SiLU,
     T = 10), for width 48 and from 32 fraction bits 3.4 less; offline about 50 + 34 T bytes, from 32 fraction bits
     33 + 40 T; with coefficients rounds 6, online 24 bytes more, offline about 133 + 10 T; correlation `Pieces`.
@@ -236,10 +242,12 @@ async def piecewise(
         opened = x = x.rescaled(ARGUMENT_BITS)
     out_bits = max(frac_bits, ARGUMENT_BITS)
     cut = spline.frac_bits - out_bits
-    by_coefficients = d > 0 and max(x.shape[-1:], default=1) <= _WIDEST and opens_coefficients(x, spline)
+    by_coefficients = d > 0 and max(x.shape[-1:], default=1) <= widest and _opens_coefficients(x, spline)
     correlation = ctx.correlation(Pieces(x.shape, width, len(spline.thresholds), cut, d, by_coefficients))
-    at = await evaluated(ctx, opened, spline, correlation, width, d)
-    c, wrapped = await open_residual(ctx, at.residual, correlation, cut)
+    at = await _evaluated(ctx, opened, spline, correlation, width, d)
+    low = unopened_bits(cut)
+    residual = await ctx.open(without_low_bits(offset(ctx, at.residual), low), correlation.mask("s"))
+    c, wrapped = truncated_parts(residual.value, cut, low)
     high, inside_high = correlation["high"] - wrapped * correlation["wrap"]
     inside = Shared(bit_product(ctx.first, at.e[0], correlation["inside"], c, high, inside_high), out_bits)
 
@@ -253,7 +261,7 @@ async def piecewise(
     return await truncate(ctx, Shared(y, ARGUMENT_BITS).rescaled(out_bits) + inside, out_bits - frac_bits)
 
 
-class Evaluated(NamedTuple):
+class _Evaluated(NamedTuple):
     """Of y = c - m what is opened and what a party has shares of.
 
     wrapped: empty if d = 0, else which of its two values m has, 0 or 2^(64 - d).
@@ -271,9 +279,9 @@ class Evaluated(NamedTuple):
     residual: Shared
 
 
-async def evaluated(
+async def _evaluated(
     ctx: Context, opened: Shared, spline: Spline, correlation: Correlation, width: int, d: int
-) -> Evaluated:
+) -> _Evaluated:
     """The spline at y = x / 2^d, where `opened` is x, or with d > 0 x + 2^62.
 
     Rounds 4, the first of `piecewise`; 5 where coefficients are opened: those of the cubic that is chosen, in powers of
@@ -302,22 +310,12 @@ async def evaluated(
     else:
         bit_wraps = correlation["bit_wraps"] if d else wraps
         residual = kernel.spline(c, wrapped, e[1:], powers, wraps, bits, bit_wraps, base, steps, ctx.first)
-    return Evaluated(c, wrapped, m, e, bits[0, 0], bit_m, Shared(residual, spline.frac_bits))
+    return _Evaluated(c, wrapped, m, e, bits[0, 0], bit_m, Shared(residual, spline.frac_bits))
 
 
-def opens_coefficients(x: Shared, spline: Spline) -> bool:
+def _opens_coefficients(x: Shared, spline: Spline) -> bool:
     """Whether that is cheaper in all."""
     return len(spline.thresholds) > _FEW_THRESHOLDS and x.share.numel() > _FEW
-
-
-async def open_residual(
-    ctx: Context, residual: Shared, correlation: Correlation, cut: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts of a truncation of the residual by `cut` bits. Opened: all of it that is not far below the last place
-    that stays, over Z_2^32 if cut >= 40. Rounds 1; online 4 bytes per element and peer then, else 8."""
-    low = unopened_bits(cut)
-    opened = await ctx.open(without_low_bits(offset(ctx, residual), low), correlation.mask("s"))
-    return truncated_parts(opened.value, cut, low)
 
 
 async def _outcomes(ctx: Context, c: torch.Tensor, spline: Spline, correlation: Correlation, width: int) -> SharedBits:

@@ -15,7 +15,6 @@ from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors, correction_bytes
 from mpcinfer.protocol.exponential import Exponential
-from mpcinfer.protocol.gated import GatedPieces
 from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.lift import Lift
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
@@ -62,8 +61,7 @@ BATCHED: list[Kind] = [
     Contest((2,), 4, 48, others=1, other_bits=8),
     Lift((5,), 8),
     Pieces((3,), 48, 5, 47, 16),
-    GatedPieces((3,), 5, 47),
-    GatedPieces((3,), 8, 47, True),
+    Pieces((3,), 48, 8, 47, 16, True),
     Exponential((3,), 16, 42, False, 48),
     Exponential((2, 2), 16, 39, True, 48),
     Exponential((3,), 16, 42, False, 45, 19),
