@@ -13,7 +13,7 @@ from mpcinfer.errors import ConfigError
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.trust.signing import Signer
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.memory import guard_memory, one_heap
+from mpcinfer.wire.memory import guard_memory, one_heap, settle
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import dealer_pb2_grpc
 
@@ -49,6 +49,7 @@ def serve(node: Node) -> None:
     torch.set_num_threads(1)
     _, server = build(node)
     warm_up()
+    settle()
     server.start()
     server.set_serving(True)
     _log.info("dealer of cluster %s listens on %s", node.cluster.name, node.listen)

@@ -34,7 +34,7 @@ from mpcinfer.party.vouching import Vouching
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.trust.signing import Signer
 from mpcinfer.wire.identity import Identity
-from mpcinfer.wire.memory import guard_memory, one_heap
+from mpcinfer.wire.memory import guard_memory, one_heap, settle
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
 from mpcinfer.wire.v1 import mesh_pb2_grpc, party_pb2_grpc
 
@@ -163,6 +163,7 @@ def serve(node: Node) -> None:
     party = Party(node)
     try:
         warm_up()
+        settle()
         party.start()
         _log.info(
             "%s of cluster %s listens on %s (%d operators)",

@@ -140,3 +140,25 @@ def test_what_was_freed_is_given_back_if_it_is_much() -> None:
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True, timeout=60)
     for kept, given in (map(int, line.split()) for line in done.stdout.splitlines()):
         assert abs(kept) < 8 and given > 100
+
+
+SETTLED = """
+import gc
+import mpcinfer.wire.memory as memory
+class Loop:
+    pass
+ended = []
+def loop():
+    one = Loop()
+    one.self, one.__class__.__del__ = one, lambda self: ended.append(1)
+before = len(gc.get_objects())
+memory.settle()
+loop()
+gc.collect()
+print(len(gc.get_objects()) * 10 < before, gc.isenabled(), len(ended))
+"""
+
+
+def test_what_stays_is_not_searched_and_what_comes_later_is() -> None:
+    done = subprocess.run([sys.executable, "-c", SETTLED], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "True", "1"]
