@@ -93,14 +93,19 @@ class Attention(nn.Module):
         mask: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[1, length, width] to the same shape, and the caches with the new positions appended."""
+        """[1, length, width] to the same shape, or with `last` to [1, 1, width], what the last position sees; and the
+        caches with the new positions appended.
+        """
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
         q, k, v = (each.transpose(1, 2) for each in (self.q_norm(q), self.k_norm(k), v))
         if turn is not None:
             both = rotate(torch.cat([q, k], 1), turn)
             q, k = both[:, : q.shape[1]], both[:, q.shape[1] :]
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        if last:
+            q, mask = q[:, :, -1:], mask[-1:]
         mixed = functional.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=self.grouped
         )
@@ -150,10 +155,11 @@ class Block(nn.Module):
         mask: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As Attention's."""
-        mixed, keys, values = self.attention(self.attention_norm(x), turn, mask, keys, values)
-        x = x + mixed
+        mixed, keys, values = self.attention(self.attention_norm(x), turn, mask, keys, values, last)
+        x = (x[:, -1:] if last else x) + mixed
         return x + self.mlp(self.norm(x)), keys, values
 
 
@@ -194,11 +200,13 @@ class Decoder(nn.Module):
         grown: list[torch.Tensor] = []
         for i, block in enumerate(self.blocks):
             mask = masks[self.config.windows[i]]
-            x, keys, values = block(x, turn, mask, caches[2 * i], caches[2 * i + 1])
+            # what other positions yield in the last layer nobody takes
+            last = i == len(self.blocks) - 1
+            x, keys, values = block(x, turn, mask, caches[2 * i], caches[2 * i + 1], last)
             grown += [keys, values]
-        last = self.norm(x[:, -1])
+        x = self.norm(x[:, -1])
         # a tied head is the very parameter, so that it is one secret
-        logits = functional.linear(last, self.embedding.weight) if self.config.tied else self.head(last)
+        logits = functional.linear(x, self.embedding.weight) if self.config.tied else self.head(x)
         return logits, *grown
 
     def _masks(self, positions: torch.Tensor, seen: torch.Tensor) -> Mapping[int, torch.Tensor]:

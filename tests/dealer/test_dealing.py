@@ -32,7 +32,6 @@ from mpcinfer.protocol.compare import Comparison
 from mpcinfer.protocol.contest import Contest
 from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.exponential import Exponential
-from mpcinfer.protocol.gated import GatedPieces
 from mpcinfer.protocol.gumbel import Gumbel
 from mpcinfer.protocol.lift import Lift
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
@@ -77,8 +76,7 @@ KINDS: list[Kind] = [
     Gumbel((40,), 16),
     OneHot((2,), 3),
     Pieces((2, 3), 48, 4, 47),
-    GatedPieces((2, 3), 4, 47),
-    GatedPieces((2, 3), 8, 47, True),
+    Pieces((2, 3), 48, 8, 47, 16, True),
     RowMask("other", (2, 3)),
     SquarePair((3, 2)),
     Triple(Bilinear("mul"), (4,), (4,)),

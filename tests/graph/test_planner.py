@@ -19,6 +19,7 @@ from mpcinfer.graph.program import Program
 from mpcinfer.graph.step import step
 from mpcinfer.models.encoder import Attention
 from mpcinfer.nn.sampling import Choice, Seen
+from mpcinfer.protocol.piecewise import Pieces
 from mpcinfer.protocol.tracing import Cost, Plan, outermost_scope, trace
 from mpcinfer.protocol.types import Cached, Shared, Weight
 from tests.decoders_local import GREEDY, decoder
@@ -137,6 +138,19 @@ def test_a_step_s_plan_too(style: str, tokens: int, room: int, choice: Choice | 
         same(planner.step(tokens, room, choice, before), (plan, cost, done.logits))
     names = {item.cache for _, item in plan.entries if hasattr(item, "cache")}
     assert names == {c.name for c in program.caches}
+
+
+def test_in_the_last_layer_only_the_last_position_goes_on() -> None:
+    """Its keys and values are of all, what its activation takes is of one; of a part of a prompt, nothing."""
+    planner = Planner(decoder("llama")[1].program, parties=2, deployment="d")
+
+    def rows(choice: Choice | None) -> list[int]:
+        plan, _, _ = planner.step(6, 32, choice)
+        return [item.shape[1] for _, item in plan.entries if isinstance(item, Pieces)]
+
+    layers = len(decoder("llama")[1].program.caches) // 2
+    assert rows(GREEDY) == [6] * (layers - 1) + [1]
+    assert rows(None) == [6] * (layers - 1)
 
 
 def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
