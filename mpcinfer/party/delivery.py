@@ -41,9 +41,8 @@ class Delivery:
         """Whether nothing more will come: all has, or it has failed, which whoever takes it will be told."""
         return self._over
 
-    @property
-    def beside(self) -> float:
-        """Seconds for which it came by itself, whether it was wanted or not."""
+    def beside(self, since: float) -> float:
+        """Seconds after this moment for which it came by itself, whether it was wanted or not."""
         return 0.0
 
     def take(self, size: int) -> bytearray | memoryview:
@@ -129,7 +128,7 @@ class Gathered(Delivery):
         self._delivery = delivery
         self._rest = memoryview(b"")
         self._parts: SimpleQueue[memoryview | BaseException] = SimpleQueue()
-        self._began, self._ended, self._closed = time.perf_counter(), 0.0, False
+        self._ended, self._closed = 0.0, False
         threading.Thread(target=self._gather, name="gather", daemon=True).start()
 
     @property
@@ -137,10 +136,9 @@ class Gathered(Delivery):
         """See `Delivery`."""
         return self._ended > 0
 
-    @property
-    def beside(self) -> float:
+    def beside(self, since: float) -> float:
         """See `Delivery`."""
-        return max(0.0, self._ended - self._began)
+        return max(0.0, self._ended - since)
 
     def close(self) -> None:
         """See `Delivery`."""

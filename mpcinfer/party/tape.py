@@ -76,7 +76,7 @@ class Tape:
     @property
     def beside(self) -> float:
         """Seconds for which it came after it was fetched, while nobody waited for it."""
-        return max(0.0, self._rest.delivery.beside - self.waited) if self._rest is not None else 0.0
+        return max(0.0, self._rest.delivery.beside(self._rest.began) - self.waited) if self._rest is not None else 0.0
 
     def draw(self, name: str, item: Kind) -> Tensors:
         """As `Source.draw`; ProtocolError for what the plan did not foresee or was drawn before.
@@ -125,7 +125,7 @@ class Rest:
 
     def __init__(self, plan: Plan, there: int, shares: _Shares, delivery: Delivery, expand: _Expand) -> None:
         """there: how many portions are expanded already. shares: where the others' go."""
-        self.delivery = delivery
+        self.delivery, self.began = delivery, time.perf_counter()
         self._places, self._portions = plan.places, plan.portions
         self._there, self._drawn = there, 0
         self._shares, self._expand = shares, expand

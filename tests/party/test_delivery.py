@@ -67,11 +67,15 @@ class Portions(FakeDealer):
         ]
         self.messages: list[bytes | Exception] = [*parts[:good], *(then or [])]
         self.asked = 0  # messages that the party has asked for
+        self.goes_on = threading.Event()  # after the first portions
+        self.goes_on.set()
 
     def Deal(self, request: dealer_pb2.DealRequest, timeout: float) -> Any:
         def stream() -> Iterator[dealer_pb2.DealResponse]:
             for message in self.messages:
                 self.asked += 1
+                if self.asked > AHEAD:
+                    assert self.goes_on.wait(30)
                 if isinstance(message, Exception):
                     raise message
                 yield dealer_pb2.DealResponse(chunk=message)
@@ -226,7 +230,9 @@ def test_what_is_fetched_ahead_comes_before_it_is_drawn_and_is_expanded_as_it_is
 
     monkeypatch.setattr(batch_module.Batch, "expand", expand)
     dealer = Portions(plan)
+    dealer.goes_on.clear()
     tape = taken(plan, dealer, ahead=True)
+    dealer.goes_on.set()
     wait_for(lambda: tape.complete)
     assert dealer.asked == COUNT and len(expanded) <= 2 * (AHEAD + 1) and tape.large
     assert 0 < tape.beside < 30
@@ -234,6 +240,20 @@ def test_what_is_fetched_ahead_comes_before_it_is_drawn_and_is_expanded_as_it_is
     assert tape.dealer_bytes > plan.correction_bytes()
     tape.waited += 30  # for what was still coming: that is counted once
     assert tape.beside == 0
+
+
+def test_what_came_while_the_first_portions_were_waited_for_is_not_counted_twice(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = batch_module.Batch.expand
+
+    def expand(self: Any, *args: Any, **options: Any) -> Any:
+        wait_for(lambda: not any(thread.name == "gather" for thread in threading.enumerate()))
+        return honest(self, *args, **options)
+
+    monkeypatch.setattr(batch_module.Batch, "expand", expand)
+    tape = taken(plan, Portions(plan), ahead=True)
+    assert tape.complete and tape.large and tape.beside == 0
 
 
 def test_a_dealer_that_fails_while_nobody_draws(plan: Plan) -> None:
