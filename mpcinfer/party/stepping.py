@@ -179,6 +179,9 @@ class Stepping:
         while True:
             use = use_of(sessions) if sessions else None
             work = partial(fetch, part.epoch, tape, plan, digest, weights, self._limits.step_timeout_s, use)
+            # if what was fetched before has failed the others learn it from the links: they may wait for this party's
+            # share
+            self.settle()
             fetched = await self._fetched(part, work, slot=sessions[0].slot if sessions else None)
             if fetched is not None:
                 return fetched
@@ -233,8 +236,6 @@ class Stepping:
     async def _fetched(
         self, part: Part, work: Callable[[], Tape], id_: str = "", slot: Slot | None = None
     ) -> Tape | None:
-        # if what was fetched before has failed the others learn it from the links: they may wait for this party's share
-        self.settle()
         tape, refusal = _tried(work)
         coin = Coin(part.epoch.audit_rate)
         try:
