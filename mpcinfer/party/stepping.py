@@ -216,6 +216,8 @@ class Stepping:
         """
         before = ahead.waited
         tape = await self._fetched(part, ahead.take, ahead.id.hex(), slot)
+        if self._ahead is ahead:
+            self._ahead = None
         return tape, ahead.seconds - (ahead.waited - before)
 
     def settle(self) -> None:

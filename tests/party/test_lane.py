@@ -264,6 +264,29 @@ def test_the_next_request_finds_its_randomness_ready(
     assert len({tuple(t.id for t in each) for each in tapes}) == 1
 
 
+def test_who_finds_randomness_ready_does_not_wait_for_what_is_being_fetched(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun, goes_on = stepping.fetch, threading.Event(), threading.Event()
+    assert right(caller.infer(X))
+    wait_for(lambda: ready(cluster))
+
+    def fetch(epoch: Any, *args: Any, **options: Any) -> Tape:
+        if threading.current_thread().name == "ahead" and epoch.mesh.index == 1:
+            begun.set()
+            assert goes_on.wait(60)
+        return real(epoch, *args, **options)
+
+    monkeypatch.setattr(stepping, "fetch", fetch)
+    try:
+        assert right(caller.infer(X))
+        assert begun.wait(60)
+        assert right(later(lambda: caller.infer(X)).result(30)) and not ready(cluster)
+    finally:
+        goes_on.set()
+    wait_for(lambda: ready(cluster))
+
+
 def test_requests_that_come_together_find_their_randomness_ready_too(
     cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
