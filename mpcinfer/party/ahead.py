@@ -54,6 +54,11 @@ class Ahead:
         tape = self._tape
         return tape.done() and tape.exception() is None and tape.result().complete
 
+    @property
+    def over(self) -> bool:
+        """Whether fetching has ended, in whatever way."""
+        return self._tape.done()
+
     def take(self) -> Tape:
         """The tape, once it is there; raises what fetching it, or what came before, has raised."""
         began = time.perf_counter()

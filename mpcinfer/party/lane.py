@@ -309,7 +309,7 @@ class Lane:
         epoch.mesh.account = self._metrics.account("fill")
         watchdog = epoch.mesh.limited(self._limits.step_timeout_s)
         try:
-            self._by.settle()
+            self._by.check()
             self._by.run(epoch, [fill(self._by, Part(epoch), step)])
         finally:
             watchdog.cancel()

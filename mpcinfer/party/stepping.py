@@ -229,6 +229,11 @@ class Stepping:
         if ahead is not None:
             ahead.take()
 
+    def check(self) -> None:
+        """Raise what has gone wrong with what is being fetched ahead, if that is known; wait for nothing."""
+        if self._ahead is not None and self._ahead.over:
+            self.settle()
+
     def end(self) -> None:
         """The epoch is over: all that was fetched ahead is burnt."""
         self.pool.clear()

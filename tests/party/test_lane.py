@@ -268,8 +268,9 @@ def test_who_finds_randomness_ready_does_not_wait_for_what_is_being_fetched(
     cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, begun, goes_on = stepping.fetch, threading.Event(), threading.Event()
-    assert right(caller.infer(X))
-    wait_for(lambda: ready(cluster))
+    assert right(caller.infer(X[:1]), X[:1]) and right(caller.infer(X))
+    wait_for(lambda: ready(cluster, 2 * READY))
+    fills, filled = list[int](), cluster.parties[0].lane._filled
 
     def fetch(epoch: Any, *args: Any, **options: Any) -> Tape:
         if threading.current_thread().name == "ahead" and epoch.mesh.index == 1:
@@ -281,10 +282,13 @@ def test_who_finds_randomness_ready_does_not_wait_for_what_is_being_fetched(
     try:
         assert right(caller.infer(X))
         assert begun.wait(60)
-        assert right(later(lambda: caller.infer(X)).result(30)) and not ready(cluster)
+        assert right(later(lambda: caller.infer(X)).result(30))
+        monkeypatch.setattr(cluster.parties[0].lane, "_filled", lambda *args: (fills.append(1), filled(*args)))
+        wait_for(lambda: bool(fills))  # and beginning to fetch another one holds nobody up either
+        assert right(later(lambda: caller.infer(X[:1])).result(30), X[:1]) and not ready(cluster, 2 * READY)
     finally:
         goes_on.set()
-    wait_for(lambda: ready(cluster))
+    wait_for(lambda: ready(cluster, 2 * READY))
 
 
 def test_requests_that_come_together_find_their_randomness_ready_too(
