@@ -229,13 +229,17 @@ class InProcess:
         """All parties and witnesses."""
         return [*self.parties.values(), *self.witnesses.values()]
 
-    def crash(self, index: int) -> None:
-        """As if the party were killed: its connections break, only its store remains."""
+    def crash(self, index: int, then: Callable[[], None] = lambda: None) -> None:
+        """As if the party were killed: its connections break, only its store remains.
+
+        then: what lets a lane go on that a test holds; the rest of what it does reaches nobody.
+        """
         party = self.parties.pop(index)
         party.lane._stopping.set()
         epoch = party.lane._epoch
         if epoch is not None:
             epoch.close()
+        then()
         party.server._server.stop(0).wait(10)
         party.inbox.close(MpcInferError("killed"))
         party.lane._thread.join(20)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 DEPLOY_TIMEOUT = 1800.0
+# what is short in itself, but waits for its turn: for the steps, and the tape under way, of others
+TURN_TIMEOUT = 300.0
 EVERYBODY = Terms()
 _CHUNK = 1 << 20
 
@@ -207,14 +209,14 @@ class ModelOwner:
             made = from_examples(found[-1], model, inputs, **judged)
         return sign(self._signer, made)
 
-    def remove(self, name: str, version: int = 0) -> int:
+    def remove(self, name: str, version: int = 0, *, timeout: float = TURN_TIMEOUT) -> int:
         """Remove a version of a model (0: all versions) from all parties: how many were removed.
 
         Every party has confirmed it once this returns. NotFoundError if there is none, AgreementError if the parties
         confirm different numbers.
         """
         request = party_pb2.RemoveModelRequest(request_id=secrets.token_bytes(16), name=name, version=version)
-        answers = self._connection.call("RemoveModel", [request] * self._connection.cluster.n, timeout=LIST_TIMEOUT)
+        answers = self._connection.call("RemoveModel", [request] * self.parties, timeout=timeout)
         return _confirmed("removed", name, [answer.removed for answer in answers])
 
     def refresh(self, name: str, version: int = 0, *, timeout: float = DEPLOY_TIMEOUT) -> int:
@@ -227,14 +229,14 @@ class ModelOwner:
         answers = self._connection.call("RefreshModel", [request] * self.parties, timeout=timeout)
         return _confirmed("refreshed", name, [answer.refreshed for answer in answers])
 
-    def grant(self, name: str, terms: Terms, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
+    def grant(self, name: str, terms: Terms, version: int = 0, *, timeout: float = TURN_TIMEOUT) -> list[Grant]:
         """Replace what is granted for a version of one's model (0: all versions), from the next request on.
 
         NotFoundError if there is none.
         """
         return self._replace(name, version, timeout, terms=terms, revoked=False)
 
-    def grant_again(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
+    def grant_again(self, name: str, version: int = 0, *, timeout: float = TURN_TIMEOUT) -> list[Grant]:
         """The same terms for the parties as the cluster file has them now, after one of them or its key was replaced.
 
         Not for versions that are revoked, or granted to these parties as it is. NotFoundError if there is none.
@@ -242,7 +244,7 @@ class ModelOwner:
         cluster = self._connection.cluster
         return self._replace(name, version, timeout, lambda g: not g.revoked and not g.holds_for(cluster))
 
-    def revoke(self, name: str, version: int = 0, *, timeout: float = LIST_TIMEOUT) -> list[Grant]:
+    def revoke(self, name: str, version: int = 0, *, timeout: float = TURN_TIMEOUT) -> list[Grant]:
         """Nobody may use a version of one's model (0: all versions) any more, until it is granted again."""
         return self._replace(name, version, timeout, revoked=True)
 

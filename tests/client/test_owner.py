@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -217,6 +218,13 @@ def test_removing(world: FakeCluster, owner: ModelOwner) -> None:
     world.parties[0].before = world.parties[1].before = refuse
     with pytest.raises(NotFoundError, match="no such model"):
         owner.remove("m")
+
+
+def test_a_removal_may_wait_for_its_turn_as_long_as_it_is_told(world: FakeCluster, owner: ModelOwner) -> None:
+    world.parties[0].before = lambda _: time.sleep(1)
+    with pytest.raises(DeadlineError, match="allow it more time"):
+        owner.remove("m", timeout=0.5)
+    assert owner.remove("m", timeout=30) == 2
 
 
 def test_all_parties_must_confirm_a_removal(world: FakeCluster, owner: ModelOwner) -> None:

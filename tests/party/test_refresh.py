@@ -110,11 +110,7 @@ def test_a_refresh_that_breaks_off_leaves_one_generation(
     running = later(lambda: refresh(caller))
     assert gate.reached.wait(30)
     wait = cluster.new_epoch()
-    epoch = cluster.parties[dies].former.current
-    assert epoch is not None
-    epoch.close()
-    gate.open.set()
-    cluster.crash(dies)
+    cluster.crash(dies, gate.open.set)
     assert all(isinstance(a, MpcInferError) for a in running.result(60))
     cluster.start_party(dies)
     wait()
