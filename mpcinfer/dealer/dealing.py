@@ -38,6 +38,7 @@ from mpcinfer.trust.signing import Signed, Signer
 _log = logging.getLogger(__name__)
 
 _MAX_PLANS = 256  # per session; a party tells again what was forgotten
+_Caches = dict[str, RowStore]  # one text's
 
 
 @dataclass
@@ -47,7 +48,10 @@ class _Tape:
     digest: bytes
     named: set[int] = field(default_factory=set)
     burnt: bool = False
-    keys: list[TapeKeys] = field(default_factory=list, repr=False)  # of all parties, once all have named the plan
+    # once all have named the plan: the keys of all parties, and the masks of each text's caches. These may be forgotten
+    # before the last party's part is begun: the first may have its own, and tell that the text has ended.
+    keys: list[TapeKeys] = field(default_factory=list, repr=False)
+    caches: list[_Caches] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -66,7 +70,7 @@ class _Session:
     # masks B of weights by (deployment, weight): kept for the products that refer to them
     fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
     # masks of caches by slot and cache
-    slots: dict[bytes, dict[str, RowStore]] = field(default_factory=dict, repr=False)
+    slots: dict[bytes, _Caches] = field(default_factory=dict, repr=False)
     witnesses: set[int] = field(default_factory=set)  # the parties whose witnesses have joined
     corrected: dict[bytes, bytes] = field(default_factory=dict)  # by tape: what the last party's witness will ask for
     ended: bool = False
@@ -252,7 +256,7 @@ class Dealer:
                 del session.tapes[tape]
                 self.tapes_dealt += 1
                 state.keys = [chain.next(tape, digest) for chain in session.keys]
-                self._keep_masks(session, state.keys, agreed, use)
+                state.caches = self._keep_masks(session, state.keys, agreed, use)
                 self._changed.notify_all()
             began = time.perf_counter()
             try:
@@ -273,7 +277,7 @@ class Dealer:
         digests = Digests(last.passing, last.kept) if signed else None
         if index == self.parties - 1:
             began, digest_of_all = time.perf_counter(), hashlib.sha256()
-            for part in self._corrections(session, passing, agreed, use, digests):
+            for part in self._corrections(session, state, agreed, use, digests):
                 if self._witnessed:
                     digest_of_all.update(part)
                 yield part
@@ -314,7 +318,7 @@ class Dealer:
         return plan
 
     def forget(self, session_id: bytes, slots: Sequence[bytes]) -> None:
-        """Drop the masks of caches."""
+        """Drop the masks of caches. What all parties have asked for is dealt with them all the same."""
         with self._changed:
             if self._session is not None and session_id == self._id:
                 for slot in slots:
@@ -338,7 +342,7 @@ class Dealer:
             if any((caches[name].count if name in caches else 0) != each.count for name in used):
                 raise AgreementError("the dealer has another number of rows of a cache than the parties")
 
-    def _keep_masks(self, session: _Session, keys: list[TapeKeys], plan: Plan, use: CacheUse | None) -> None:
+    def _keep_masks(self, session: _Session, keys: list[TapeKeys], plan: Plan, use: CacheUse | None) -> list[_Caches]:
         slots = [] if use is None else [session.slots.setdefault(each.slot, {}) for each in use.all]
         for name, item in plan.entries:
             if not item.kept:
@@ -349,12 +353,13 @@ class Dealer:
             if item.growing:
                 for caches, rows in zip(slots, value if len(slots) > 1 else [value], strict=True):
                     caches.setdefault(item.operand, RowStore()).append(rows)
+        return slots
 
     def _corrections(
-        self, session: _Session, keys: list[bytes], plan: Plan, use: CacheUse | None, digests: Digests | None
+        self, session: _Session, state: _Tape, plan: Plan, use: CacheUse | None, digests: Digests | None
     ) -> Iterator[memoryview]:
+        keys, slots = [keys.passing for keys in state.keys], state.caches
         uses = () if use is None else use.all
-        slots = [session.slots.get(each.slot, {}) for each in uses]
         new = {item.cache: item.shape[-2] for _, item in plan.entries if item.growing}  # type: ignore[attr-defined]
 
         def fixed(run: int, weight: str) -> torch.Tensor:

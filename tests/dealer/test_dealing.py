@@ -660,6 +660,22 @@ def test_masks_of_rows_are_forgotten_when_told_and_with_the_session(dealer: Deal
     assert refused(again, [CacheUse(others, ((0, 2),), 4)] * 2) == {AgreementError}
 
 
+def test_what_all_have_asked_for_is_dealt_though_its_masks_are_forgotten_before(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A party that has its part may tell of it before the last one's is begun."""
+    first, real = grown(session, CacheUse(SLOT, (), 0)), session.dealer._corrections
+
+    def late(*args: Any) -> Any:
+        session.dealer.forget(session.id, [SLOT])
+        return real(*args)
+
+    monkeypatch.setattr(session.dealer, "_corrections", late)
+    second = grown(session, CacheUse(SLOT, ((0, 2),), 2))
+    assert right_products(second, torch.cat([first["node#0"]["b"], second["node#0"]["b"]]))
+    assert session.dealer._session is not None and not session.dealer._session.slots
+
+
 def test_a_dealer_without_a_session_forgets_nothing(dealer: Dealer) -> None:
     dealer.forget(tape(), [SLOT])
 
