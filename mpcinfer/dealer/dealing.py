@@ -12,68 +12,29 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from mpcinfer.dealer.session import NamedTape, Session
 from mpcinfer.errors import (
     AbortedError,
     AgreementError,
     ConflictError,
     DeadlineError,
     InputError,
-    NotFoundError,
     UnavailableError,
 )
 from mpcinfer.protocol.batch import Batch
-from mpcinfer.protocol.cache import CacheUse, RowStore, side_by_side, text_count
-from mpcinfer.protocol.correlation import FixedMasks, free_values
+from mpcinfer.protocol.cache import CacheUse, side_by_side
+from mpcinfer.protocol.correlation import FixedMasks
 from mpcinfer.protocol.evidence import Digests, statement
-from mpcinfer.protocol.session import KeyChain, TapeKeys, session_keys
+from mpcinfer.protocol.session import session_keys
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.trust.signing import Signed, Signer
 
 _log = logging.getLogger(__name__)
-
-_MAX_PLANS = 256  # per session; a party tells again what was forgotten
-_Caches = dict[str, RowStore]  # one text's
-
-
-@dataclass
-class _Tape:
-    """A tape that not all parties have named yet: the plan, who has named it, and whether it is of no use any more."""
-
-    digest: bytes
-    named: set[int] = field(default_factory=set)
-    burnt: bool = False
-    # once all have named the plan: the keys of all parties, and the masks of each text's caches. These may be forgotten
-    # before the last party's part is begun: the first may have its own, and tell that the text has ended.
-    keys: list[TapeKeys] = field(default_factory=list, repr=False)
-    caches: list[_Caches] = field(default_factory=list, repr=False)
-
-
-@dataclass
-class _Session:
-    """The nonces of all, and one key per party that only that party and the dealer have."""
-
-    nonce: bytes
-    nonces: dict[int, bytes] = field(default_factory=dict)
-    # by party: what both ends sent of the key exchange, and what it yielded
-    public: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
-    secrets: dict[int, bytes] = field(default_factory=dict, repr=False)
-    keys: list[KeyChain] = field(default_factory=list, repr=False)
-    plans: dict[bytes, Plan] = field(default_factory=dict)
-    tapes: dict[bytes, _Tape] = field(default_factory=dict)
-    spent: set[bytes] = field(default_factory=set)  # dealt or burnt: never again
-    # masks B of weights by (deployment, weight): kept for the products that refer to them
-    fixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
-    # masks of caches by slot and cache
-    slots: dict[bytes, _Caches] = field(default_factory=dict, repr=False)
-    witnesses: set[int] = field(default_factory=set)  # the parties whose witnesses have joined
-    corrected: dict[bytes, bytes] = field(default_factory=dict)  # by tape: what the last party's witness will ask for
-    ended: bool = False
 
 
 class Dealer:
@@ -97,7 +58,7 @@ class Dealer:
         self.seconds_waited = [0.0] * parties  # by party: for the others
         self.lag: Callable[[float], object] = lambda seconds: None  # told of each tape that has been sent
         self._id = b""
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._past: set[bytes] = set()
         self._changed = threading.Condition()
 
@@ -141,7 +102,7 @@ class Dealer:
                     self._session.ended = True
                 self.sessions += 1
                 self._past.add(session_id)
-                self._id, self._session = session_id, _Session(secrets.token_bytes(32))
+                self._id, self._session = session_id, Session(secrets.token_bytes(32))
                 _log.info("session %s begins", session_id.hex()[:8])
             session = self._session
             assert session is not None
@@ -158,7 +119,7 @@ class Dealer:
                 raise AbortedError("this session has ended; the parties are forming a new one")
             return session.nonce, session.public[index][1], [session.nonces[i] for i in range(self.parties)]
 
-    def _agree(self, session_id: bytes, session: _Session) -> None:
+    def _agree(self, session_id: bytes, session: Session) -> None:
         nonces = [session.nonces[i] for i in range(self.parties)]
         session.keys = [
             session_keys(
@@ -233,12 +194,12 @@ class Dealer:
             session = self._session
             if session is None or session_id != self._id or not session.keys:
                 raise AbortedError("the dealer does not know this session (it may have restarted); form a new one")
-            named = self._plan(session, digest, plan)
+            named = session.plan(digest, plan)
             agreed = named if use is None else named.repeated(use.times)
             digest = use.digest(digest) if use is not None else digest
             if tape in session.spent:
                 raise ConflictError("this tape was dealt or burnt already; ask for a new one")
-            state = session.tapes.setdefault(tape, _Tape(digest))
+            state = session.tapes.setdefault(tape, NamedTape(digest))
             if index in state.named:
                 self._burn(session, tape)
                 raise ConflictError("a party asked twice for one tape; it is burnt, ask for a new one")
@@ -246,7 +207,7 @@ class Dealer:
                 self._burn(session, tape)
                 raise AgreementError("the parties named different plans for one tape; it is burnt")
             try:
-                self._check_rows(session, named, use)
+                session.check_rows(named, use)
             except (InputError, AgreementError):
                 self._burn(session, tape)
                 raise
@@ -256,7 +217,8 @@ class Dealer:
                 del session.tapes[tape]
                 self.tapes_dealt += 1
                 state.keys = [chain.next(tape, digest) for chain in session.keys]
-                state.caches = self._keep_masks(session, state.keys, agreed, use)
+                state.caches = session.keep_masks(state.keys, agreed, use)
+                state.fixed = session.fixed_of(agreed.deployment)
                 self._changed.notify_all()
             began = time.perf_counter()
             try:
@@ -297,7 +259,7 @@ class Dealer:
         with self._changed:
             self._changed.notify_all()
 
-    def _burn(self, session: _Session, tape: bytes) -> None:
+    def _burn(self, session: Session, tape: bytes) -> None:
         state = session.tapes.pop(tape, None)
         if state is not None:
             state.burnt = True
@@ -305,58 +267,14 @@ class Dealer:
             session.spent.add(tape)
             self._changed.notify_all()
 
-    def _plan(self, session: _Session, digest: bytes, told: bytes) -> Plan:
-        plan = Plan.from_bytes(told) if told else session.plans.pop(digest, None)
-        if plan is None:
-            raise NotFoundError("the dealer does not know this plan (any more); tell it")
-        if told and plan.digest() != digest:
-            raise InputError("the plan does not have the digest it was announced with")
-        session.plans.pop(digest, None)
-        session.plans[digest] = plan  # at the end: the front is what was not used for longest
-        if len(session.plans) > _MAX_PLANS:
-            session.plans.pop(next(iter(session.plans)))
-        return plan
-
-    def forget(self, session_id: bytes, slots: Sequence[bytes]) -> None:
-        """Drop the masks of caches. What all parties have asked for is dealt with them all the same."""
+    def forget(self, session_id: bytes, slots: Sequence[bytes], deployment: str = "") -> None:
+        """Drop the masks of caches, and those of a deployment's weights."""
         with self._changed:
             if self._session is not None and session_id == self._id:
-                for slot in slots:
-                    self._session.slots.pop(slot, None)
-
-    def _check_rows(self, session: _Session, plan: Plan, use: CacheUse | None) -> None:
-        """The plan's products are of rows that the dealer has, and what it appends comes next and once a run."""
-        growing = [item.cache for _, item in plan.entries if item.growing]  # type: ignore[attr-defined]
-        used = {item.cache for _, item in plan.entries if hasattr(item, "cache")}
-        if not used:
-            return
-        if use is None:
-            raise InputError("a plan for caches without saying whose they are")
-        if len(set(growing)) < len(growing):
-            raise InputError("a plan appends to a cache once")
-        texts = {text_count(item) for _, item in plan.entries} - {None} if use.beside else {1}
-        if len({each.slot for each in use.all}) < len(use.all) or texts != {len(use.all)}:
-            raise InputError("a plan for another number of texts than it is to be of, or for one of them twice")
-        for each in use.all:
-            caches = session.slots.get(each.slot, {})
-            if any((caches[name].count if name in caches else 0) != each.count for name in used):
-                raise AgreementError("the dealer has another number of rows of a cache than the parties")
-
-    def _keep_masks(self, session: _Session, keys: list[TapeKeys], plan: Plan, use: CacheUse | None) -> list[_Caches]:
-        slots = [] if use is None else [session.slots.setdefault(each.slot, {}) for each in use.all]
-        for name, item in plan.entries:
-            if not item.kept:
-                continue
-            (value,) = free_values(item, name, [key.kept for key in keys]).values()
-            if item.lasting:
-                session.fixed[plan.deployment, item.operand] = value
-            if item.growing:
-                for caches, rows in zip(slots, value if len(slots) > 1 else [value], strict=True):
-                    caches.setdefault(item.operand, RowStore()).append(rows)
-        return slots
+                self._session.forget(slots, deployment)
 
     def _corrections(
-        self, session: _Session, state: _Tape, plan: Plan, use: CacheUse | None, digests: Digests | None
+        self, session: Session, state: NamedTape, plan: Plan, use: CacheUse | None, digests: Digests | None
     ) -> Iterator[memoryview]:
         keys, slots = [keys.passing for keys in state.keys], state.caches
         uses = () if use is None else use.all
@@ -370,7 +288,7 @@ class Dealer:
                     for each, caches in zip(uses, slots, strict=True)
                 ]
                 return rows[0] if len(rows) == 1 else side_by_side(rows)
-            mask = session.fixed.get((plan.deployment, weight))
+            mask = state.fixed.get(weight)
             if mask is None:
                 raise AbortedError("the dealer does not hold this deployment's masks; they must be opened again")
             return mask

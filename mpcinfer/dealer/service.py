@@ -87,7 +87,7 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         """See dealer.proto."""
         with self._answering("forget", context):
             require(peer_of(context, self._cluster), "party/")
-            self._dealer.forget(request.session, request.slots)
+            self._dealer.forget(request.session, request.slots, request.deployment)
             return dealer_pb2.ForgetResponse()
 
     def Witness(self, request: dealer_pb2.WitnessRequest, context: grpc.ServicerContext) -> dealer_pb2.WitnessResponse:

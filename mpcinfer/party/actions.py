@@ -194,7 +194,7 @@ def forget(by: Stepping, part: Part, deployment: bytes) -> None:
     by.pool.forget(deployment)
     slots = by.sessions.forget(by.sessions.of_model(deployment))
     if by.index == 0 and not part.epoch.mesh.shadow:
-        part.epoch.forget(slots)
+        part.epoch.forget(slots, deployment.hex())
 
 
 async def set_grant(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: dict[str, Any]) -> None:

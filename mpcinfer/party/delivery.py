@@ -15,6 +15,7 @@ from mpcinfer.party.passing import Unwatched
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
 from mpcinfer.wire.frames import GRPC_HEADER, chunk_bytes
+from mpcinfer.wire.mesh import Account
 from mpcinfer.wire.v1 import dealer_pb2
 
 
@@ -24,14 +25,16 @@ class Delivery:
     statement: the dealer's word on them, if it was asked for, once all have come. frame_bytes: of what has come.
     """
 
-    def __init__(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> None:
+    def __init__(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float, account: Account) -> None:
         """Waits until all parties have named the plan. Raises what the dealer or the connection to it raises, as our
         errors; so do all other methods.
+
+        account: what it is counted for.
         """
         self.statement: Signed | None = None
         self.frame_bytes = 0
         self._over = False
-        self._account = epoch.mesh.account
+        self._account = account
         self._chunks = self._received(epoch, request, timeout)
         self._rest = memoryview(b"")
         self._more()
@@ -89,7 +92,7 @@ class Delivery:
 
     def _received(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> Generator[bytes]:
         passing: Unwatched | None = None
-        account = self._account
+        account, whole = self._account, False
         call = epoch.dealer.Deal(request, timeout=timeout)
         try:
             with epoch.cancelling(call):
@@ -106,6 +109,7 @@ class Delivery:
                     if chunk:
                         passing.add(chunk)
                         yield chunk
+            whole = True
         except GeneratorExit:
             call.cancel()
             raise
@@ -117,7 +121,10 @@ class Delivery:
             raise channel.from_rpc_error(error, "dealer") from error
         finally:
             if passing is not None:
-                passing.end()
+                if whole:
+                    passing.end()
+                else:
+                    passing.cancel()
 
 
 class Gathered(Delivery):

@@ -85,11 +85,12 @@ class Epoch:
             for call in self._dealing.copy():
                 call.cancel()
 
-    def forget(self, slots: list[bytes]) -> None:
-        """Tell the dealer that the masks of these caches are not needed any more."""
-        if slots:
+    def forget(self, slots: list[bytes], deployment: str = "") -> None:
+        """Tell the dealer that the masks of these caches, or of a deployment's weights, are not needed any more."""
+        if slots or deployment:
+            request = dealer_pb2.ForgetRequest(session=self.id, slots=slots, deployment=deployment)
             try:
-                self.dealer.Forget(dealer_pb2.ForgetRequest(session=self.id, slots=slots), timeout=_FORGET_SECONDS)
+                self.dealer.Forget(request, timeout=_FORGET_SECONDS)
             except grpc.RpcError as error:
                 raise channel.from_rpc_error(error, "dealer") from error
 

@@ -233,11 +233,12 @@ class Lane:
             self._inbox.restore(jobs)
             return
         if job is None:
+            self._by.check()  # a tape that has failed meanwhile ends the epoch before somebody's request meets it
             if self._audit.due:
                 epoch.mesh.announce(json.dumps({"action": "logs"}).encode())
                 self._tell_heads(epoch)
             if wanted is not None:
-                self._fill(epoch, wanted)
+                self._fill(epoch, *wanted)
             return
         step = {"action": job.action, "parts": [self._describe(each) for each in jobs]}
         epoch.mesh.announce(json.dumps(step).encode())
@@ -294,8 +295,7 @@ class Lane:
             watchdog.cancel()
         self._audit.met("logs", _heads(told))
 
-    def _fill(self, epoch: Epoch, wanted: tuple[bytes, list[bytes]]) -> None:
-        digest, drops = wanted
+    def _fill(self, epoch: Epoch, digest: bytes, drops: list[bytes]) -> None:
         step = {
             "action": "fill",
             "plan": digest.hex(),

@@ -22,7 +22,10 @@ class Unwatched:
         """One part of them, in order."""
 
     def end(self) -> None:
-        """That was all, or all that will come."""
+        """That was all."""
+
+    def cancel(self) -> None:
+        """More was to come, and will not."""
 
 
 class Passing(Unwatched):
@@ -34,9 +37,9 @@ class Passing(Unwatched):
         super().__init__(tape)
         self._parts: SimpleQueue[mesh_pb2.CorrectionsRequest | None] = SimpleQueue()
         self._parts.put(mesh_pb2.CorrectionsRequest(session=session, tape=tape))
-        call = stub.Corrections.future(iter(self._parts.get, None))
-        self._running.add(call)
-        call.add_done_callback(self._running.discard)
+        self._call = stub.Corrections.future(iter(self._parts.get, None))
+        self._running.add(self._call)
+        self._call.add_done_callback(self._running.discard)
 
     def add(self, chunk: bytes) -> None:
         """See `Unwatched`."""
@@ -44,6 +47,11 @@ class Passing(Unwatched):
 
     def end(self) -> None:
         """See `Unwatched`."""
+        self._parts.put(None)
+
+    def cancel(self) -> None:
+        """See `Unwatched`: the witness is not to take what it has for all, and another amount for tampering."""
+        self._call.cancel()
         self._parts.put(None)
 
 

@@ -58,7 +58,8 @@ class Supply:
         """What these have in common, in this order; what one of them has with others is dropped."""
         held = slots[0].supply
         if held is not None and [each.id for each in held.slots] == [each.id for each in slots]:
-            return held
+            if all(slot.supply is held for slot in slots):  # none was written without the others since
+                return held
         for slot in slots:
             if slot.supply is not None:
                 slot.supply.drop()

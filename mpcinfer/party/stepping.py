@@ -205,7 +205,9 @@ class Stepping:
         """
         seconds, epoch = self._limits.step_timeout_s, part.epoch
         runs = [digest] if use is None else [use.after(i * rows).digest(digest) for i in range(use.times)]
-        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use, ahead=True)
+        # it may begin only once another has come, when something else is being done
+        account = epoch.mesh.account
+        work = partial(fetch, epoch, tape, plan, digest, weights, seconds, use, ahead=True, account=account)
         self._ahead = Ahead(tape, work, rows * len(runs), runs, after=self._ahead)
         return self._ahead
 

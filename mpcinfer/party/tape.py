@@ -26,6 +26,7 @@ from mpcinfer.protocol.correlation import Kind, Tensors
 from mpcinfer.protocol.evidence import KeptMasks
 from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
+from mpcinfer.wire.mesh import Account
 from mpcinfer.wire.v1 import dealer_pb2
 
 # expanded: what has more is large. What has less is all there before a run, which then computes on its own.
@@ -213,13 +214,14 @@ def fetch(
     use: CacheUse | None = None,
     *,
     ahead: bool = False,
+    account: Account | None = None,
 ) -> Tape:
     """Name the plan to the dealer, wait until all parties have, receive the corrections (the last party), expand.
 
     use: the rows that products with caches are of, and how often the plan is to be run: then see `Tape.runs`. What is
     large is expanded as it is drawn. Of a tape that may be audited, or that a witness takes part in, all corrections
     have come when this returns; of others those that come first, and the others as they are wanted, or (`ahead`) as
-    soon as the dealer sends them.
+    soon as the dealer sends them. account: what it is counted for, if not for what is being done when it begins.
 
     Raises what the dealer or the connection to it raises, as our errors; the tape is burnt then, and the epoch must
     end: the two ends' key chains need not be at the same place any more.
@@ -227,7 +229,7 @@ def fetch(
     last = epoch.mesh.index == epoch.mesh.parties - 1
     dealt = plan if use is None else plan.repeated(use.times)
     size = dealt.correction_bytes() if last else 0
-    delivery = _delivery(epoch, tape, plan, digest, size, timeout, use)
+    delivery = _delivery(epoch, tape, plan, digest, size, timeout, use, account or epoch.mesh.account)
     signed = _signed(epoch, plan)
     corrections = bytearray()
     if signed or epoch.passing is not Unwatched:
@@ -274,7 +276,14 @@ def _signed(epoch: Epoch, plan: Plan) -> bool:
 
 
 def _delivery(
-    epoch: Epoch, tape: bytes, plan: Plan, digest: bytes, size: int, timeout: float, use: CacheUse | None
+    epoch: Epoch,
+    tape: bytes,
+    plan: Plan,
+    digest: bytes,
+    size: int,
+    timeout: float,
+    use: CacheUse | None,
+    account: Account,
 ) -> Delivery:
     """The corrections, `size` bytes, from the dealer; a witness has them from its party."""
     if epoch.passed is not None:
@@ -288,11 +297,11 @@ def _delivery(
         request.beside.extend(beside)
     if digest in epoch.plans_told:
         try:
-            return Delivery(epoch, request, timeout)
+            return Delivery(epoch, request, timeout, account)
         except NotFoundError:  # the dealer keeps the plans used lately; this says so before the tape is touched
             epoch.plans_told.discard(digest)
     request.plan = plan.to_bytes()
-    delivery = Delivery(epoch, request, timeout)
+    delivery = Delivery(epoch, request, timeout, account)
     epoch.plans_told.add(digest)
     return delivery
 

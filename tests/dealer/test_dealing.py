@@ -14,7 +14,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-import mpcinfer.dealer.dealing as dealing
+import mpcinfer.dealer.session as held
 from mpcinfer.dealer.dealing import Dealer
 from mpcinfer.errors import (
     AbortedError,
@@ -416,7 +416,7 @@ def test_a_plan_must_have_its_digest_and_be_known(session: Session) -> None:
 
 
 def test_plans_that_were_not_used_for_long_are_forgotten(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dealing, "_MAX_PLANS", 2)
+    monkeypatch.setattr(held, "_MAX_PLANS", 2)
     plans = [plan_of(Truncation((k,), 16)) for k in (1, 2, 3)]
     session.asks(tape(), plans[0])
     session.asks(tape(), plans[1])
@@ -455,6 +455,28 @@ def test_lasting_masks_are_forgotten_with_the_session(dealer: Dealer, session: S
     again = Session(dealer).join()
     assert isinstance(again.asks(tape(), plan_of(PRODUCT, deployment="d"))[1], AbortedError)
     assert dealer._session is not None and not dealer._session.fixed
+
+
+def test_lasting_masks_are_forgotten_with_their_deployment_but_not_by_what_is_under_way(
+    dealer: Dealer, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, products, one = plan_of(MASK, deployment="d"), plan_of(PRODUCT, deployment="d"), tape()
+    b = session.values(one, masks, session.asks(one, masks)[1])["node#0"]["b"]
+    session.asks(tape(), plan_of(MASK, deployment="e"))
+    real = dealer._corrections
+
+    def late(*args: Any) -> Any:
+        dealer.forget(session.id, [], "d")
+        return real(*args)
+
+    monkeypatch.setattr(dealer, "_corrections", late)
+    one = tape()
+    value = session.values(one, products, session.asks(one, products)[1])["node#0"]
+    assert torch.equal(value["c"], value["a"] @ b)
+    monkeypatch.undo()
+    assert isinstance(session.asks(tape(), products)[1], AbortedError)
+    dealer.forget(session.id, [], "")
+    assert dealer._session is not None and {deployment for deployment, _ in dealer._session.fixed} == {"e"}
 
 
 def test_opening_a_deployment_again_uses_another_mask(session: Session) -> None:

@@ -185,7 +185,7 @@ def test_no_call_takes_a_tensor() -> None:
         "JoinRequest": {"session", "index", "nonce", "public_key", "cluster_digest", "protocol_version"},
         "DealRequest": {"session", "index", "tape", "plan_digest", "plan", "caches", "signed", "beside"},
         "CacheUse": {"slot", "runs", "count", "times"},
-        "ForgetRequest": {"session", "slots"},
+        "ForgetRequest": {"session", "slots", "deployment"},
         "DealerStatusRequest": set(),
         "WitnessRequest": {"session", "index", "cluster_digest", "protocol_version"},
         "CorrectedRequest": {"session", "index", "tape"},

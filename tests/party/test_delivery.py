@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
@@ -19,6 +19,7 @@ import mpcinfer.party.tape as tape_module
 import mpcinfer.protocol.batch as batch_module
 from mpcinfer.errors import AbortedError, MpcInferError, ProtocolError, TamperingError, UnavailableError
 from mpcinfer.party.epoch import Epoch
+from mpcinfer.party.passing import Unwatched
 from mpcinfer.party.tape import AHEAD, Tape, fetch
 from mpcinfer.protocol.correlation import fields_of
 from mpcinfer.protocol.multiply import Triple
@@ -26,6 +27,7 @@ from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.truncate import Truncation
 from mpcinfer.ring.kernels import MUL
 from mpcinfer.ring.sharing import combine
+from mpcinfer.wire.mesh import Account
 from mpcinfer.wire.v1 import dealer_pb2
 from tests.inprocess import InProcess, Keys, kinds, mlp, wait_for
 from tests.party.test_lane import WEIGHTS, X, right
@@ -266,6 +268,42 @@ def test_a_dealer_that_fails_while_nobody_draws(plan: Plan) -> None:
     for _ in range(2):
         with pytest.raises(UnavailableError, match="dealer"):
             tape.draw(*entries[2 * (AHEAD + 2)])
+
+
+class Recorder(Unwatched):
+    """What is passed on to a witness, and whether it is told that this was all."""
+
+    ends: ClassVar[list[str]] = []
+
+    def end(self) -> None:
+        self.ends.append("end")
+
+    def cancel(self) -> None:
+        self.ends.append("cancel")
+
+
+@pytest.mark.parametrize("good", [COUNT, COUNT - 1])
+def test_a_witness_is_not_told_that_what_broke_off_was_all(
+    plan: Plan, good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recorder, "ends", [])
+    dealer = Portions(plan, good, [] if good == COUNT else [FailedCall(grpc.StatusCode.UNAVAILABLE)])
+    within = epoch(dealer)
+    within.passing = Recorder
+    if good == COUNT:
+        drawn(taken(plan, dealer, within), plan)
+    else:
+        with pytest.raises(UnavailableError):
+            taken(plan, dealer, within)
+    assert Recorder.ends == ["end" if good == COUNT else "cancel"]
+
+
+def test_what_comes_is_counted_for_what_it_was_asked_for(plan: Plan) -> None:
+    own, within = Account(), epoch(Portions(plan))
+    tape = taken(plan, within.dealer, within, ahead=True, account=own)
+    drawn(tape, plan)
+    assert own.dealer_bytes == tape.dealer_bytes > 0 and own.dealer_seconds > 0
+    assert within.mesh.account == Account()
 
 
 def test_what_was_fetched_ahead_in_vain_is_not_listened_to_any_more(plan: Plan) -> None:

@@ -76,9 +76,11 @@ def test_a_removed_model_is_gone_from_disk_and_memory_of_all(cluster: InProcess,
     wait_for(lambda: test_lane.ready(cluster))
     refs = traces(cluster)
     assert len(refs) > 2 * (1 + 4 + 2 + 1 + 1 + 2) - 1 and len(alive(refs)) == len(refs)
+    assert cluster.dealer is not None and cluster.dealer._session is not None and cluster.dealer._session.fixed
     assert [a.removed for a in remove(cluster, caller)] == [1, 1]
     assert not [f for f in cluster.files() if f.endswith((".mpc", ".new", ".part"))]
     wait_for(lambda: not alive(refs))
+    assert not cluster.dealer._session.fixed
 
 
 @pytest.mark.parametrize("planted", ["shares", "pool"])

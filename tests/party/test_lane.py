@@ -370,6 +370,30 @@ def test_a_tape_that_fails_ahead_ends_the_epoch_before_anything_else_is_dealt(
     assert right(answers, X[:1]) and cluster.parties[0].former.current is not before
 
 
+def test_a_tape_that_fails_while_nothing_is_done_ends_the_epoch(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next request would be the one to fail. The last of what is fetched ahead does: nothing follows it."""
+    real, begun, accounts = stepping.fetch, [0] * cluster.n, set[bool]()
+
+    def fetch(epoch: Any, *args: Any, **options: Any) -> Tape:
+        tape = real(epoch, *args, **options)
+        if threading.current_thread().name == "ahead":
+            index = epoch.mesh.index
+            accounts.add(options["account"] is cluster.parties[index].lane._metrics.account("fill"))
+            begun[index] += 1
+            if begun[index] == READY:
+                raise UnavailableError("lost")
+        return tape
+
+    monkeypatch.setattr(stepping, "fetch", fetch)
+    wait = cluster.new_epoch()
+    assert right(caller.infer(X))
+    wait()
+    assert begun == [READY] * cluster.n and accounts == {True}
+    assert right(caller.infer(X))
+
+
 def test_pools_are_burnt_with_their_epoch_and_model(cluster: InProcess, caller: Caller) -> None:
     assert right(caller.infer(X))
     wait_for(lambda: ready(cluster))

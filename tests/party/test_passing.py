@@ -88,8 +88,12 @@ class Call:
 
     def __init__(self, parts: Iterator[Any]) -> None:
         self.got: list[mesh_pb2.CorrectionsRequest] = []
+        self.cancelled: list[int] = []  # what it had when it was
         self.thread = threading.Thread(target=lambda: self.got.extend(parts), daemon=True)
         self.thread.start()
+
+    def cancel(self) -> None:
+        self.cancelled.append(len(self.got))
 
     def add_done_callback(self, done: Callable[[Any], Any]) -> None:
         """It is never told: what matters here is that somebody refers to the call until then."""
@@ -107,6 +111,7 @@ def test_what_is_passed_on_is_what_was_received_in_order() -> None:
     passing.add(b"c")
     passing.end()
     calls[0].thread.join(20)
+    assert not calls[0].cancelled
     head, *rest = calls[0].got
     assert (head.session, head.tape) == (SESSION, TAPE)
     assert [each.chunk for each in rest] == [b"ab", b"c"]

@@ -77,6 +77,7 @@ def test_every_share_is_another_one_and_the_model_is_the_same(cluster: InProcess
     files = [model_file(cluster, i).read_bytes() for i in range(cluster.n)]
     assert [a.refreshed for a in refresh(caller)] == [1] * cluster.n
     assert ready(cluster, 0) and not any(m.weights for m in models)
+    assert cluster.dealer is not None and cluster.dealer._session is not None and not cluster.dealer._session.fixed
     after = shares(cluster)
     for old, new in zip(before, after, strict=True):
         assert not any(torch.equal(old[name], new[name]) for name in old)

@@ -13,7 +13,7 @@ import pytest
 import mpcinfer.graph.lifted as lifted
 import mpcinfer.party.generation as generation
 from mpcinfer.nn.sampling import Choice
-from mpcinfer.party.session import Sessions, Slot, Supply
+from mpcinfer.party.session import Run, Sessions, Slot, Supply
 from mpcinfer.party.turns import write as real_write
 from mpcinfer.party.writing import Need
 from mpcinfer.protocol.cache import RowStore
@@ -189,6 +189,18 @@ def test_a_supply_is_that_of_exactly_these_texts() -> None:
     one = Supply.of([a, c])
     assert one is not both and a.supply is c.supply is one and Supply.of([b]) is b.supply is not both
     assert {s.count for s in (a, b, c)} == {0}
+
+
+def test_a_supply_that_one_of_its_texts_has_left_is_not_taken_up_again() -> None:
+    a, b = map(slot, "ab")
+    both = Supply.of([a, b])
+    alone = Supply.of([b])
+    alone.ready.append(Run(None, b"", 3, 0.0))  # type: ignore[arg-type]
+    assert a.supply is both
+    again = Supply.of([a, b])
+    assert again is not both and a.supply is b.supply is again
+    # the rows that the dealer has given masks are left out
+    assert not alone.ready and (a.count, b.count) == (0, 3)
 
 
 def test_texts_share_a_run_if_none_needs_twice_the_room_of_another() -> None:

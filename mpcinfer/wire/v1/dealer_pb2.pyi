@@ -104,12 +104,14 @@ class CacheUse(_message.Message):
     def __init__(self, slot: _Optional[bytes] = ..., runs: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., times: _Optional[int] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
-    __slots__ = ("session", "slots")
+    __slots__ = ("session", "slots", "deployment")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     slots: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, session: _Optional[bytes] = ..., slots: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    deployment: str
+    def __init__(self, session: _Optional[bytes] = ..., slots: _Optional[_Iterable[bytes]] = ..., deployment: _Optional[str] = ...) -> None: ...
 
 class ForgetResponse(_message.Message):
     __slots__ = ()
