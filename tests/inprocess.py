@@ -313,7 +313,7 @@ class Caller:
         for opened in self._channels:
             opened.close()
 
-    def at_all(self, method: str, requests: Sequence[Any], timeout: float = 60) -> list[Any]:
+    def at_all(self, method: str, requests: Sequence[Any], timeout: float | None = 60) -> list[Any]:
         """One call to each party at the same time: its answer, or our error. A request None is not sent."""
 
         def one(index: int) -> Any:

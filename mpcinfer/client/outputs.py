@@ -10,7 +10,6 @@ import torch
 from mpcinfer.client.model import TensorSpec
 from mpcinfer.errors import ProtocolError
 from mpcinfer.graph.sizes import agrees
-from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Ring
 from mpcinfer.ring.sharing import combine
 from mpcinfer.wire.v1 import party_pb2, tensor_pb2
@@ -31,9 +30,7 @@ def output_of(
         same = not shares or shape == tuple(shares[0].shape)
         if not agrees(expected, shape) or not same or form != (spec.frac_bits, spec.ring_bits):
             raise ProtocolError(f"party/{index} answered with another output {spec.name!r} than the model declares")
-        if message.WhichOneof("content") == "seed" and len(message.seed) == prg.SEED_BYTES:
-            shares.append(prg.expand(message.seed, shape, ring))
-        elif len(message.data) == 8 * math.prod(shape):
+        if len(message.data) == 8 * math.prod(shape):
             # A copy, because a tensor over bytes that cannot be written to makes torch warn.
             data = np.frombuffer(message.data, "<i8").astype(np.int64)
             shares.append(ring.reduce(torch.from_numpy(data).reshape(shape)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Self
 
@@ -26,6 +27,8 @@ class Tokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+        # the library has a mode, not an argument, for what spells special tokens, and answers share a tokenizer
+        self._one_at_a_time = threading.Lock()
         self._limit = limit
         self._vocabulary = vocabulary
         added = tokenizer.get_added_tokens_decoder()
@@ -53,7 +56,7 @@ class Tokenizer:
         Special tokens that the text spells out are taken for such. InputError if there are none, or more than the
         limit.
         """
-        return self._checked(self._tokenizer.encode(text).ids)
+        return self._checked(self._encoded(text))
 
     def chat(self, messages: Sequence[Message]) -> torch.Tensor:
         """The ids of a conversation as the model's chat template writes it, ready for an answer; int64 [length].
@@ -66,19 +69,18 @@ class Tokenizer:
             raise InputError("the model has no chat template: give a text to continue instead of messages")
         text, escaped = rendered(self._vocabulary, messages, self._special)
         if not escaped:  # the template writes its own beginning-of-sequence token if the model wants one
-            return self._checked(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self._checked(self._encoded(text, whole=False))
         found: list[int] = []
         for piece in unescaped(text, escaped, self._special):
-            found += [self._special[piece]] if piece in self._special else self._literal(piece)
+            special = piece in self._special
+            found += [self._special[piece]] if special else self._encoded(piece, whole=False, literal=True)
         return self._checked(found)
 
-    def _literal(self, text: str) -> list[int]:
-        """The ids of a text in which nothing is a special token."""
-        self._tokenizer.encode_special_tokens = True
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        finally:
-            self._tokenizer.encode_special_tokens = False
+    def _encoded(self, text: str, *, whole: bool = True, literal: bool = False) -> list[int]:
+        """Its ids. whole: with the special tokens that a text has around it. literal: nothing in it is one."""
+        with self._one_at_a_time:
+            self._tokenizer.encode_special_tokens = literal
+            return list(self._tokenizer.encode(text, add_special_tokens=whole).ids)
 
     def _checked(self, found: list[int]) -> torch.Tensor:
         if not found:

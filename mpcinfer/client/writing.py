@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -109,10 +110,12 @@ class Answer:
         settings: Settings,
         stop: Sequence[int],
         timeout: float,
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[Callable[[], bool]], None] = lambda cancelled: None,
     ) -> None:
-        """tokens: the whole text so far. before: what to do first of all, once; the time counts from its end.
-        InputError, ContextLengthError for what the model cannot take."""
+        """tokens: the whole text so far. before: what to do first of all, once; it is given what tells whether this was
+        cancelled meanwhile, and the time counts from its end. InputError, ContextLengthError for what the model cannot
+        take.
+        """
         longest = len(tokens) + max(0, settings.max_new_tokens - 1)
         if not 1 <= settings.max_new_tokens:
             raise InputError("max_new_tokens must be at least 1")
@@ -185,7 +188,11 @@ class Answer:
             raise InputError("an answer can be iterated over once")
         self._begun = True
         try:
-            self._before()
+            if not self._cancelled.is_set():
+                self._before(self._cancelled.is_set)
+            if self._cancelled.is_set():
+                self.finish = "cancelled"
+                return
             self._deadline = time.monotonic() + self._timeout
             yield from self._pieces()
         except GeneratorExit:
@@ -198,11 +205,16 @@ class Answer:
     def _pieces(self) -> Iterator[Piece]:
         for answers in self._answers():
             cost = _cost(answers)
+            for index, each in enumerate(answers):
+                if len(each.outputs) != len(answers[0].outputs):
+                    raise ProtocolError(f"party/{index} answered with another number of outputs than party/0")
             if not answers[0].outputs:
                 self.prompt_cost = _sum(self.prompt_cost, cost)
                 continue
             self.receipt = self._proof.check(answers)
             token = int(self._revealed(answers, 0).item())
+            if not 0 <= token < (self._model.inputs[0].limit or math.inf):
+                raise ProtocolError("the parties' shares make no token of the model's vocabulary")
             if len(answers[0].outputs) > 1:
                 self.logits.append(self._revealed(answers, 1)[0].double() / 2.0 ** self._model.outputs[0].frac_bits)
             self.tokens.append(token)

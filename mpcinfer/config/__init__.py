@@ -20,7 +20,7 @@ from mpcinfer.config.issuer import Issuer, read_issuer
 from mpcinfer.config.reading import Table, check_name, read_file, split_address
 from mpcinfer.errors import ConfigError
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 PEER_TRANSPORTS = ("tls", "grpc")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

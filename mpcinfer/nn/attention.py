@@ -64,7 +64,7 @@ async def attention(
     Scores are truncated by the exponential, not before. Where their reach is known, what is subtracted from a row is
     not its largest but a number near it (see `coarse_powers`); else public masks are added to truncated scores, and
     secret ones to scores of twice the fraction bits (one more round where they have more).
-    Rounds 3 ceil(log4 M) + 11 for scores that reach 2^12 at most, 4 ceil(log4 M) + 11 up to 2^26 (of up to 512 rows
+    Rounds 3 ceil(log4 M) + 11 for scores that reach 2^12 at most, 4 ceil(log4 M) + 11 up to 2^26 (of up to 256 rows
     M / 2 for M, if that is above 2), and one more where their reach is not known or there is too little room; per pair
     that is kept 24.2 bytes (28.9, 37.7), and 8 for every pair; offline about 160 (200, 276), and about 60 per number
     of the result. Of unknown reach more rounds, 33.3 and 137 bytes for many pairs: see `tournament.maximum_along`.

@@ -84,7 +84,7 @@ async def standardise(
     2^(shift - frac_bits + 8) lose precision; with gain or bias, results below 2^(62 - room). The variance itself may be
     anything, zero too, where the result is `bias`.
     Rounds 7: the opening that centres, truncates, squares and multiplies by the gain; the quotient by the root (5); a
-    truncation. Bytes 32 per element, and about 215 per row; for more than 4,096 rows 5 rounds more, and 150.
+    truncation. Bytes 32 per element, and about 190 per row; for more than 4,096 rows 6 rounds more, and 150.
     """
     frac_bits = x.frac_bits if frac_bits is None else frac_bits
     y, total, rho = await _squares(ctx, x, shift + x.frac_bits - frac_bits, centred, gain)

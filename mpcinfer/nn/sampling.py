@@ -23,6 +23,7 @@ MAX_TEMPERATURE, MAX_PENALTY = 4.0, 8.0
 # logits further below the largest are as good as none: e^-32
 _DEPTH_BITS = 5
 _DIGIT = 2  # bits a step of the search for the k-th largest: more bytes than with one, fewer rounds
+_NARROW = 31  # fraction bits of logits with noise, with which 48 bits hold the differences of any two
 _COUNT_WIDTH = 32  # of comparisons of numbers of tokens
 
 
@@ -90,6 +91,8 @@ async def next_token(
         noise = gumbel(ctx.scope("noise"), x.shape, x.frac_bits)
         x = x.rescaled(x.frac_bits + UNIT_BITS)
         x = x + Shared(noise.share * choice.temperature, x.frac_bits)
+        # what was pushed below reach is up to 2^15 lower than what was not
+        return (await argmax_along(ctx, x, 64 if x.frac_bits > _NARROW else width(x)))[1], counts
     return (await argmax_along(ctx, x, width(x)))[1], counts
 
 

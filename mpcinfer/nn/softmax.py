@@ -105,7 +105,7 @@ async def softmax(ctx: Context, x: Shared, *, reach: int | None = None) -> Share
     A maximum, x minus it, e^x, the sum, one reciprocal a row, the product, a truncation. reach: 2 to this power is
     above all numbers, or None (see graph.bounds); then differences within a row must stay below 2^59 units in the last
     place.
-    Rounds 3 ceil(log4 k) + 11 where the reach is 12 at most, 4 ceil(log4 k) + 11 up to 26 (of up to 512 rows k / 2 for
+    Rounds 3 ceil(log4 k) + 11 where the reach is 12 at most, 4 ceil(log4 k) + 11 up to 26 (of up to 256 rows k / 2 for
     k, if that is above 2); online 38 (46) bytes per element and peer, fewer for short rows, and 42 + 3.25 ceil(log2 k)
     per row. Of unknown reach 4 ceil(log4 k) + 12; online 34.9 per element, 14.5 for each but one of a row, the same per
     row; for many rows more rounds and fewer bytes, see `tournament.maximum_along` and `octaves.normalise`.

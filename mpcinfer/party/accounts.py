@@ -6,10 +6,11 @@ gateways, so that none can use at the others a token that it was sent. Every par
 
 from __future__ import annotations
 
+import http.client
+import math
 import re
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _MOST_KEYS = 1 << 20
 _SUBJECT = re.compile(r"[!-)+-~]{1,255}")
 _FETCH_SECONDS = 10.0
 _PATIENCE = 10.0  # between two looks for a key that is not there
+_MOMENT = 1.0  # to wait while somebody else reads them
 _FRESH = 600.0  # for how long keys are taken to be the issuer's
 
 
@@ -38,27 +40,53 @@ class KeySet:
     def __init__(self, source: str) -> None:
         self._source = source
         self._keys: dict[str, jwt.PyJWK] = {}
-        self._read: float | None = None
-        self._lock = threading.Lock()
+        self._read = self._tried = -math.inf
+        self._reading = False
+        self._changed = threading.Condition()
 
     def find(self, kid: str) -> jwt.PyJWK:
-        """The key of that id; SignatureError if the issuer has none, UnavailableError if its keys cannot be read."""
-        with self._lock:
+        """The key of that id; SignatureError if the issuer has none, UnavailableError if its keys cannot be read.
+
+        One caller reads them, so that an issuer that does not answer holds up one worker, and others for a moment.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._reading or self._usable(kid), _MOMENT)
             now = time.monotonic()
-            age = now - self._read if self._read is not None else _FRESH
-            if age >= _FRESH or (kid not in self._keys and age >= _PATIENCE):
-                self._keys, self._read = self._parse(self._load()), now
-            if kid not in self._keys:
-                raise SignatureError("the token was signed with a key that its issuer does not publish; get a new one")
-            return self._keys[kid]
+            if self._usable(kid) or self._reading or now - self._tried < _PATIENCE:
+                return self._known(kid)
+            self._reading, self._tried = True, now
+        keys: dict[str, jwt.PyJWK] | None = None
+        try:
+            keys = self._parse(self._load())
+        finally:
+            with self._changed:
+                self._reading = False
+                if keys is not None:
+                    self._keys, self._read = keys, now
+                self._changed.notify_all()
+        with self._changed:
+            return self._known(kid)
+
+    def _usable(self, kid: str) -> bool:
+        return kid in self._keys and time.monotonic() - self._read < _FRESH
+
+    def _known(self, kid: str) -> jwt.PyJWK:
+        if time.monotonic() - self._read >= _FRESH:
+            raise self._unavailable()
+        if kid not in self._keys:
+            raise SignatureError("the token was signed with a key that its issuer does not publish; get a new one")
+        return self._keys[kid]
+
+    def _unavailable(self) -> UnavailableError:
+        return UnavailableError(f"the issuer's keys cannot be read from {self._source}; try again later")
 
     def _load(self) -> bytes:
         try:
             if not self._source.startswith("https://"):
                 return Path(self._source).read_bytes()
             return download(self._source)
-        except (OSError, urllib.error.URLError) as error:
-            raise UnavailableError(f"the issuer's keys cannot be read from {self._source}; try again later") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unavailable() from error
 
     def _parse(self, data: bytes) -> dict[str, jwt.PyJWK]:
         try:

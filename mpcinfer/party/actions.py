@@ -79,7 +79,7 @@ async def infer(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step: 
             return model
 
         model = await by.agreed(part, prepare)
-    await by.masked(part, model, mask_tape)
+        await by.masked(part, model, mask_tape)  # may be refused, too: by a share that cannot be read
 
     def able() -> bool:
         try:

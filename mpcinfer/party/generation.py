@@ -52,12 +52,12 @@ async def generate(
     try:
         with by.policy.admission() as admission:
             turn: Turn = await by.agreed(part, prepare)
+            await by.masked(part, turn.session.model, mask_tape)
     except Refused:
         if not begun and writing.session is not None:  # it began here, but not everywhere
             sessions.forget([job.id])
         raise
     session, taken, chosen = turn.session, turn.taken, turn.chosen
-    await by.masked(part, session.model, mask_tape)
     ran: Ran = await Joint(part, turn.alike(), turn, partial(write, by), partial(turn.shareable, part.epoch))
     online, offline, done = await ran.compared(by, part), ran.offline, ran.found
     session.grow(done.caches, turn.new, ran.masks)

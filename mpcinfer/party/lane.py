@@ -17,14 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpcinfer.config import Limits
-from mpcinfer.errors import (
-    AbortedError,
-    AgreementError,
-    MpcInferError,
-    ProtocolError,
-    TamperingError,
-    UnavailableError,
-)
+from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, TamperingError, UnavailableError
 from mpcinfer.party.actions import deploy, fill, infer, remove, set_grant
 from mpcinfer.party.audit import Audit
 from mpcinfer.party.batch import Room, slot_of
@@ -321,6 +314,7 @@ class Lane:
             "tape": secrets.token_hex(16),
             "last": self._inbox.overdue(job),
             "begun": job.taken,
+            "again": job.first_announced > 0,
         }
         if job.action in ("infer", "generate"):
             part["deployment"] = job.content.model.id.hex()
@@ -346,8 +340,7 @@ class Lane:
                     self.done += 1
         except Exception as error:
             if isinstance(error, TamperingError):
-                requests = [job.id.hex() for job in jobs if job is not None]
-                self._audit.write("tampering", epoch=epoch.id.hex(), requests=requests)
+                self._audit.write("tampering", epoch=epoch.id.hex(), requests=[j.id.hex() for j in jobs if j])
             # the links broke because a watchdog closed them, here or at a party that came to the step a moment earlier
             late = time.monotonic() >= end - limit / 20
             slow = AbortedError(f"not finished in the {limit:g} s that party {self.index} allows (step_timeout_s)")
@@ -365,7 +358,8 @@ class Lane:
         id_ = bytes.fromhex(described["id"])
         part, job, refusal = Part(epoch, id_), None, None
         try:
-            job = self._inbox.match(id_, described["digest"], 0 if self._leads else _MATCH_SECONDS)
+            wait = 0 if self._leads or described["again"] else _MATCH_SECONDS
+            job = self._inbox.match(id_, described["digest"], wait)
             if job is not None and job.action != action:
                 raise ProtocolError("a request was announced as something else than its caller asked for")
         except MpcInferError as error:

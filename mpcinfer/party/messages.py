@@ -21,6 +21,8 @@ def share(tensor: tensor_pb2.Tensor, declared: Value, max_bytes: int) -> Shared:
     shape = tuple(tensor.shape)
     if tensor.ring_bits not in (0, 64) or tensor.frac_bits != declared.frac_bits:
         raise InputError(f"input {declared.name!r} must be shared over 64 bits with {declared.frac_bits} fraction bits")
+    if min(shape, default=0) < 0:
+        raise ShapeError(f"input {declared.name!r} has a negative size; send its shape")
     count = math.prod(shape)
     if tensor.WhichOneof("content") == "seed":
         if len(tensor.seed) != prg.SEED_BYTES:

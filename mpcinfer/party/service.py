@@ -40,6 +40,7 @@ from mpcinfer.wire.identity import Peer, require
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 
 _DEFAULT_SECONDS = 300.0
+_LONGEST = 1e6
 _READING = ("models", "vocabulary", "end_session")  # what is not written down
 
 
@@ -345,7 +346,8 @@ class PartyService(party_pb2_grpc.PartyServiceServicer):
     def _queued(self, context: grpc.ServicerContext, job: Job) -> Iterator[float]:
         """Let the lane have a request: how many seconds its caller waits."""
         left = context.time_remaining()
-        seconds = _DEFAULT_SECONDS if left is None else left
+        # without a deadline grpc tells of one that is ages away
+        seconds = _DEFAULT_SECONDS if left is None or left > _LONGEST else left
         job.deadline = time.monotonic() + seconds
         self._inbox.put(job)
         try:

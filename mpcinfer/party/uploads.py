@@ -7,6 +7,7 @@ import hashlib
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -27,6 +28,7 @@ from mpcinfer.wire.v1 import party_pb2
 
 _MOST_VOCABULARY = 16 << 20
 _MOST_AT_A_TIME = 4
+_MOST_OF_OWNER = 2  # who may take all the time that there is, and send nothing
 
 
 class Uploads:
@@ -39,7 +41,8 @@ class Uploads:
         self._inbox = inbox
         self._grants = grants
         self._limits = limits
-        self._room = threading.BoundedSemaphore(_MOST_AT_A_TIME)
+        self._running: Counter[str] = Counter()  # by owner
+        self._changed = threading.Condition()
 
     @contextmanager
     def staged(self, parts: Iterator[party_pb2.DeployRequest], owner: str, patience: float) -> Iterator[Job]:
@@ -48,8 +51,7 @@ class Uploads:
         patience: how many seconds to wait for room.
         """
         with ExitStack() as stack:
-            if not self._room.acquire(timeout=patience):
-                raise BusyError("too many uploads at a time; send it again later")
+            self._enter(owner, patience)
             try:
                 header, program, entries = self._header(next(parts, None))
                 grant = Signed.of(header.grant)
@@ -73,7 +75,7 @@ class Uploads:
             except grpc.RpcError as error:
                 raise UploadError("the upload ended before it was complete") from error
             finally:
-                self._room.release()
+                self._leave(owner)
             vocabulary = hashlib.sha256(header.vocabulary).hexdigest()
             facts = {
                 "name": header.name,
@@ -85,6 +87,21 @@ class Uploads:
             if self._watched:
                 job.upload = commitment(header.salt, b"model", *(w.seed for w in header.weights), header.digest).hex()
             yield job
+
+    def _enter(self, owner: str, patience: float) -> None:
+        def room() -> bool:
+            return self._running.total() < _MOST_AT_A_TIME and self._running[owner] < _MOST_OF_OWNER
+
+        with self._changed:
+            if not self._changed.wait_for(room, patience):
+                raise BusyError("too many uploads at a time; send it again later")
+            self._running[owner] += 1
+
+    def _leave(self, owner: str) -> None:
+        with self._changed:
+            self._running[owner] -= 1
+            self._running += Counter()  # forgets who has none
+            self._changed.notify_all()
 
     def _header(
         self, first: party_pb2.DeployRequest | None

@@ -104,9 +104,9 @@ async def largest(ctx: Context, x: Shared, width: int, drop: int = 0) -> Shared:
     Opened: with drop all x_i + r_i over Z_2^(width + drop), else x_i - x_0 + r_i over Z_2^width for i > 0; for every
     pair what `below_short` or `below` opens of the words' difference, whose mask is m_i - m_j; all outcomes xor beta.
     The rest as `contest.largest`, in the smaller ring.
-    Rounds 3, or 4 for long words (1 for one number, none for one word); online 13.1 (32) bytes per peer and four words,
-    8.9 (21.3) for three, 3.5 (7) for two, 42.9 (101.5) for eight; of numbers (width + drop) / 8 each and 0.9 (2.5) per
-    pair; correlation `CoarseContest`.
+    Rounds 3, or 4 for long words (1 for one number, none for one word); online 13.1 (28.5) bytes per peer and four
+    words, 7.9 (16.5) for three, 3.5 (7) for two, 42.9 (101.5) for eight; of numbers (width + drop) / 8 each and 0.9
+    (2.5) per pair; correlation `CoarseContest`.
     Source: as `contest.largest`; that one opening cuts numbers and masks the comparisons of what is left is our own.
     """
     size = x.shape[-1]

@@ -167,7 +167,7 @@ async def below_near(ctx: Context, c: Masked, thresholds: tuple[int, ...], corre
     """As `below`, valid only where -2^24 <= x - t < 2^24; elsewhere any bit. By the lowest digits of the same tables.
 
     Opened: 5 bits per block of 3 digits and then 2 bits, under masks of their own (`near_masks`).
-    Rounds 2; online 1.5 bytes per threshold, element and peer; offline 3.9 per threshold.
+    Rounds 2; online 1.5 bytes per threshold, element and peer; offline 2.1 per threshold.
     """
     return await _below(ctx, c, thresholds, correlation, NEAR, correlation["lt"][:_NEAR_DIGITS], "near_")
 

@@ -157,9 +157,10 @@ async def exp_nonpositive(ctx: Context, x: Shared, frac_bits: int | None = None,
 
     Input: x / 2^d at a scale of 8 to 24 fraction bits (ValueError otherwise: the tables and the digits of the low bits
     are made for these), a multiple of 4 if d > 0 (ValueError, too), with -2^(width-5) <= x / 2^d < 2^(width-5) (in
-    units of its last place; 2^(width-1) where its scale is a multiple of 4); width + d is at most 64. Numbers up to
-    2^-4 (exclusive) are right too; larger ones give some number in [0, 1.07). x / 2^d is its floor or one more, which
-    the opening decides, at no cost: the mask loses as many bits, and what that carries is gone modulo 2^width.
+    units of its last place; 2^(width-1) where its scale is a multiple of 4); width + d is at most 64. Numbers below
+    2^-4 less a unit of x / 2^d are right too; larger ones give some number in [0, 1.07). x / 2^d is its floor or one
+    more, which the opening decides, at no cost: the mask loses as many bits, and what that carries is gone modulo
+    2^width.
     Output: error below 1.3e-6 plus one unit in the last place of the output; 0 for x below 2^-4 - 16 (e^x = 1.2e-7
     there).
     How: c = x + r; both lose d bits, r becomes m. Modulo 16, x is c - m or c - m - 16, as w = [c < m mod 16] says, so

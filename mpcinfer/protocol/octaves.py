@@ -189,8 +189,8 @@ async def _few(
     """By all thresholds at once.
 
     Opened: x + r (x + 2^62 + r) over Z_2^64; the words of `below_flat`, T times; outcome bits xor beta.
-    Rounds 3; online 8 + 1.625 T bytes per element and peer; offline 448 + 38.1 T and d bits of wraps; correlation
-    `TruncatedComparison`.
+    Rounds 3; online 8 + 1.625 T bytes per element and peer; offline 448 + 38.1 T, if d > 0 8 more and d (T + 1)
+    bits; correlation `TruncatedComparison`.
     """
     correlation = ctx.correlation(TruncatedComparison(x.shape, len(pieces.thresholds), d))
     if d:

@@ -95,7 +95,7 @@ async def _ends(
 
 
 async def bounded_power(ctx: Context, x: Shared, reach: int, frac_bits: int = 24) -> Shared:
-    """Shares of e^x for -2^reach < x <= 2^-4 (exclusive), 0 < reach, with `frac_bits` fraction bits.
+    """Shares of e^x for -2^reach < x < 2^-4 less a unit of FRAC_BITS, reach >= 4, with `frac_bits` fraction bits.
 
     Input: x modulo 2^(reach + 1) at its scale, whatever is above; at least FRAC_BITS fraction bits, and at most
     63 - reach (ValueError otherwise). It is cut to FRAC_BITS of them, to the floor or one more, as the opening decides.
@@ -106,7 +106,8 @@ async def bounded_power(ctx: Context, x: Shared, reach: int, frac_bits: int = 24
     Opened: x - 2^-4 + r over Z_2^(reach + 1 + x.frac_bits); the 6 bits of `below_short`, and for each of the two
     equalities a bit a digit, of 5 bits; w and both equalities xor beta; what `truncate` opens.
     Rounds 4; online (reach + 1 + x.frac_bits + 9 + 2 n) / 8 + 8 bytes per element and peer, n = max(2, (reach - 3) / 5)
-    rounded up; offline 80 bytes for n = 2, 3.9 for each digit more; correlations `BoundedPower` and `Truncation`.
+    rounded up; offline 86 bytes for n = 2, 4.6 for a third digit, 5.6 for a fourth; correlations `BoundedPower` and
+    `Truncation`.
     Source: as `exp_nonpositive`; equality of digits by the same tables is our own.
     """
     width, drop = reach + 1 + FRAC_BITS, x.frac_bits - FRAC_BITS

@@ -45,7 +45,8 @@ async def rsqrt(
     """Shares of 1/sqrt(x / over) for 2^low <= x <= 2^high, with `frac_bits` fraction bits whatever x's scale.
 
     As `wide_rsqrt`, and then truncated: one unit in the last place more. ValueError if there are fewer fraction bits.
-    Rounds 6 for up to 4,096 elements, 11 for more; online 8 bytes per element and peer more than that.
+    Rounds 6 for up to 4,096 elements, 11 for more (12 where x loses bits first); online 8 bytes per element and peer
+    more than that.
     """
     return await _narrowed(ctx, await wide_rsqrt(ctx, x, low=low, high=high, over=over), frac_bits)
 
@@ -86,8 +87,9 @@ async def over_root(
     How: the entry is known a round before the polynomial's value: y is multiplied by it meanwhile. That keeps `kept`
     fraction bits, and the value the rest of frac_bits.
     Opened: those of `octaves.normalise`, of `truncated_product` and `polynomial`, `product_of_truncated`.
-    Rounds 2 more than `octaves.normalise`: 5 for up to 4,096 elements of x, 10 for more; online 16 bytes per element of
-    y and peer, and 24 of x beside those of `octaves.normalise`; correlations those of the protocols named.
+    Rounds 2 more than `octaves.normalise`: 5 for up to 4,096 elements of x, 10 for more (11 if d > 0); online 16
+    bytes per element of y and peer, and 24 of x beside those of `octaves.normalise`; correlations those of the
+    protocols named.
     Source: as `wide_reciprocal`.
     """
     h, entry = await _entries(ctx.scope("octaves"), x, -1, low, high, over, d)

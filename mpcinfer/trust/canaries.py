@@ -17,6 +17,7 @@ import torch
 
 from mpcinfer.config import Cluster
 from mpcinfer.errors import ConfigError, SignatureError
+from mpcinfer.trust.private import write_private
 from mpcinfer.trust.signing import Signed, Signer, open_signed
 
 PURPOSE = "canaries"
@@ -106,7 +107,7 @@ def opened(signed: Signed, cluster: Cluster) -> CanarySet:
 def write(signed: Signed, path: Path) -> None:
     """Write a set for `read`. ConfigError if that fails."""
     try:
-        path.write_text(json.dumps(signed.to_json()))
+        write_private(path, json.dumps(signed.to_json()).encode())
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 

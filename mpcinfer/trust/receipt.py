@@ -22,6 +22,7 @@ from mpcinfer.trust.chain import Head
 from mpcinfer.trust.commitment import answers_commitment, salt_commitment, upload_commitment
 from mpcinfer.trust.facts import digest
 from mpcinfer.trust.pin import Earlier, Pin
+from mpcinfer.trust.private import write_private
 from mpcinfer.trust.signing import Signed, Statement, open_pinned, open_signed
 from mpcinfer.wire.v1 import tensor_pb2
 
@@ -64,7 +65,7 @@ class Receipt:
     def save(self, path: Path | str, *, salts: bool = False) -> None:
         """Write it into a file. ConfigError if that fails."""
         try:
-            Path(path).write_bytes(self.to_bytes(salts=salts))
+            write_private(Path(path), self.to_bytes(salts=salts))
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 

@@ -298,13 +298,11 @@ class FakeCluster:
         for declared, value in zip(model.outputs, self.function(inputs), strict=True):
             ring = Ring(declared.ring_bits)
             seeds, last = split(value, ring, self.n)
-            contents = [*({"seed": seed} for seed in seeds), {"data": last.contiguous().numpy().tobytes()}]
-            for answer, content in zip(answers, contents, strict=True):
-                answer.append(
-                    tensor_pb2.Tensor(
-                        shape=value.shape, frac_bits=declared.frac_bits, ring_bits=declared.ring_bits, **content
-                    )
-                )
+            shares = [*(prg.expand(seed, tuple(value.shape), ring) for seed in seeds), last]
+            form = {"frac_bits": declared.frac_bits, "ring_bits": declared.ring_bits}
+            for answer, share in zip(answers, shares, strict=True):
+                data = share.contiguous().numpy().tobytes()
+                answer.append(tensor_pb2.Tensor(shape=value.shape, data=data, **form))
         return answers
 
 

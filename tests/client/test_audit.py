@@ -99,6 +99,7 @@ def test_a_set_survives_its_file_and_shows_no_values(world: FakeCluster, tmp_pat
 
     with ModelOwner.connect(world.cluster, world.issue("owner/o")) as owner:
         canaries.write(owner.canaries("m", MODULE, [X]), tmp_path / "canaries.json")
+        assert (tmp_path / "canaries.json").stat().st_mode & 0o077 == 0
         with pytest.raises(NotFoundError):
             owner.canaries("m", MODULE, [X], version=2)
     with ModelOwner.connect(world.cluster, world.issue("owner/other")) as other, pytest.raises(ForbiddenError):

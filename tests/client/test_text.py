@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,37 @@ def test_a_text_to_continue_may_spell_special_tokens() -> None:
     tokenizer.chat([{"role": "user", "content": "<|end|>"}])  # which leaves nothing behind
     assert tokenizer.ids("a<|end|>").tolist() == spelt(256, "a", 258)
     assert tokenizer.decode(tokenizer.ids("a<|end|>b")) == "ab"
+
+
+class Held:
+    """A library's tokenizer that stops before it encodes one text."""
+
+    def __init__(self, library: Library, text: str) -> None:
+        self.__dict__.update(library=library, text=text, reached=threading.Event(), goes_on=threading.Event())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["library"], name, value)
+
+    def encode(self, text: str, **how: Any) -> Any:
+        if text == self.text:
+            self.reached.set()
+            assert self.goes_on.wait(10)
+        return self.library.encode(text, **how)
+
+
+def test_what_one_message_spells_does_not_change_how_another_text_is_read() -> None:
+    """Answers that are begun at the same time share a tokenizer, which has one mode for both."""
+    tokenizer = chatting()
+    held = Held(tokenizer._tokenizer, "user:a<|end|>b")
+    tokenizer._tokenizer = held
+    with ThreadPoolExecutor(2) as pool:
+        spells = pool.submit(tokenizer.chat, [{"role": "user", "content": "a<|end|>b"}])
+        assert held.reached.wait(10)
+        other = pool.submit(tokenizer.ids, "c<|end|>")
+        wait([other], timeout=0.2)
+        held.goes_on.set()
+        assert other.result(10).tolist() == spelt(256, "c", 258)
+        assert spells.result(10).tolist() == spelt(256, 257, "user:a<|end|>b", 258, 257, "model:")
 
 
 def test_templates_have_what_they_are_written_for() -> None:

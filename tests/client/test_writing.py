@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -377,7 +377,21 @@ def test_cancelling_before_it_has_begun() -> None:
     connection = FakeConnection([4])
     a = answer(connection)
     a.cancel()
-    assert list(a) == [] and a.finish == "cancelled" and connection.stopped == 1
+    assert list(a) == [] and a.finish == "cancelled" and not connection.requests
+
+
+def test_cancelling_while_something_else_is_done_first() -> None:
+    """As canaries are: then nothing of the text leaves."""
+    connection, told = FakeConnection([4]), list[bool]()
+    settings = Settings(max_new_tokens=20)
+
+    def before(cancelled: Callable[[], bool]) -> None:
+        told.append(cancelled())
+        a.cancel()
+        told.append(cancelled())
+
+    a = Answer(connection, Memory(), MODEL, Letters(), [1, 2, 3], settings, (), 60.0, before)  # type: ignore[arg-type]
+    assert list(a) == [] and a.finish == "cancelled" and not connection.requests and told == [False, True]
 
 
 # --- parties that answer wrongly -------------------------------------------------------------------------------------
@@ -401,10 +415,31 @@ def missing(step: int, answers: list[Any]) -> list[Any]:
     return answers
 
 
-@pytest.mark.parametrize("tamper", [damaged, reshaped, missing])
+def absent(step: int, answers: list[Any]) -> list[Any]:
+    if answers[0].outputs:
+        del answers[0].outputs[:]
+    return answers
+
+
+@pytest.mark.parametrize("tamper", [damaged, reshaped, missing, absent])
 def test_damaged_answers(tamper: Any) -> None:
     with pytest.raises(ProtocolError, match="party/1"):
         list(answer(FakeConnection([4], tamper=tamper)))
+
+
+@pytest.mark.parametrize("token", [-1, int(MODEL.inputs[0].limit)])
+def test_shares_that_make_no_token(token: int) -> None:
+    with pytest.raises(ProtocolError, match="no token"):
+        list(answer(FakeConnection([token])))
+
+
+def test_logits_that_one_party_leaves_out() -> None:
+    def without(step: int, answers: list[Any]) -> list[Any]:
+        del answers[0].outputs[1:]
+        return answers
+
+    with pytest.raises(ProtocolError, match="another number of outputs"):
+        list(answer(FakeConnection([4], logits=True, tamper=without)))
 
 
 def test_an_answer_that_ends_too_early() -> None:

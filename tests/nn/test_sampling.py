@@ -31,16 +31,17 @@ def choose(
     before: list[int] | None = None,
     draws: int = 1,
     *key: object,
+    bits: int = 16,
 ) -> tuple[list[int], Transcript]:
-    """As many tokens as `draws`, all from the same logits and at the same time."""
+    """As many tokens as `draws`, all from the same logits, with so many fraction bits, and at the same time."""
     world = LocalWorld(parties, seed("sampling", *key))
 
     async def protocol(ctx: Context, x: Shared, fresh: Shared) -> list[Shared]:
         seen = Seen(None, fresh)
-        drawn = await together(*(next_token(ctx.scope(f"{i}"), x, seen, choice) for i in range(draws)))
+        drawn = await together(*(next_token(ctx.scope(f"{i}"), x, seen, choice, bits) for i in range(draws)))
         return [token for token, _ in drawn]
 
-    results = world.run(protocol, world.share(logits, 16), world.share(torch.tensor(before or [0])))
+    results = world.run(protocol, world.share(logits, bits), world.share(torch.tensor(before or [0])))
     assert all(token.shape == () and token.frac_bits == 0 for each in results for token in each)
     return [int(world.reveal(tokens)) for tokens in zip(*results, strict=True)], world.transcript
 
@@ -197,6 +198,18 @@ def test_draws_never_leave_the_top_k(k: int) -> None:
     top = set(HEAD.topk(min(k, 20)).indices.tolist())
     tokens, _ = choose(fixed(*HEAD.tolist()), Choice.of(4.0, k, 1.0), 2, None, 6, k)
     assert set(tokens) <= top
+
+
+@pytest.mark.parametrize("bits", [8, 16, 19, 20, 21, 22, 24])
+def test_logits_of_any_scale(bits: int) -> None:
+    """What is out of reach, by top_k or by itself, is so at scales whose differences 48 bits cannot hold, too."""
+    logits = torch.tensor([round(v * 2.0**bits) for v in (5.0, 4.9, 8191.0, 8190.0, -8191.0, 0.0)])
+    tokens, _ = choose(logits[:2], Choice.of(1.0, 1, 1.0), 2, None, 12, bits=bits)
+    assert set(tokens) == {0}
+    tokens, _ = choose(logits[2:], Choice.of(1.0, 2, 1.0), 2, None, 12, bits=bits)
+    assert set(tokens) <= {0, 1}
+    tokens, _ = choose(logits[2:], Choice.of(1.0, 0, 1.0), 2, None, 12, bits=bits)
+    assert set(tokens) <= {0, 1}
 
 
 def test_any_of_equals_may_be_drawn() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import http.client
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from mpcinfer.config.issuer import Issuer
 from mpcinfer.errors import ConfigError, ForbiddenError, IdentityError, SignatureError, UnavailableError
 from mpcinfer.party import accounts
 from mpcinfer.party.accounts import Accounts
+from tests.inprocess import wait_for
 from tests.members import Members
 
 GATEWAY = "client/gateway"
@@ -168,6 +172,29 @@ def test_keys_are_looked_up_again(known: Accounts, issuer: Issuer, monkeypatch: 
     Path(issuer.jwks).unlink()
     with pytest.raises(UnavailableError):
         known.subject(token("other"), GATEWAY)
+
+
+def test_an_issuer_that_does_not_answer_holds_up_one_caller(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, goes_on = list[float](), threading.Event()
+
+    def download(url: str) -> bytes:
+        asked.append(time.monotonic())
+        assert goes_on.wait(30)
+        raise http.client.BadStatusLine("nothing")
+
+    monkeypatch.setattr(accounts, "download", download)
+    monkeypatch.setattr(accounts, "_MOMENT", 0.05)
+    known = Accounts(Members().cluster, [replace(issuer, jwks="https://idp.example/keys")])
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(known.subject, token(), GATEWAY)
+        wait_for(lambda: bool(asked))
+        others = [pool.submit(known.subject, token(), GATEWAY) for _ in range(8)]
+        assert {type(each.exception(10)) for each in others} == {UnavailableError} and not first.done()
+        goes_on.set()
+        assert isinstance(first.exception(10), UnavailableError)
+    with pytest.raises(UnavailableError, match="idp.example"):
+        known.subject(token(), GATEWAY)  # just tried
+    assert len(asked) == 1
 
 
 def test_keys_from_a_url(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -490,6 +490,17 @@ def test_a_request_that_does_not_reach_all_parties_is_refused(cluster: InProcess
     assert dealt(cluster) == spent and right(caller.infer(X))
 
 
+def test_a_request_that_has_not_come_is_waited_for_once(
+    cluster: InProcess, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it is only looked for: whoever sends to one party alone holds nobody up."""
+    inbox, waits = cluster.parties[cluster.n - 1].inbox, list[float]()
+    real = inbox.match
+    monkeypatch.setattr(inbox, "match", lambda id_, digest, wait: (waits.append(wait), real(id_, digest, wait))[1])
+    caller.at_all("Infer", [*caller.inferences(X)[:-1], None], timeout=30)
+    assert waits[0] > 0 and len(waits) > 2 and not any(waits[1:])
+
+
 @pytest.mark.parametrize("where", [0, 1])
 def test_an_unforeseen_failure_before_anything_is_spent_is_an_incident(
     cluster: InProcess, caller: Caller, where: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

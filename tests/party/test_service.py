@@ -16,9 +16,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mpcinfer.config import Limits
-from mpcinfer.errors import MpcInferError
+from mpcinfer.errors import BusyError, MpcInferError, ShapeError
 from mpcinfer.graph.program import Input, Program, Value
 from mpcinfer.party import messages
+from mpcinfer.party.messages import share
+from mpcinfer.party.uploads import Uploads
 from mpcinfer.wire import channel
 from mpcinfer.wire.v1 import party_pb2, party_pb2_grpc, tensor_pb2
 from tests.inprocess import Caller, InProcess, kinds, mlp, plain, random_weights, reveal, wait_for
@@ -263,6 +265,36 @@ def flipped(messages: list[party_pb2.DeployRequest]) -> list[party_pb2.DeployReq
 )
 def test_uploads_that_do_not_fit(caller: Caller, change: Any, kind: str) -> None:
     assert type(upload(caller, change)).__name__ == kind
+
+
+def test_one_owner_does_not_take_all_the_room_for_uploads() -> None:
+    """By uploads that begin and never go on."""
+    uploads: Any = Uploads(*[None] * 3, LIMITS)  # type: ignore[arg-type]
+    uploads._enter("owner/eve", 0)
+    uploads._enter("owner/eve", 0)
+    with pytest.raises(BusyError):
+        uploads._enter("owner/eve", 0)
+    for _ in range(2):
+        uploads._enter("owner/alice", 0)
+    with pytest.raises(BusyError):
+        uploads._enter("owner/bob", 0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(uploads._enter, "owner/bob", 20)
+        uploads._leave("owner/eve")
+        waiting.result(20)
+
+
+def test_a_request_without_a_deadline_is_answered(cluster: InProcess) -> None:
+    caller = cluster.caller()
+    answers = caller.at_all("Infer", caller.inferences(X), timeout=None)
+    assert (reveal(answers) - plain(WEIGHTS, X)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, -3), (-1, -4), (-1, 4)])
+@pytest.mark.parametrize("content", [{"seed": bytes(32)}, {"data": b""}, {"data": bytes(32)}])
+def test_negative_sizes_are_refused(shape: tuple[int, ...], content: dict[str, bytes]) -> None:
+    with pytest.raises(ShapeError):
+        share(tensor_pb2.Tensor(shape=shape, frac_bits=16, **content), PROGRAM.inputs[0], 1 << 20)
 
 
 def test_what_one_party_refuses_no_party_deploys(caller: Caller) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mpcinfer.config import Limits
+from mpcinfer.errors import StoreError
 from mpcinfer.party.grants import Grants
 from mpcinfer.party.ledger import Account
 from mpcinfer.party.policy import Policy
@@ -430,6 +431,27 @@ def test_a_request_that_fails_after_it_was_admitted_stays_counted(
         assert not any(hasattr(a, "outputs") for a in bob.infer(X))
     wait()
     assert spent(cluster) == {(1, 0)}
+    assert right(bob.infer(X)) and kinds(bob.infer(X)) == names(cluster, "BudgetError")
+
+
+def test_a_request_refused_before_anything_was_dealt_for_it_is_not_counted(
+    cluster: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a share on a disk that breaks while the party runs: it is read only once all have agreed."""
+    deployed(cluster, Terms(budgets=(Budget("queries", 1, 86400),)))
+    bob, catalogue, wait = cluster.caller("client/bob"), cluster.parties[1].catalogue, cluster.new_epoch()
+    cluster.stop_dealer()
+    cluster.start_dealer()
+    wait()
+
+    def broken(model: Any) -> Any:
+        raise StoreError("the file is damaged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(catalogue, "load", broken)
+        for _ in range(3):
+            assert kinds(bob.infer(X)) == names(cluster, "StoreError")
+    assert spent(cluster) <= {(0, 0)}
     assert right(bob.infer(X)) and kinds(bob.infer(X)) == names(cluster, "BudgetError")
 
 

@@ -165,6 +165,16 @@ def test_without_its_salts_nobody_can_say_which_shares_it_is_about(world: World,
         Receipt.load(tmp_path / "receipt.json", world.cluster).check_request(0, INPUTS[0])
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_others_on_the_machine_cannot_read_it(world: World, tmp_path: Path, there: bool) -> None:
+    """Its salts would let them test what the shares were."""
+    path = tmp_path / "receipt.json"
+    if there:
+        path.touch(0o644)
+    world.receipt().save(path, salts=True)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 # --- keys that were replaced -----------------------------------------------------------------------------------------
 
 

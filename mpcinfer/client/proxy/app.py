@@ -6,12 +6,15 @@ import asyncio
 import json
 import logging
 import secrets
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -38,7 +41,8 @@ MAX_AT_ONCE = 32
 _FRESH = 2.0  # seconds that the parties' states are good for
 _GRACE = 2  # seconds for requests in flight when the proxy stops
 _MIN_TOKEN = 16
-_RECEIPTS = 256  # that are kept
+_T = TypeVar("_T")
+_RECEIPTS = 4096  # that are kept, and those of the newest answer
 
 
 class Proxy:
@@ -48,6 +52,7 @@ class Proxy:
         self.meter = Meter()
         self._backend = backend
         self._gate = Gate(max_at_once)
+        self._embedding = ThreadPoolExecutor(max_at_once, "embedding")
         self._max_body = max_body
         self._asking = asyncio.Lock()
         self._cards: Sequence[PartyCard] = ()
@@ -110,26 +115,36 @@ class Proxy:
         """What the parties have signed about the answers to a request, until there are newer ones."""
         if receipts:
             self._receipts[id_] = receipts
-        while len(self._receipts) > _RECEIPTS:
+        while sum(map(len, self._receipts.values())) > _RECEIPTS and len(self._receipts) > 1:
             self._receipts.popitem(last=False)
 
     async def _embed(self, request: Request) -> Response:
         wanted = requests.embedding(await self._body(request))
         self._gate.enter()
+        gone, loop = threading.Event(), asyncio.get_running_loop()
+        work = self._embedding.submit(self._embedded, wanted, gone)
+
+        def leave(_: Future[list[Embedded]]) -> None:
+            with suppress(RuntimeError):  # of a loop that is closed
+                loop.call_soon_threadsafe(self._gate.leave)
+
+        work.add_done_callback(leave)  # not when the caller goes: a thread is still busy
         try:
-            found = await unless_gone(request.receive, self._embedded(wanted))
+            found = await unless_gone(request.receive, _result(work))
         finally:
-            self._gate.leave()
+            gone.set()
         id_ = shapes.new_id("embd-")
         self._keep(id_, [receipt for each in found for receipt in each.receipts])
         vectors, tokens = [each.vector for each in found], sum(each.tokens for each in found)
         content = shapes.embeddings(wanted.model, vectors, tokens, as_base64=wanted.base64)
         return JSONResponse(content, headers=_where(id_))
 
-    async def _embedded(self, wanted: requests.Embedding) -> list[Embedded]:
-        found = []
+    def _embedded(self, wanted: requests.Embedding, gone: threading.Event) -> list[Embedded]:
+        found: list[Embedded] = []
         for text in wanted.texts:
-            each = await asyncio.to_thread(self._backend.embed, wanted.model, text, self._backend.timeout)
+            if gone.is_set():
+                break
+            each = self._backend.embed(wanted.model, text, self._backend.timeout)
             self.meter.embedded(each.tokens)
             found.append(each)
         return found
@@ -196,6 +211,10 @@ class Proxy:
             return json.loads(b"".join(chunks), parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             raise ParameterError("the body is no JSON") from None
+
+
+async def _result(work: Future[_T]) -> _T:
+    return await asyncio.wrap_future(work)
 
 
 def _where(id_: str) -> dict[str, str]:

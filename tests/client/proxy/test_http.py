@@ -203,6 +203,27 @@ def test_too_many_at_once() -> None:
         assert refused.status_code == 429 and problem(refused)["code"] == "rate_limit_exceeded"
 
 
+def test_who_leaves_while_texts_are_embedded_makes_room_once_no_thread_is_busy() -> None:
+    writer, begun, goes_on = FakeWriter(), list[str](), threading.Event()
+    real = writer.embed
+
+    def embed(name: str, text: Any, timeout: float) -> Any:
+        begun.append(text)
+        assert goes_on.wait(20)
+        return real(name, text, timeout)
+
+    writer.embed = embed  # type: ignore[method-assign]
+    content = {"model": "encoder", "input": ["a", "b"]}
+    with serving(writer, max_at_once=1) as url, httpx.Client(base_url=url, timeout=0.5) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/embeddings", json=content)
+        soon(lambda: begun == ["a"])
+        assert http.post("/v1/embeddings", json=content).status_code == 429
+        goes_on.set()
+        soon(lambda: http.post("/v1/embeddings", json=content).status_code == 200)
+    assert begun == ["a", "a", "b"]  # nothing more was done for whoever had gone
+
+
 def test_a_proxy_that_stops_ends_its_answers() -> None:
     writer = FakeWriter(delay=0.05, answer=" ".join(words(10_000)))
     with ExitStack() as stack:
@@ -359,6 +380,8 @@ def test_receipts_of_embeddings_are_by_input(http: httpx.Client, writer: FakeWri
 def test_only_the_last_receipts_are_kept() -> None:
     proxy = Proxy(FakeWriter().backend())
     for i in range(300):
-        proxy._keep(str(i), [None])  # type: ignore[list-item]
+        proxy._keep(str(i), [None] * 64)  # type: ignore[list-item]
     proxy._keep("nothing", [])
-    assert len(proxy._receipts) == 256 and "299" in proxy._receipts and "43" not in proxy._receipts
+    assert len(proxy._receipts) == 64 and "299" in proxy._receipts and "235" not in proxy._receipts
+    proxy._keep("many", [None] * 5000)  # type: ignore[list-item]
+    assert list(proxy._receipts) == ["many"]
