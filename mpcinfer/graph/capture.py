@@ -68,13 +68,13 @@ def capture(
     example_inputs: one tensor per argument, real ones if possible: from their range the inputs' limits are made
     (`graph.bounds`). An ExportedProgram has its own, unless others are given. Inputs of integers are secret indices of
     embeddings, such as token ids. dynamic_shapes: the sizes that stay free, as `torch.export` takes them; a Dim called
-    "batch" says that rows do not influence each other. Without it the first size of all inputs becomes a free batch
-    size where they share it and the model allows it. reveal: "logits", "probabilities", "top-k" (with `k`) or
-    "argmax"; of a language model "tokens" or "logits". Inputs to which the model appends rows, returning them longer,
-    are caches (see `Program`). calibration: other values than the example inputs to make limits from, one for each
-    input that is no cache; caches are empty then. Parameters and persistent buffers are secret; non-persistent buffers,
-    integers in the model's code, and what `public` names (as in `state_dict`) are public. What depends on no input is
-    computed here; outputs that are None are left out.
+    "batch" says that rows do not influence each other. Without it the first size of all inputs becomes free where they
+    share it and the model allows it, that of a batch if rows are seen not to influence each other. reveal: "logits",
+    "probabilities", "top-k" (with `k`) or "argmax"; of a language model "tokens" or "logits". Inputs to which the model
+    appends rows, returning them longer, are caches (see `Program`). calibration: other values than the example inputs
+    to make limits from, one for each input that is no cache; caches are empty then. Parameters and persistent buffers
+    are secret; non-persistent buffers, integers in the model's code, and what `public` names (as in `state_dict`) are
+    public. What depends on no input is computed here; outputs that are None are left out.
     Raises InputError for a model in training mode, UnsupportedError naming every operator that has no protocol with
     its module path, RangeError for parameters that can't be encoded and for inputs that the model makes too large.
     """
@@ -126,11 +126,13 @@ class _Translator:
         if useless:
             raise UnsupportedError(f"input {useless[0]!r} has integers, but is no index of an embedding")
         tensors = {name: x for name, x in self.known.items() if isinstance(x, torch.Tensor)}
-        self.nodes, self.tensors, self.results = fold_batch_norms(self.nodes, tensors, self._outputs(exported))
+        self.nodes, self.tensors, self.results = fold_batch_norms(
+            self.nodes, tensors, self._outputs(exported), self.codec.frac_bits
+        )
         results = [r.name for r in self.results]
         self.nodes = join_linears(pool_before_relu(self.nodes, results), self.tensors)
         self.nodes = fold_gains(self.nodes, self.tensors, results)
-        self.nodes, self.weights = lay_out(self.nodes, self.tensors, self.public, self.open)
+        self.nodes, self.weights = lay_out(self.nodes, self.tensors, self.public, self.open, self.codec.frac_bits)
 
     def _placeholders(self, exported: ExportedProgram, public: Collection[str], axes: Sequence[Axes]) -> None:
         state: Mapping[str, Any] = {**exported.state_dict, **exported.constants}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
+from torch.utils._pytree import tree_leaves
 
 from mpcinfer.errors import InputError, UnsupportedError
 from mpcinfer.graph.sizes import BATCH, Size
@@ -43,8 +44,8 @@ def exported_program(
     if isinstance(inputs, torch.Tensor) or not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise InputError("example_inputs must be a sequence with one tensor per argument of the model")
     fixed: list[Axes] = [{} for _ in inputs]
-    free = _free_batch(inputs) if dynamic_shapes is None else _per_input(model, inputs, dynamic_shapes)
     with torch.no_grad():
+        free = _free_batch(model, inputs) if dynamic_shapes is None else _per_input(model, inputs, dynamic_shapes)
         if dynamic_shapes is None and free:
             try:
                 return _export(model, inputs, free), free
@@ -83,11 +84,38 @@ def free_size(symbol: Any, exported: ExportedProgram, dim: Any, number: int) -> 
     return Size(name, max(1, low), high)
 
 
-def _free_batch(inputs: Sequence[torch.Tensor]) -> list[Axes]:
-    """The first size of every input as one free size, if they are the same."""
+def _free_batch(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[Axes]:
+    """The first size of every input as one free size, if they are the same.
+
+    It is that of a batch, which may be cut, if rows were seen not to influence each other.
+    """
     sizes = {x.shape[0] if x.dim() else 0 for x in inputs}
-    batch = Dim(BATCH)
-    return [{0: batch} for _ in inputs] if len(sizes) == 1 and sizes != {0} else []
+    if len(sizes) > 1 or sizes == {0}:
+        return []
+    free = Dim(BATCH if _independent(model, inputs) else "size1")
+    return [{0: free} for _ in inputs]
+
+
+def _independent(model: nn.Module, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether two rows yield together what each yields alone: the first one, and it the other way round."""
+    first = [x[:1] for x in inputs]
+    other = [x.flip(tuple(range(1, x.dim()))) if x.dim() > 1 else inputs[i][-1:] for i, x in enumerate(first)]
+    try:
+        alone = [_tensors(model(*rows)) for rows in (first, other)]
+        together = _tensors(model(*(torch.cat(pair) for pair in zip(first, other, strict=True))))
+    except Exception:  # of many types: then export says what the model takes
+        return True
+    return all(
+        whole.dim() > 0
+        and whole.shape[0] == 2
+        and all(one.shape == whole[i : i + 1].shape for i, one in enumerate(each))
+        and torch.allclose(whole.double(), torch.cat(each).double(), rtol=1e-3, atol=1e-4, equal_nan=True)
+        for whole, *each in zip(together, *alone, strict=True)
+    )
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [each for each in tree_leaves(outputs) if isinstance(each, torch.Tensor)]
 
 
 def _per_input(model: nn.Module, inputs: Sequence[torch.Tensor], dynamic_shapes: Any) -> list[Axes]:

@@ -48,7 +48,7 @@ def _double(x: Any) -> torch.Tensor:
 
 
 def fold_batch_norms(
-    nodes: list[Node], tensors: Tensors, results: tuple[Ref, ...]
+    nodes: list[Node], tensors: Tensors, results: tuple[Ref, ...], frac_bits: int
 ) -> tuple[list[Node], Tensors, tuple[Ref, ...]]:
     """Replace every batch norm by new weights of the layer before it, or by one multiply-add where there is none.
 
@@ -60,6 +60,7 @@ def fold_batch_norms(
     by_name = {node.name: i for i, node in enumerate(nodes)}
     out: list[Node | None] = list(nodes)
     renamed: dict[str, str] = {}
+    before: dict[int, list[Node]] = {}
     for i, node in enumerate(nodes):
         if node.op != BATCH_NORM:
             continue
@@ -73,12 +74,33 @@ def fold_batch_norms(
             renamed[node.name] = layer.name
         else:
             column = [-1, *([1] * max(0, _dims(node) - 2))]
+            source, mean, deviation = node.args[0], tensors[node.args[3].name], _deviation(node, tensors)
+            if imprecise(1 / deviation, frac_bits).any():  # of raw numbers: they are centred, and divided, before
+                tensors[f"{node.name}.mean"], tensors[f"{node.name}.deviation"] = (
+                    t.reshape(column) for t in (mean, deviation)
+                )
+                for op, operand in (("sub", "mean"), ("div", "deviation")):
+                    pair = (source, Ref(f"{node.name}.{operand}"))
+                    before.setdefault(i, []).append(Node(f"{node.name}_{op}", f"aten.{op}.Tensor", pair, {}, node.path))
+                    source = Ref(f"{node.name}_{op}")
+                gain, shift = gain * deviation, shift + mean * gain
             tensors[f"{node.name}.gain"] = gain.reshape(column)
             tensors[f"{node.name}.shift"] = shift.reshape(column)
-            args = (node.args[0], Ref(f"{node.name}.gain"), Ref(f"{node.name}.shift"))
+            args = (source, Ref(f"{node.name}.gain"), Ref(f"{node.name}.shift"))
             out[i] = Node(node.name, "mpc.affine", args, {}, node.path)
-    kept = _without_getitems(out, {n.name for n in nodes if n.op == BATCH_NORM}, renamed)
+    whole = [each for i, node in enumerate(out) for each in (*before.get(i, ()), node)]
+    kept = _without_getitems(whole, {n.name for n in nodes if n.op == BATCH_NORM}, renamed)
     return kept, tensors, _renamed(results, renamed)
+
+
+def imprecise(factor: torch.Tensor, frac_bits: int) -> torch.Tensor:
+    """Which numbers so many fraction bits hold with an error of more than 2^-12 of them: bool, of the same shape."""
+    unit = 2.0**frac_bits
+    return ((factor * unit).round() / unit - factor).abs() > 2.0**-12 * factor.abs()
+
+
+def _deviation(node: Node, tensors: Tensors) -> torch.Tensor:
+    return torch.sqrt(tensors[node.args[4].name] + float(node.args[-1]))
 
 
 def _dims(node: Node) -> int:
@@ -95,7 +117,7 @@ def _affine(node: Node, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias, mean, variance = (tensors[a.name] if isinstance(a, Ref) else None for a in args[1:5])
     if mean is None or variance is None:
         raise UnsupportedError(f"batch norm without running statistics at {node.path}")
-    gain = (torch.ones_like(mean) if weight is None else weight) / torch.sqrt(variance + float(args[-1]))
+    gain = (torch.ones_like(mean) if weight is None else weight) / _deviation(node, tensors)
     return gain, (torch.zeros_like(mean) if bias is None else bias) - mean * gain
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mpcinfer.errors import RangeError
+from mpcinfer.graph.fold import imprecise
 from mpcinfer.graph.program import Node, Ref
 
 EMBEDDING = "aten.embedding.default"
@@ -42,31 +44,70 @@ _TAKES_PUBLIC = """
 
 
 def lay_out(
-    nodes: Sequence[Node], tensors: dict[str, torch.Tensor], public: Collection[str], opened: Collection[str]
+    nodes: Sequence[Node],
+    tensors: dict[str, torch.Tensor],
+    public: Collection[str],
+    opened: Collection[str],
+    frac_bits: int,
 ) -> tuple[list[Node], set[str]]:
     """The nodes, referring to tensors by a name for each role, and the names of those that are weights.
 
     tensors: all parameters and constants by name, which gains the new names. public: those of them that are no secret;
     opened: nodes that yield public numbers. Weights of linear layers are stored [in, out], the way the kernels read
-    them fastest, unless they are the table of an embedding too: then they are one secret, with one mask.
+    fastest, unless they are the table of an embedding too: then they are one secret, with one mask. RangeError for
+    divisors whose inverses the fraction bits cannot hold.
     """
-    layout = _Layout(tensors, public, opened)
+    layout = _Layout(tensors, public, opened, frac_bits)
     layout.tables = {
         node.args[0].name
         for node in nodes
         if node.op == EMBEDDING and layout.tensor(node.args[0]) is not None and not layout.is_public(node.args[1])
     }
-    laid_out = [node if node.name in opened else layout.node(node) for node in nodes]
+    laid_out: list[Node] = []
+    for node in nodes:
+        parts = [node] if node.name in opened else layout.divided(node)
+        laid_out += [part if part.name in opened else layout.node(part) for part in parts]
     return laid_out, layout.weights
 
 
 class _Layout:
-    def __init__(self, tensors: dict[str, torch.Tensor], public: Collection[str], opened: Collection[str]) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], public: Collection[str], opened: Collection[str], frac_bits: int
+    ) -> None:
         self._tensors = tensors
+        self._frac_bits = frac_bits
         self._public = public
         self._opened = opened
         self.tables: set[str] = set()  # of embeddings by secret indices
         self.weights: set[str] = set()
+
+    def divided(self, node: Node) -> list[Node]:
+        """A node, or for a division by known numbers products with their inverses: with a number from 1/2 to 1 and then
+        with a power of two, both as secret as the divisor, where the inverse itself has too few bits.
+        """
+        divisor = self.tensor(node.args[1]) if node.op == "aten.div.Tensor" else None
+        if divisor is None:
+            return [node]
+        name, inverse = node.args[1].name, 1 / divisor.double()
+        if not imprecise(inverse, self._frac_bits).any():
+            factors = {"inverse": inverse}
+        else:
+            exponent = torch.frexp(inverse).exponent.clamp(-self._frac_bits, 0)
+            power = torch.ldexp(torch.ones_like(inverse), exponent)
+            factors = {"mantissa": inverse / power, "power": power}
+            if imprecise(factors["mantissa"], self._frac_bits).any():
+                raise RangeError(
+                    f"{node.path} divides by up to {float(divisor.abs().max()):.3g}, of whose inverse "
+                    f"{self._frac_bits} fraction bits hold too little: scale the inputs down before they are shared"
+                )
+        nodes, x = list[Node](), node.args[0]
+        for what, factor in factors.items():
+            self._tensors[f"{name}.{what}"] = factor.to(divisor.dtype if divisor.is_floating_point() else torch.float32)
+            last = len(nodes) + 1 == len(factors)
+            product = node.name if last else f"{node.name}_{what}"
+            nodes.append(Node(product, "aten.mul.Tensor", (x, Ref(f"{name}.{what}")), {}, node.path))
+            x = Ref(product)
+        return nodes
 
     def node(self, node: Node) -> Node:
         op, args = node.op, list(node.args)
@@ -76,10 +117,6 @@ class _Layout:
             stored = f"{args[1].name}.T"
             self._tensors[stored] = self._tensors[args[1].name].t()
             op, args[1] = "mpc.linear", Ref(stored)
-        if op == "aten.div.Tensor" and (divisor := self.tensor(args[1])) is not None:
-            inverse = f"{args[1].name}.inverse"
-            self._tensors[inverse] = 1 / divisor
-            op, args[1] = "aten.mul.Tensor", Ref(inverse)
         if op == "aten.mul.Tensor" and self.tensor(args[0]) is not None:
             args.reverse()
         for i, argument in enumerate(args):

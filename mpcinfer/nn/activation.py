@@ -17,6 +17,7 @@ from mpcinfer.protocol.truncate import truncate
 from mpcinfer.protocol.truncated_product import truncated_product
 from mpcinfer.protocol.types import Shared
 
+_LEAST_THRESHOLD = 10.0  # of softplus, where it is 5e-5 from its asymptote
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
@@ -121,7 +122,9 @@ async def hardsigmoid(ctx: Context, x: Shared) -> Shared:
 
 @operator("aten.softplus.default")
 async def softplus(ctx: Context, x: Shared, beta: float = 1, threshold: float = 20) -> Shared:
-    """log(1 + e^(beta x)) / beta; torch's threshold only says where the asymptote may be taken."""
+    """log(1 + e^(beta x)) / beta; torch's threshold only says where the asymptote may be taken, unless it is low."""
+    if threshold < _LEAST_THRESHOLD:
+        raise UnsupportedError(f"softplus that is its asymptote from {threshold:g} on, where that is no approximation")
     y = await piecewise(ctx, await scale(ctx, x, beta), splines()["softplus"])
     return await scale(ctx, y, 1 / beta)
 

@@ -38,6 +38,7 @@ class Audit:
         self._lock = threading.Lock()
         self._dirty, self._ended = threading.Event(), threading.Event()
         self._told = -1
+        self._unsynced = ""  # why what was written is not on the disk
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             sync_directory(directory)
@@ -63,6 +64,11 @@ class Audit:
             line, head = linked(self.head, {"time": round(time.time(), 3), "action": action, **facts})
             if self._ended.is_set():
                 raise StoreError(f"{self._path} is closed: this party is stopping")
+            if self._unsynced:
+                raise StoreError(
+                    f"{self._path} cannot be brought to the disk, {self._unsynced}: nothing is done that cannot be "
+                    "written down; look after the disk, then restart this party"
+                )
             size = os.fstat(self._file).st_size
             try:
                 if os.write(self._file, line) != len(line):
@@ -130,5 +136,10 @@ class Audit:
         while not self._ended.is_set():
             self._dirty.wait()
             self._dirty.clear()
-            os.fsync(self._file)
+            try:
+                os.fsync(self._file)
+            except OSError as error:  # trying again says nothing: it may succeed without what was lost
+                _log.error("%s cannot be brought to the disk: %s", self._path, error.strerror)
+                self._unsynced = error.strerror or "unknown"
+                return
             self._ended.wait(_SYNC_SECONDS)

@@ -21,6 +21,8 @@ from mpcinfer.party.record import Deployment, sync_directory, writing
 from mpcinfer.trust.grant import Grant, Terms, open_grant
 from mpcinfer.trust.signing import Signed
 
+_MOST = 64 << 10  # bytes of one with its certificate: the parties tell each other all of them when they connect
+
 
 @dataclass(frozen=True)
 class Granted:
@@ -54,6 +56,8 @@ class Grants:
         self, signed: Signed, owner: str, name: str, program: Program, *, past: bool = False, elsewhere: bool = False
     ) -> Granted:
         """A grant of `owner` for this model; SignatureError, IdentityError or GrantError say what is wrong with it."""
+        if not past and len(signed.payload) + len(signed.certificate) > _MOST:
+            raise GrantError(f"a grant has at most {_MOST >> 10} KiB; name fewer clients, or groups of them")
         grant = open_grant(signed, self._cluster, owner, past=past, elsewhere=elsewhere)
         grant.check_target(name, program.digest(), program.reveal, entry_point(program))
         return Granted(grant, signed)

@@ -43,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 _MATCH_SECONDS = 0.05  # how long the lane waits for a request that another party has already
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+_MOST_TOLD = 256 << 20  # bytes, of all models and their grants
 _IDLE_SECONDS = 0.5
 _QUIET_SECONDS = 0.05  # without a request, before something is fetched for one that may come
 _FLUSH_SECONDS = 0.5
@@ -197,7 +198,7 @@ class Lane:
 
     def _told(self, epoch: Epoch, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """What each party says of itself, and in it what its witness does."""
-        raw = epoch.mesh.consult(json.dumps(own).encode(), merged_inventories)
+        raw = epoch.mesh.consult(json.dumps(own).encode(), merged_inventories, _MOST_TOLD)
         told = {peer: read_json(message, f"party {peer}") for peer, message in raw.items()}
         if epoch.mesh.shadow:
             check_voice(self.index, told[self.index], json.loads(json.dumps(own)))

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from mpcinfer.errors import MpcInferError, ProtocolError, SignatureError, TamperingError
+from mpcinfer.errors import IdentityError, MpcInferError, ProtocolError, SignatureError, TamperingError
 from mpcinfer.party.epoch import Epoch
 from mpcinfer.protocol.batch import Batch
 from mpcinfer.protocol.cache import CacheUse
@@ -31,7 +31,7 @@ from mpcinfer.protocol.tracing import Plan
 from mpcinfer.protocol.types import Weight
 from mpcinfer.ring import prg
 from mpcinfer.trust.signing import Signed, open_signed
-from mpcinfer.wire.mesh import CONTROL
+from mpcinfer.wire.mesh import CONTROL, MAX_MESSAGE
 
 _log = logging.getLogger(__name__)
 
@@ -187,8 +187,8 @@ def _told(epoch: Epoch, evidence: Dealt) -> dict[int, _Opened]:
         parts = evidence.parts(lambda batch: True, evidence.corrections)
         shown = b"".join(part for batch, part in parts if not _closed(batch))
     own = json.dumps(head).encode() + b"\n" + shown
-    told = {}
-    for party, payload in sorted(epoch.mesh.consult(own, _the_party).items()):
+    told, most = {}, evidence.plan.correction_bytes() + MAX_MESSAGE
+    for party, payload in sorted(epoch.mesh.consult(own, _the_party, most).items()):
         text, _, corrections = payload.partition(b"\n")
         try:
             shown_head = json.loads(text)
@@ -208,7 +208,7 @@ def _opened_wrongly(epoch: Epoch, evidence: Dealt, told: Mapping[int, _Opened]) 
         try:
             said = evidence.vouched(epoch, Signed.from_json(told[party].head["statement"]))
             key = bytes.fromhex(told[party].head["key"])
-        except (SignatureError, KeyError, TypeError, ValueError):
+        except (IdentityError, KeyError, TypeError, ValueError):  # of a signature, or of a certificate
             return f"party {party} shows a statement that the dealer never made about this tape"
         own = own or said
         if said["keys"] != own["keys"]:
@@ -271,7 +271,7 @@ def _products(
             own += [(batch, n, x) for n, x in _hidden(epoch, batch, wanted, shares, seeds).items()]
     rings = [fields_of(batch.item)[1][n].ring for batch, n, _ in own]
     packed = b"".join(r.pack(x) for r, (_, _, x) in zip(rings, own, strict=True))
-    told = epoch.mesh.consult(packed, _the_party)
+    told = epoch.mesh.consult(packed, _the_party, max(len(packed), MAX_MESSAGE))
     for peer, payload in told.items():
         if len(payload) != len(packed):
             return f"party {peer} does not take part in the check"

@@ -265,12 +265,13 @@ class Mesh:
         """Whether this party's witness has gone, without which it does not work on."""
         return False
 
-    def exchange(self, payload: bytes, kind: int = OPENING) -> dict[int, bytes]:
+    def exchange(self, payload: bytes, kind: int = OPENING, most: int = MAX_MESSAGE) -> dict[int, bytes]:
         """Send the same message to all peers and receive one from each, by index: one round."""
-        return self.begin(payload, kind)()
+        return self.begin(payload, kind, most)()
 
-    def begin(self, payload: bytes, kind: int = OPENING) -> Callable[[], dict[int, bytes]]:
-        """The first half of a round, which sends. What it returns is the second one, which receives.
+    def begin(self, payload: bytes, kind: int = OPENING, most: int = MAX_MESSAGE) -> Callable[[], dict[int, bytes]]:
+        """The first half of a round, which sends. What it returns is the second one, which receives: from each at most
+        `most` bytes, or as many as it was sent.
 
         Rounds end in the order in which they have begun, all before a message of another kind; at most two are under
         way (see `direct.Direct.put`).
@@ -278,7 +279,7 @@ class Mesh:
         self.rounds += kind == OPENING
         for link in self.links.values():
             link.send(kind, payload)
-        most = max(len(payload), MAX_MESSAGE)
+        most = max(len(payload), most)
 
         def receive() -> dict[int, bytes]:
             began = time.perf_counter()
@@ -294,12 +295,13 @@ class Mesh:
 
         return receive
 
-    def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
+    def consult(self, payload: bytes, merge: Merge, most: int = MAX_MESSAGE) -> dict[int, bytes]:
         """Tell all peers something and hear the same from them: what each party says, this one included, by index.
 
-        merge: makes one message of a party's and its witness's, where there are witnesses.
+        merge: makes one message of a party's and its witness's, where there are witnesses. most: bytes of what any of
+        them says.
         """
-        return {self.index: payload, **self.exchange(payload, CONTROL)}
+        return {self.index: payload, **self.exchange(payload, CONTROL, most)}
 
     def confide(self, secret: bytes) -> bytes:
         """What a party has drawn, which nobody may know but its witness, if it has one: the same at both."""

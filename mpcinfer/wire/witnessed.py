@@ -27,9 +27,9 @@ class WitnessedMesh(Mesh):
         """See `Mesh`."""
         return self._witness is not None and self._witness.broken.is_set()
 
-    def begin(self, payload: bytes, kind: int = OPENING) -> Callable[[], dict[int, bytes]]:
+    def begin(self, payload: bytes, kind: int = OPENING, most: int = MAX_MESSAGE) -> Callable[[], dict[int, bytes]]:
         """See `Mesh`."""
-        receive = super().begin(payload, kind)
+        receive = super().begin(payload, kind, most)
         self.traffic.sent(kind, payload)
 
         def told() -> dict[int, bytes]:
@@ -43,11 +43,11 @@ class WitnessedMesh(Mesh):
 
         return told
 
-    def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
+    def consult(self, payload: bytes, merge: Merge, most: int = MAX_MESSAGE) -> dict[int, bytes]:
         """See `Mesh`: a party and its witness speak with one voice."""
         if self._witness is not None:
-            payload = merge(payload, self._witness.receive(CONTROL))
-        return super().consult(payload, merge)
+            payload = merge(payload, self._witness.receive(CONTROL, most))
+        return super().consult(payload, merge, most)
 
     def confide(self, secret: bytes) -> bytes:
         """See `Mesh`: no other party is told, so it is not part of what all compare."""
@@ -97,11 +97,11 @@ class ShadowMesh(Mesh):
         """Whether its party has gone."""
         return self._link.broken.is_set()
 
-    def begin(self, payload: bytes, kind: int = OPENING) -> Callable[[], dict[int, bytes]]:
+    def begin(self, payload: bytes, kind: int = OPENING, most: int = MAX_MESSAGE) -> Callable[[], dict[int, bytes]]:
         """What the party has received, in return for what it must have sent."""
         self.rounds += kind == OPENING
         self.traffic.sent(kind, payload)
-        most = max(len(payload), MAX_MESSAGE)
+        most = max(len(payload), most)
 
         def receive() -> dict[int, bytes]:
             began = time.perf_counter()
@@ -114,11 +114,11 @@ class ShadowMesh(Mesh):
 
         return receive
 
-    def consult(self, payload: bytes, merge: Merge) -> dict[int, bytes]:
+    def consult(self, payload: bytes, merge: Merge, most: int = MAX_MESSAGE) -> dict[int, bytes]:
         """See `Mesh`: the party speaks for both; whoever calls this checks that it does."""
         self._link.send(CONTROL, payload)
-        joint = self._link.receive(CONTROL)
-        return {self.index: joint, **self.exchange(joint, CONTROL)}
+        joint = self._link.receive(CONTROL, most)
+        return {self.index: joint, **self.exchange(joint, CONTROL, most)}
 
     def confide(self, secret: bytes) -> bytes:
         """See `Mesh`: what the party has drawn; whoever calls this checks that the party goes by it."""

@@ -82,6 +82,57 @@ def test_agrees_and_folds_what_it_can(name: str) -> None:
     assert not any("batch_norm" in op or "getitem" in op for op in ops)
 
 
+class Standardised(nn.Module):
+    """Raw numbers, centred and divided by their deviations before anything else."""
+
+    def __init__(self, deviations: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([3.0 * d for d in deviations]))
+        self.register_buffer("deviation", torch.tensor(deviations))
+        self.linear = nn.Linear(len(deviations), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear((x - self.mean) / self.deviation)
+        return y
+
+
+RAW = [0.5, 12.0, 300.0, 20_000.0, 50_000.0, 1_000_000.0]
+
+
+def raw(mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    x = mean + deviation * torch.randn(7, len(RAW), generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
+    return torch.round(x * 16) / 16
+
+
+def test_raw_numbers_are_divided_by_what_they_are() -> None:
+    """The inverse of 50,000 is 1.3 units, that of a million none."""
+    model = Standardised(RAW).eval()
+    x = raw(model.mean, model.deviation)
+    captured = capture(model, [x])
+    assert_agrees(model, captured, [x], 2, ULPS)
+    assert [node.op for node in captured.program.nodes].count("aten.mul.Tensor") == 2
+    few = Standardised([0.5, 3.0, 255.0]).eval()
+    program = capture(few, [torch.zeros(2, 3)]).program
+    assert [node.op for node in program.nodes].count("aten.mul.Tensor") == 1  # as precise as it must be
+
+
+def test_a_norm_of_raw_numbers() -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.BatchNorm1d(len(RAW)), nn.Linear(len(RAW), 2)).eval()
+    deviation = torch.tensor(RAW)
+    model[0].running_mean.copy_(2 * deviation)
+    model[0].running_var.copy_(deviation**2)
+    model[0].weight.data.uniform_(0.5, 2)
+    model[0].bias.data.uniform_(-1, 1)
+    x = raw(2 * deviation, deviation)
+    assert_agrees(model, capture(model, [x]), [x], 2, ULPS)
+
+
+def test_what_no_fraction_bits_hold_is_refused() -> None:
+    with pytest.raises(RangeError, match="divides by up to 1e\\+09"):
+        capture(Standardised([1.0, 1e9]).eval(), [torch.zeros(2, 2)])
+
+
 def test_folded_norms_cost_nothing(residual: Case) -> None:
     names = [p.name for p in residual.captured.program.parameters]
     assert sum(".folded" in name for name in names) == 2 * 3

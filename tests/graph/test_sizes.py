@@ -219,3 +219,44 @@ def test_solving_for_the_sizes() -> None:
     for shapes in ([(4, 5), (5,)], [(4, 17, 3), (17,)], [(0, 5, 3), (5,)], [(4, 5, 3), (6,)]):
         with pytest.raises(ShapeError):
             solve((BATCH, LENGTH), declared, shapes)
+
+
+class Centred(nn.Module):
+    """Each number as it differs from the others of its column, or of its row."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(self.axis, keepdim=True)
+
+
+class Places(nn.Module):
+    """A text without a batch: what is known of its tokens, and of their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, 3), nn.Embedding(9, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.words(ids) + self.places(torch.arange(ids.shape[0]))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "name"),
+    [
+        (Centred(1), torch.randn(4, 3), "batch"),
+        (Centred(1), torch.randn(1, 3), "batch"),
+        (Centred(0), torch.randn(4, 3), "size1"),
+        (Centred(0), torch.randn(1, 3), "size1"),
+        (nn.Softmax(0), torch.randn(4, 3), "size1"),
+        (nn.Embedding(7, 3), torch.tensor([1, 5, 2]), "batch"),
+        (Places(), torch.tensor([1, 5, 2]), "size1"),
+    ],
+)
+def test_a_batch_is_of_rows_that_do_not_influence_each_other(model: nn.Module, x: torch.Tensor, name: str) -> None:
+    """Only then may a large request be cut."""
+    program = capture(model.eval(), [x]).program
+    assert [size.name for size in program.sizes] == [name]

@@ -290,6 +290,7 @@ CASES: dict[str, Case] = {
     ),
     "Resize, smaller": ("Resize", [NO_REGION, np.array([1, 1, 0.5, 1.5], np.float32)], {"mode": "nearest"}, NEW),
     "Einsum": ("Einsum", [numbers(6, 5)], {"equation": "nchw,wd->nhcd"}, NEW),
+    "Einsum, of rows": ("Einsum", [numbers(7)], {"equation": "nchw,d->nchwd"}, NEW),
     "Einsum, batched": ("Einsum", [numbers(2, 4, 8, 3)], {"equation": "nchw,nchd->ncwd"}, NEW),
     "com.microsoft.Gelu": ("com.microsoft.Gelu", [], {}, (17,)),
 }
@@ -477,6 +478,19 @@ def test_layer_norms_are_put_together(square: str, divide: str, axis: int, tmp_p
 def test_norms_over_other_axes_stay(tmp_path: Path) -> None:
     model = graph(norm("Mul d d", "y = Div d s", 1), {"x": (2, 3, 6)}, {"eps": number(1e-5)})
     assert "aten.layer_norm.default" not in check(model, tmp_path, {"x": numbers(2, 3, 6)})
+
+
+def test_norms_over_other_axes_of_what_has_an_unknown_rank_stay(tmp_path: Path) -> None:
+    """As of what comes behind operators that onnx infers no shapes of."""
+    before = helper.make_node("Gelu", ["u"], ["x"], domain="com.microsoft")
+    for axis, whole in ((1, False), (-1, True)):
+        model = graph([before, *norm("Mul d d", "y = Div d s", axis)], {"u": (2, 3, 6)}, {"eps": number(1e-5)})
+        found = loaded(model, tmp_path)
+        u = torch.tensor(numbers(2, 3, 6))
+        x = functional.gelu(u)
+        wanted = (x - x.mean(axis, keepdim=True)) / (x.var(axis, keepdim=True, correction=0) + 1e-5).sqrt()
+        close(run(found.module, [u.numpy()]), [wanted.numpy()])
+        assert ("aten.layer_norm.default" in exported(found, [u.numpy()])) is whole
 
 
 def test_rms_norms_are_put_together(tmp_path: Path) -> None:

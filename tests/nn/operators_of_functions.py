@@ -24,7 +24,7 @@ SMOOTH = Group(
         "hardsigmoid": lambda m, x: F.hardsigmoid(x),
         "mish": lambda m, x: F.mish(x),
         "softplus": lambda m, x: F.softplus(x),
-        "softplus(2)": lambda m, x: F.softplus(x, 2.0),
+        "softplus(2)": lambda m, x: F.softplus(x, 2.0, 10.0),
         "log_sigmoid": lambda m, x: F.logsigmoid(x),
         "elu": lambda m, x: F.elu(x),
         "elu(0.7)": lambda m, x: F.elu(x, 0.7),

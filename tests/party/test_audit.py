@@ -94,6 +94,22 @@ def test_what_cannot_be_written_is_not_done_and_leaves_nothing(tmp_path: Path, m
     assert actions(tmp_path / NAME) == ["begin", "infer"]
 
 
+def test_what_cannot_be_brought_to_the_disk_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = opened(tmp_path)
+
+    def failing(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", failing)
+        log.write("infer")
+        log._sync.join(20)
+    assert not log._sync.is_alive()
+    with pytest.raises(StoreError, match="brought to the disk, Input/output error.*restart"):
+        log.write("infer")
+    log.close()
+
+
 def test_a_refusal_says_what_kind_of_error_and_nothing_of_what_the_caller_wrote(tmp_path: Path) -> None:
     log = opened(tmp_path)
     request = SimpleNamespace(model="m", request_id=b"\2" * 16)

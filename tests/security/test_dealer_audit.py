@@ -18,7 +18,7 @@ from mpcinfer.errors import TamperingError
 from mpcinfer.party import sacrifice, stepping
 from mpcinfer.party.sacrifice import Coin, Dealt
 from mpcinfer.protocol.cache import CachedProduct, CacheUse, RowMask
-from mpcinfer.protocol.correlation import Kind
+from mpcinfer.protocol.correlation import Kind, correction_bytes
 from mpcinfer.protocol.linear import FixedProduct, WeightMask
 from mpcinfer.protocol.lookup import OneHot
 from mpcinfer.protocol.multiply import Triple
@@ -29,6 +29,7 @@ from mpcinfer.protocol.types import Weight
 from mpcinfer.ring import prg
 from mpcinfer.ring.domain import Z64
 from mpcinfer.ring.kernels import Bilinear
+from mpcinfer.wire.mesh import MAX_MESSAGE
 from tests.dealer.test_dealing import KINDS, SLOT, plan_of
 from tests.decoders_local import token_ids
 from tests.inprocess import LIMITS, InProcess, Keys, mlp, plain, random_weights, reveal, wait_for
@@ -93,6 +94,19 @@ def test_honest_tapes_pass(audit: Audit) -> None:
         audit.table.dealer.forget(audit.table.epochs[0].id, [SLOT])
 
 
+@pytest.mark.parametrize("item", [None, Truncation, FixedProduct], ids=["honest", "open", "closed"])
+def test_tapes_larger_than_a_message_are_audited_like_others(audit: Audit, item: type[Kind] | None) -> None:
+    """As those of models are."""
+    large = Truncation((3 << 20,), 16)
+    plan = Plan(plan_of(large, PRODUCT).entries, "d")
+    assert correction_bytes(large) > MAX_MESSAGE
+    for part in {batch.item for batch in plan.batches if type(batch.item) is item}:  # a large one is dealt in several
+        audit.table.cheat(part)
+    audit.fetch(plan)
+    found = audit.found()
+    assert len(found) == (item is not None) and all(f"a wrong {item.__name__}" in text for text in found)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("item", DEALT, ids=[f"{type(k).__name__}-{i}" for i, k in enumerate(DEALT)])
 def test_one_wrong_bit_is_found(audit: Audit, item: Kind) -> None:
     audit.table.cheat(item)
@@ -146,18 +160,21 @@ def test_a_party_that_shows_another_key_is_named(audit: Audit) -> None:
         assert f"party {party} shows" in text
 
 
-def test_a_party_that_shows_a_statement_about_another_tape_is_named(audit: Audit) -> None:
+@pytest.mark.parametrize("shown", ["of another tape", "without a certificate"])
+def test_a_party_that_shows_what_is_no_statement_about_this_tape_is_named(audit: Audit, shown: str) -> None:
     audit.fetch(plan_of(TRIPLE))
-    other = audit.tapes[0].evidence
+    other = audit.tapes[0].evidence.statement
     audit.fetch(plan_of(TRIPLE))
     mine = audit.tapes[0].evidence.statement
-    audit.tapes[0].evidence = replace(audit.tapes[0].evidence, statement=other.statement)
+    if shown == "without a certificate":
+        other = replace(mine, certificate=b"x")
+    alter(audit, 0, statement=other)
     honest = Dealt.vouched
     with pytest.MonkeyPatch.context() as patch:  # the liar itself goes on as if nothing were wrong
         patch.setattr(
             Dealt,
             "vouched",
-            lambda self, e, s: honest(self, e, mine if e.mesh.index == 0 and s == other.statement else s),
+            lambda self, e, s: honest(self, e, mine if e.mesh.index == 0 and s == other else s),
         )
         texts = {str(a) for a in audit.table.audited(audit.tapes)}
     assert texts and all("party 0 shows a statement that the dealer never made" in text for text in texts)

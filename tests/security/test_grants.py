@@ -96,6 +96,17 @@ def test_an_upload_needs_a_grant_of_its_own(cluster: InProcess) -> None:
     assert not any(p.catalogue.models() for p in cluster.parties.values())
 
 
+def test_a_grant_is_no_larger_than_what_parties_can_tell_each_other(cluster: InProcess) -> None:
+    alice = cluster.caller()
+    many = Terms(clients=tuple(f"jwt/corp/{i:0255}" for i in range(300)))
+    grant = alice.grant(PROGRAM, "m", many)
+    assert kinds(alice.deploy(PROGRAM, WEIGHTS, grant=grant)) == names(cluster, "GrantError")
+    few = Terms(clients=tuple(f"client/c{i:019}" for i in range(1000)))
+    assert kinds(alice.deploy(PROGRAM, WEIGHTS, grant=alice.grant(PROGRAM, "m", few))) == names(
+        cluster, "DeployResponse"
+    )
+
+
 def test_parties_that_are_shown_different_grants_refuse(cluster: InProcess) -> None:
     alice = cluster.caller()
     uploads, other = alice.deploys(PROGRAM, WEIGHTS), alice.deploys(PROGRAM, WEIGHTS)

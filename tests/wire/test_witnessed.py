@@ -96,6 +96,19 @@ def test_rounds_may_be_large_where_the_plan_is(world: tuple[WitnessedMesh, Shado
         witness.exchange(b"small")
 
 
+def test_what_they_say_may_be_as_large_as_is_due(world: tuple[WitnessedMesh, ShadowMesh, End]) -> None:
+    party, witness, peer = world
+    large = bytes(MAX_MESSAGE + 1)
+    for end in (witness._link, peer):
+        end.send(CONTROL, large)
+    assert party.consult(b"own", lambda own, other: own + other[:1], len(large)) == {0: b"own\0", 1: large}
+    assert witness.consult(large, lambda own, other: b"", len(large)) == {0: b"own\0", 1: large}
+    peer.send(CONTROL, large)
+    witness._link.send(CONTROL, large)
+    with pytest.raises(ProtocolError):
+        party.consult(b"own", lambda own, other: own)
+
+
 def test_a_party_without_its_witness_is_alone(world: tuple[WitnessedMesh, ShadowMesh, End]) -> None:
     party, witness, _ = world
     assert not party.alone and not party.broken

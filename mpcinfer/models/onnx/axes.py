@@ -52,8 +52,6 @@ def Einsum(a: Tensor, b: Tensor, equation: str) -> Tensor:
     inner = [i for i in x if i not in out]
     size = dict(zip(x, a.shape, strict=True)) | dict(zip(y, b.shape, strict=True))
     lead = [size[i] for i in batch]
-    left_matrix = a.permute([x.index(i) for i in batch + rows + inner]).flatten(len(batch) + len(rows))
-    left_matrix = left_matrix if inner else left_matrix[..., None]
     depth, height, width = (math.prod(size[i] for i in axes) for axes in (inner, rows, columns))
     first = a.permute([x.index(i) for i in batch + rows + inner]).reshape([*lead, height, depth])
     second = b.permute([y.index(i) for i in batch + inner + columns]).reshape([*lead, depth, width])

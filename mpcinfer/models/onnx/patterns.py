@@ -114,17 +114,21 @@ def _whole(graph: Graph, group: _Group) -> Node | None:
                 attributes = {"approximate": approximate} if approximate else {}
                 return Node(op, root.name, (group.x,), root.outputs, attributes)
     if group.has(_MEANS) and not group.has(_CURVES):
-        lead = [1] * (graph.ranks.get(group.x, 2) - 2)
         row = torch.tensor([-2.0, 3.0, 0.5, -1.25, 0.75, 4.0, 1.0], dtype=torch.float64)
         # the last row is so small that epsilon matters
-        x = torch.stack([row, row + 5, row.flip(0) * 0.001]).reshape(*lead, 3, 7)
+        rows = torch.stack([row, row + 5, row.flip(0) * 0.001])
+        # where onnx could not tell the rank, "axis 1" may be the last one or not
+        leads = [[1] * (graph.ranks[group.x] - 2)] if group.x in graph.ranks else [[], [2]]
         try:
-            values = group(graph, x)
-        except IndexError:  # means over an axis of a tensor whose rank onnx could not tell
+            tried = [(x, group(graph, x)) for x in (rows.expand(*lead, 3, 7) for lead in leads)]
+        except IndexError:
             return None
         for op, norm in _NORMS.items():
             for epsilon in (e for e in group.numbers(graph) if 0 <= e <= _LARGEST_EPSILON):
-                if values.shape == x.shape and torch.allclose(values, norm(x, [7], eps=epsilon), rtol=1e-5, atol=1e-7):
+                if all(
+                    values.shape == x.shape and torch.allclose(values, norm(x, [7], eps=epsilon), rtol=1e-5, atol=1e-7)
+                    for x, values in tried
+                ):
                     return Node(op, root.name, (group.x,), root.outputs, {"axis": -1, "epsilon": epsilon})
     return None
 
