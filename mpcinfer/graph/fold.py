@@ -94,9 +94,12 @@ def fold_batch_norms(
 
 
 def imprecise(factor: torch.Tensor, frac_bits: int) -> torch.Tensor:
-    """Which numbers so many fraction bits hold with an error of more than 2^-12 of them: bool, of the same shape."""
+    """Which numbers so many fraction bits hold with an error of more than 2^-12 of them: bool, of the same shape.
+
+    Where there are few bits, of more than any number from 1/2 on has.
+    """
     unit = 2.0**frac_bits
-    return ((factor * unit).round() / unit - factor).abs() > 2.0**-12 * factor.abs()
+    return ((factor * unit).round() / unit - factor).abs() > 2.0 ** -min(12, frac_bits - 1) * factor.abs()
 
 
 def _deviation(node: Node, tensors: Tensors) -> torch.Tensor:
