@@ -47,17 +47,22 @@ class KeySet:
     def find(self, kid: str) -> jwt.PyJWK:
         """The key of that id; SignatureError if the issuer has none, UnavailableError if its keys cannot be read.
 
-        One caller reads them, so that an issuer that does not answer holds up one worker, and others for a moment.
+        One caller reads them, so that an issuer that does not answer holds up one worker, and others for a moment: not
+        even that while they have keys, which are read again before they are too old.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._reading or self._usable(kid), _MOMENT)
             now = time.monotonic()
-            if self._usable(kid) or self._reading or now - self._tried < _PATIENCE:
+            young = self._usable(kid) and now - self._read < _FRESH / 2
+            if young or self._reading or now - self._tried < _PATIENCE:
                 return self._known(kid)
             self._reading, self._tried = True, now
         keys: dict[str, jwt.PyJWK] | None = None
         try:
             keys = self._parse(self._load())
+        except (UnavailableError, ConfigError):
+            if not self._usable(kid):
+                raise
         finally:
             with self._changed:
                 self._reading = False
@@ -74,6 +79,8 @@ class KeySet:
         if time.monotonic() - self._read >= _FRESH:
             raise self._unavailable()
         if kid not in self._keys:
+            if self._reading or self._tried > self._read:  # it may be among those that are read, or could not be
+                raise self._unavailable()
             raise SignatureError("the token was signed with a key that its issuer does not publish; get a new one")
         return self._keys[kid]
 

@@ -176,14 +176,15 @@ async def remove(by: Stepping, catalogue: Catalogue, part: Part, job: Job, step:
     deployments = {i for i in named if not catalogue.foreign(i, job.caller)}
     if not deployments:
         raise Refused from NotFoundError(f"no model {name!r}{f' version {version}' if version else ''}")
-    for deployment in deployments:
-        forget(by, part, deployment)
+    by.settle()
 
     def erase() -> None:
         for deployment in deployments:
             catalogue.remove(deployment)
 
     await by.agreed(part, erase)  # a party's answer says that it is gone everywhere
+    for deployment in deployments:
+        forget(by, part, deployment)
     _log.info("%d versions of model %s removed by %s", len(deployments), name, job.caller)
     return len(deployments)
 

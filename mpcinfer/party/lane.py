@@ -227,7 +227,7 @@ class Lane:
             self._inbox.restore(jobs)
             return
         if job is None:
-            self._by.check()  # a tape that has failed meanwhile ends the epoch before somebody's request meets it
+            self._by.check()  # a tape that has failed here meanwhile ends the epoch before somebody's request meets it
             if self._audit.due:
                 epoch.mesh.announce(json.dumps({"action": "logs"}).encode())
                 self._tell_heads(epoch)

@@ -197,6 +197,38 @@ def test_an_issuer_that_does_not_answer_holds_up_one_caller(issuer: Issuer, monk
     assert len(asked) == 1
 
 
+def test_keys_are_read_again_before_they_are_too_old(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, goes_on = list[str](), threading.Event()
+
+    def download(url: str) -> bytes:
+        asked.append(url)
+        if len(asked) > 1:
+            assert goes_on.wait(30)
+            raise http.client.BadStatusLine("nothing")
+        return jwks("rsa").encode()
+
+    monkeypatch.setattr(accounts, "download", download)
+    known = Accounts(Members().cluster, [replace(issuer, jwks="https://idp.example/keys")])
+    assert known.subject(token(), GATEWAY) == "jwt/corp/ann"
+    [(_, keys)] = known._issuers.values()
+    keys._read = keys._tried = keys._read - accounts._FRESH * 0.6
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(known.subject, token(), GATEWAY)
+        wait_for(lambda: len(asked) == 2)
+        assert known.subject(token(), GATEWAY) == "jwt/corp/ann"  # while somebody reads
+        monkeypatch.setattr(accounts, "_MOMENT", 0.05)
+        with pytest.raises(UnavailableError):  # a key that may be among those that are being read
+            known.subject(token("ec", "ES256"), GATEWAY)
+        goes_on.set()
+        assert reader.result(10) == "jwt/corp/ann"
+    with pytest.raises(UnavailableError):  # nobody knows whether the issuer has it
+        known.subject(token("ec", "ES256"), GATEWAY)
+    keys._read -= accounts._FRESH * 0.5
+    with pytest.raises(UnavailableError):
+        known.subject(token(), GATEWAY)
+    assert len(asked) == 2
+
+
 def test_keys_from_a_url(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
     symmetric = {"kty": "oct", "k": base64.urlsafe_b64encode(b"s" * 32).decode(), "kid": "s", "alg": "HS256"}
     monkeypatch.setattr(accounts, "download", lambda url: jwks("rsa", keys=[symmetric]).encode())
