@@ -13,7 +13,7 @@ what goes on with a text of before could be no canary.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,14 +131,13 @@ def audited(
     """An answer before which canaries are written as it will be; see `Answer`. InputError if none fits."""
     chosen, unstopped = audit.texts(model, len(tokens), settings), replace(settings, stop=())
 
-    def before(cancelled: Callable[[], bool]) -> None:
+    def before(answer: Answer) -> None:
         for canary in chosen:
-            answer = Answer(connection, Oblivion(), model, None, canary.prompt, unstopped, (), timeout)
-            for _ in answer:
-                if cancelled():
-                    answer.cancel()
-                    return
-            audit.check_text(canary, answer.tokens)
+            asked = Answer(connection, Oblivion(), model, None, canary.prompt, unstopped, (), timeout)
+            tokens = answer.after(asked)
+            if asked.finish == "cancelled":
+                return
+            audit.check_text(canary, tokens)
 
     return Answer(connection, Oblivion(), model, tokenizer, tokens, settings, stop, timeout, before)
 

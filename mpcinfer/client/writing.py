@@ -110,11 +110,10 @@ class Answer:
         settings: Settings,
         stop: Sequence[int],
         timeout: float,
-        before: Callable[[Callable[[], bool]], None] = lambda cancelled: None,
+        before: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """tokens: the whole text so far. before: what to do first of all, once; it is given what tells whether this was
-        cancelled meanwhile, and the time counts from its end. InputError, ContextLengthError for what the model cannot
-        take.
+        """tokens: the whole text so far. before: what to do first of all, once, with this answer; the time counts from
+        its end. InputError, ContextLengthError for what the model cannot take.
         """
         longest = len(tokens) + max(0, settings.max_new_tokens - 1)
         if not 1 <= settings.max_new_tokens:
@@ -182,6 +181,13 @@ class Answer:
         self._cancelled.set()
         self._stop_streams()
 
+    def after(self, other: Answer) -> list[int]:
+        """Write another one first: its tokens. It is cancelled when this one is."""
+        self._stop_streams = other.cancel
+        if self._cancelled.is_set():
+            other.cancel()
+        return [piece.token for piece in other]
+
     def __iter__(self) -> Iterator[Piece]:
         """See `Generation`. Once only: what has arrived is in `text` and `tokens`."""
         if self._begun:
@@ -189,7 +195,7 @@ class Answer:
         self._begun = True
         try:
             if not self._cancelled.is_set():
-                self._before(self._cancelled.is_set)
+                self._before(self)
             if self._cancelled.is_set():
                 self.finish = "cancelled"
                 return

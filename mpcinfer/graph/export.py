@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_leaves
 
 from mpcinfer.errors import InputError, UnsupportedError
-from mpcinfer.graph.sizes import BATCH, Size
+from mpcinfer.graph.sizes import BATCH, ROWS, Size
 
 # by axis, what torch.export calls a dimension: Dim objects, Dim.AUTO and so on
 Axes = Mapping[int, Any]
@@ -87,24 +88,33 @@ def free_size(symbol: Any, exported: ExportedProgram, dim: Any, number: int) -> 
 def _free_batch(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[Axes]:
     """The first size of every input as one free size, if they are the same.
 
-    It is that of a batch, which may be cut, if rows were seen not to influence each other.
+    It is that of a batch, which may be cut, only if rows were seen not to influence each other.
     """
     sizes = {x.shape[0] if x.dim() else 0 for x in inputs}
     if len(sizes) > 1 or sizes == {0}:
         return []
-    free = Dim(BATCH if _independent(model, inputs) else "size1")
+    free = Dim(BATCH if _independent(model, inputs) else ROWS)
     return [{0: free} for _ in inputs]
 
 
 def _independent(model: nn.Module, inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether two rows yield together what each yields alone: the first one, and it the other way round."""
+    """Whether two rows that differ yield together what each yields alone.
+
+    Asked of copies of the model with the same parameters, since a model may keep something of what it has seen.
+    """
     first = [x[:1].clone() for x in inputs]
-    other = [x.flip(tuple(range(1, x.dim()))) if x.dim() > 1 else inputs[i][-1:].clone() for i, x in enumerate(first)]
+    other = [x[-1:].flip(tuple(range(1, x.dim()))) for x in inputs]
+    if all(map(torch.equal, first, other)):
+        other = [_another(x) for x in first]
+
+    def results(rows: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return _tensors(copy.deepcopy(model, {id(p): p for p in model.parameters()})(*rows))
+
     try:
-        together = _tensors(model(*(torch.cat(pair) for pair in zip(first, other, strict=True))))
-        alone = [_tensors(model(*rows)) for rows in (first, other)]  # which it may overwrite
+        together = results(map(torch.cat, zip(first, other, strict=True)))
+        alone = [results(rows) for rows in (first, other)]  # which it may overwrite
     except Exception:  # of many types: then export says what the model takes
-        return True
+        return False
     return len({len(together), *map(len, alone)}) == 1 and all(
         whole.dim() > 0
         and whole.shape[0] == 2
@@ -112,6 +122,13 @@ def _independent(model: nn.Module, inputs: Sequence[torch.Tensor]) -> bool:
         and _alike(whole, torch.cat(each))
         for whole, *each in zip(together, *alone, strict=True)
     )
+
+
+def _another(x: torch.Tensor) -> torch.Tensor:
+    """A row of the same kind with another value everywhere."""
+    if x.is_floating_point():
+        return 0.5 * x + torch.linspace(0.5, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
+    return (x == 0).to(x.dtype)
 
 
 def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:

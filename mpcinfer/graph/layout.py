@@ -46,13 +46,13 @@ _TAKES_PUBLIC = """
 def lay_out(
     nodes: Sequence[Node],
     tensors: dict[str, torch.Tensor],
-    public: Collection[str],
+    public: set[str],
     opened: Collection[str],
     frac_bits: int,
 ) -> tuple[list[Node], set[str]]:
     """The nodes, referring to tensors by a name for each role, and the names of those that are weights.
 
-    tensors: all parameters and constants by name, which gains the new names. public: those of them that are no secret;
+    tensors: all parameters and constants by name, and public: those of them that are no secret; both gain new names.
     opened: nodes that yield public numbers. Weights of linear layers are stored [in, out], the way the kernels read
     fastest, unless they are the table of an embedding too: then they are one secret, with one mask. RangeError for
     divisors whose inverses the fraction bits cannot hold.
@@ -72,7 +72,7 @@ def lay_out(
 
 class _Layout:
     def __init__(
-        self, tensors: dict[str, torch.Tensor], public: Collection[str], opened: Collection[str], frac_bits: int
+        self, tensors: dict[str, torch.Tensor], public: set[str], opened: Collection[str], frac_bits: int
     ) -> None:
         self._tensors = tensors
         self._frac_bits = frac_bits
@@ -103,6 +103,8 @@ class _Layout:
         nodes, x = list[Node](), node.args[0]
         for what, factor in factors.items():
             self._tensors[f"{name}.{what}"] = factor.to(divisor.dtype if divisor.is_floating_point() else torch.float32)
+            if name in self._public:
+                self._public.add(f"{name}.{what}")
             last = len(nodes) + 1 == len(factors)
             product = node.name if last else f"{node.name}_{what}"
             nodes.append(Node(product, "aten.mul.Tensor", (x, Ref(f"{name}.{what}")), {}, node.path))

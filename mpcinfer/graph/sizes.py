@@ -2,7 +2,8 @@
 
 A shape entry of -k stands for the free size number k, counted from 1; in the shape of an output, 0 stands for a size
 that is computed from the free ones. A free size called "batch" says that what the model makes of a row depends on that
-row alone, so that a large batch may be cut into several requests.
+row alone, so that a large batch may be cut into several requests. One called "rows" is the first one of all inputs
+where that is not so, or not known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from mpcinfer.errors import InputError, ShapeError
 
 BATCH = "batch"
+ROWS = "rows"
 Shape = tuple[int, ...]
 
 

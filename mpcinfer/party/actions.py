@@ -39,7 +39,7 @@ class Inference:
 
     @property
     def queries(self) -> int:
-        """How many answers it asks for: rows that do not influence each other are a query each."""
+        """How many answers it asks for: each row is a query."""
         return self.model.rows([x.shape for x in self.inputs])
 
 

@@ -15,7 +15,7 @@ import torch
 from mpcinfer.errors import GrantError, InputError, MpcInferError, NotFoundError, StoreError
 from mpcinfer.graph.plan import Planner, constants, plan_masks
 from mpcinfer.graph.program import Program
-from mpcinfer.graph.sizes import BATCH, solve
+from mpcinfer.graph.sizes import BATCH, ROWS, solve
 from mpcinfer.nn.sampling import Choice
 from mpcinfer.party.grants import Granted, Grants
 from mpcinfer.party.record import Deployment, WeightEntry
@@ -79,10 +79,10 @@ class Model:
         return f"{self.owner.partition('/')[2]}/{self.name}"
 
     def rows(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """How many rows that do not influence each other inputs of these shapes have."""
+        """How many rows inputs of these shapes have, each of which may yield an answer."""
         declared = [(v.name, v.shape) for v in self.program.inputs]
         found = solve(self.program.sizes, declared, shapes)
-        return next((n for size, n in zip(self.program.sizes, found, strict=True) if size.name == BATCH), 1)
+        return next((n for size, n in zip(self.program.sizes, found, strict=True) if size.name in (BATCH, ROWS)), 1)
 
     def plan(self, shapes: Sequence[tuple[int, ...]], parties: int, count: int = 1) -> tuple[Plan, bytes]:
         """The plan for inputs of these shapes, of so many requests in one run, and its digest; traced once."""

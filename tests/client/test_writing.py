@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -382,16 +382,33 @@ def test_cancelling_before_it_has_begun() -> None:
 
 def test_cancelling_while_something_else_is_done_first() -> None:
     """As canaries are: then nothing of the text leaves."""
-    connection, told = FakeConnection([4]), list[bool]()
-    settings = Settings(max_new_tokens=20)
+    connection, settings, asked = FakeConnection([4, 5, 6]), Settings(max_new_tokens=20), list[int]()
+    first = Answer(connection, Memory(), MODEL, None, [7], settings, (), 60.0)  # type: ignore[arg-type]
 
-    def before(cancelled: Callable[[], bool]) -> None:
-        told.append(cancelled())
-        a.cancel()
-        told.append(cancelled())
+    def cancelling(step: int, answers: list[Any]) -> list[Any]:
+        asked.append(step)
+        a.cancel()  # while the prompt is taken in
+        return answers
+
+    def before(answer: Answer) -> None:
+        connection.tamper = cancelling
+        assert answer.after(first) == []
 
     a = Answer(connection, Memory(), MODEL, Letters(), [1, 2, 3], settings, (), 60.0, before)  # type: ignore[arg-type]
-    assert list(a) == [] and a.finish == "cancelled" and not connection.requests and told == [False, True]
+    assert list(a) == [] and a.finish == "cancelled"
+    assert first.finish == "cancelled" and asked == [0] and len(connection.requests) == 1
+
+
+def test_what_is_done_first_begins_cancelled() -> None:
+    connection, settings = FakeConnection([4]), Settings(max_new_tokens=20)
+    first = Answer(connection, Memory(), MODEL, None, [7], settings, (), 60.0)  # type: ignore[arg-type]
+
+    def before(answer: Answer) -> None:
+        answer.cancel()
+        assert answer.after(first) == []
+
+    a = Answer(connection, Memory(), MODEL, Letters(), [1, 2, 3], settings, (), 60.0, before)  # type: ignore[arg-type]
+    assert list(a) == [] and a.finish == first.finish == "cancelled" and not connection.requests
 
 
 # --- parties that answer wrongly -------------------------------------------------------------------------------------

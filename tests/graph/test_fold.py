@@ -100,7 +100,7 @@ RAW = [0.5, 12.0, 300.0, 20_000.0, 50_000.0, 1_000_000.0]
 
 
 def raw(mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    x = mean + deviation * torch.randn(7, len(RAW), generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
+    x = mean + deviation * torch.randn(7, len(mean), generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
     return torch.round(x * 16) / 16
 
 
@@ -114,6 +114,14 @@ def test_raw_numbers_are_divided_by_what_they_are() -> None:
     few = Standardised([0.5, 3.0, 255.0]).eval()
     program = capture(few, [torch.zeros(2, 3)]).program
     assert [node.op for node in program.nodes].count("aten.mul.Tensor") == 1  # as precise as it must be
+
+
+def test_what_divides_and_is_public_stays_public() -> None:
+    model = Standardised(RAW[:5]).eval()
+    x = raw(model.mean, model.deviation)[:, :5]
+    captured = capture(model, [x], public=["deviation"])
+    assert_agrees(model, captured, [x], 2, ULPS)
+    assert not any("deviation" in name for name in captured.weights)
 
 
 def test_a_norm_of_raw_numbers() -> None:

@@ -232,6 +232,23 @@ class Centred(nn.Module):
         return x - x.mean(self.axis, keepdim=True)
 
 
+class Raised(nn.Module):
+    """Each number, and the largest of its column added."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.amax(0, keepdim=True)
+
+
+class Counting(nn.Module):
+    """Answers otherwise each time."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x / self.calls
+
+
 class Places(nn.Module):
     """A text without a batch: what is known of its tokens, and of their places."""
 
@@ -249,14 +266,28 @@ class Places(nn.Module):
     [
         (Centred(1), torch.randn(4, 3), "batch"),
         (Centred(1), torch.randn(1, 3), "batch"),
-        (Centred(0), torch.randn(4, 3), "size1"),
-        (Centred(0), torch.randn(1, 3), "size1"),
-        (nn.Softmax(0), torch.randn(4, 3), "size1"),
+        (Centred(0), torch.randn(4, 3), "rows"),
+        (Centred(0), torch.randn(1, 3), "rows"),
+        (Centred(0), torch.randn(8, 1), "rows"),
+        (Centred(0), torch.randn(1, 1), "rows"),
+        (Centred(0), torch.ones(8, 3), "rows"),
+        (Raised(), torch.zeros(4, 2), "rows"),
+        (Centred(1), torch.zeros(4, 3), "batch"),
+        (nn.Embedding(7, 3), torch.zeros(2, 4, dtype=torch.int64), "batch"),
+        (nn.Softmax(0), torch.randn(4, 3), "rows"),
         (nn.Embedding(7, 3), torch.tensor([1, 5, 2]), "batch"),
-        (Places(), torch.tensor([1, 5, 2]), "size1"),
+        (Places(), torch.tensor([1, 5, 2]), "rows"),
     ],
 )
 def test_a_batch_is_of_rows_that_do_not_influence_each_other(model: nn.Module, x: torch.Tensor, name: str) -> None:
     """Only then may a large request be cut."""
     program = capture(model.eval(), [x]).program
     assert [size.name for size in program.sizes] == [name]
+
+
+def test_a_model_is_captured_as_it_was_given() -> None:
+    """What it keeps of the rows that are tried is not what it has seen."""
+    x, model = torch.randn(4, 3), Counting().eval()
+    captured = capture(model, [x])
+    assert [size.name for size in captured.program.sizes] == ["batch"] and model.calls <= 1
+    assert not captured.weights and all(node.op != "aten.mul.Tensor" for node in captured.program.nodes)

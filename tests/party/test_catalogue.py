@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from mpcinfer.errors import InputError, NotFoundError, StoreError
+from mpcinfer.graph.sizes import Size
 from mpcinfer.party.catalogue import Catalogue, Model
 from mpcinfer.party.grants import Grants
 from mpcinfer.party.record import WeightEntry
@@ -250,3 +252,12 @@ def test_a_manifest_must_be_the_program_s(two: list[Holder]) -> None:
     for entries in ([], good[1:], [*good, good[0]], good[::-1], [bad, *good[1:]]):
         with pytest.raises(InputError):
             check_manifest(PROGRAM, entries)
+
+
+@pytest.mark.parametrize(("name", "queries"), [("batch", 5), ("rows", 5), ("length", 1)])
+def test_each_row_is_a_query_whether_or_not_others_influence_it(name: str, queries: int) -> None:
+    program = replace(PROGRAM, sizes=(Size(name),))
+    deployment: Any = None
+    model = Model(deployment, program, "m", "owner/a", 1.0)
+    width = program.inputs[0].shape[1]
+    assert model.rows([(5, width)]) == queries
