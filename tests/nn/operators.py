@@ -92,12 +92,12 @@ ELEMENTWISE = Group(
     state=lambda: {
         "secret": nn.Parameter(torch.ones(4)),
         "scalar": nn.Parameter(torch.ones(())),
-        "divisor": torch.tensor([2.0, -4.0, 0.5, 8.0], dtype=torch.float64),
+        "divisor": nn.Parameter(torch.tensor([2.0, -4.0, 0.5, 8.0], dtype=torch.float64)),
         "public": grid(5, 4, seed=7),
         "public_divisor": torch.tensor([2.0, -4.0, 0.5, 8.0], dtype=torch.float64),
     },
-    # a product of two numbers was rounded before the operator: |x| <= 6 times half a unit
-    exceptions={"x * (secret * public)": 5.0},
+    # a product of two numbers, or an inverse, was rounded before the operator: |x| <= 6 times half a unit
+    exceptions={"x * (secret * public)": 5.0, "x / secret": 5.0},
 )
 
 ACTIVATION = Group(

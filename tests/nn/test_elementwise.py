@@ -123,6 +123,7 @@ COSTS: dict[str, tuple[Callable[..., torch.Tensor], int, int]] = {
     "x * public": (lambda m, x, y: x * m.public, 1, 8),
     "x * secret": (lambda m, x, y: x * m.secret, 2, 8 + 8),
     "x / secret": (lambda m, x, y: x / m.divisor, 2, 8 + 8),
+    "x / public": (lambda m, x, y: x / m.public_divisor, 1, 8),
     "x * y": (lambda m, x, y: x * y, 2, 16 + 8),
     "x * x": (lambda m, x, y: x * x, 2, 8 + 8),
 }
