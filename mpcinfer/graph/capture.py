@@ -335,9 +335,11 @@ class _Translator:
         return Constant(name, tuple(tensor.shape), value.frac_bits, data, tensor.dtype == torch.bool)
 
     def encoded(self, program: Program) -> dict[str, torch.Tensor]:
-        """The program's parameters in fixed point."""
+        """The program's parameters in fixed point. What they were made of goes, so that a large model is here once."""
+        self.known.clear()
+        self.tensors = {p.name: self.tensors[p.name] for p in program.parameters}
         return {
-            p.name: self.codec.encode(self.tensors[p.name], f"parameter {p.name}").contiguous()
+            p.name: self.codec.encode(self.tensors.pop(p.name), f"parameter {p.name}").contiguous()
             for p in program.parameters
         }
 
