@@ -97,8 +97,8 @@ class _Layout:
             factors = {"mantissa": inverse / power, "power": power}
             if imprecise(factors["mantissa"], self._frac_bits).any():
                 raise RangeError(
-                    f"{node.path} divides by up to {float(divisor.abs().max()):.3g}, of whose inverse "
-                    f"{self._frac_bits} fraction bits hold too little: scale the inputs down before they are shared"
+                    f"{node.path} divides by so large numbers that {self._frac_bits} fraction bits hold too little of "
+                    "their inverses: scale the inputs down before they are shared"
                 )
         nodes, x = list[Node](), node.args[0]
         for what, factor in factors.items():

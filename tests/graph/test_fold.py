@@ -137,7 +137,7 @@ def test_a_norm_of_raw_numbers() -> None:
 
 
 def test_what_no_fraction_bits_hold_is_refused() -> None:
-    with pytest.raises(RangeError, match="divides by up to 1e\\+09"):
+    with pytest.raises(RangeError, match="divides by so large numbers"):
         capture(Standardised([1.0, 1e9]).eval(), [torch.zeros(2, 2)])
 
 
