@@ -23,7 +23,7 @@ from mpcinfer.cli.auditing import RATE, AuditFile, AuditRate, canaries, set_audi
 from mpcinfer.cli.certificates import certs_app
 from mpcinfer.cli.grants import grant, revoke, words
 from mpcinfer.cli.options import CLUSTER, ClusterPath, IdentityPath, Json, ModelVersion, NodePath, StopAtEof
-from mpcinfer.cli.output import load_array, print_json, print_table, shapes, write_array
+from mpcinfer.cli.output import announcing, load_array, print_json, print_table, shapes, write_array
 from mpcinfer.cli.owner import deploy, explain
 from mpcinfer.cli.parties import pin, status
 from mpcinfer.cli.receipts import ReceiptFile, ReceiptSalts, audit_app, save, verify_receipt
@@ -169,7 +169,7 @@ def up(
     client: Annotated[list[str] | None, typer.Option(help="Name of a data owner (default: client).")] = None,
     base_port: Annotated[int | None, typer.Option(min=1, max=65000, help="Party I listens at this port + I.")] = None,
     witnesses: Annotated[bool, typer.Option("--witnesses", help="A witness for each party of a new cluster.")] = False,
-    ready_file: Annotated[Path | None, typer.Option(help="A file to write when all are ready.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="A file that is there while all are ready.")] = None,
 ) -> None:
     """Run a whole cluster on this machine, each member a process of its own, until Ctrl-C. For trying things out."""
     from mpcinfer.client.local import LocalCluster
@@ -180,18 +180,19 @@ def up(
         directory, parties=parties, owners=owners, clients=clients, base_port=base_port, witnesses=witnesses
     )
     try:
-        with local:
+        with announcing(ready_file) as announce, local:
             for endpoint in local.cluster.members:
                 print(f"{endpoint.role} at {endpoint.address}, log {local.logs[endpoint.role]}")
             for role in [*(f"owner/{name}" for name in owners), *(f"client/{name}" for name in clients)]:
                 print(f"{role}: {local.identity(role)}")
             print(f"cluster file: {local.cluster_path}")
+            announce()
             print("ready", flush=True)
-            if ready_file is not None:
-                ready_file.write_text("ready\n")
             local.watch()
     except KeyboardInterrupt:
         print("stopped")
+    finally:
+        local.stop()  # one that never started may have a temporary directory
 
 
 # --- owners and clients --------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,29 @@ def write_array(file: Path, array: Any) -> None:
             np.save(stream, array, allow_pickle=False)
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from error
+
+
+@contextmanager
+def announcing(file: Path | None) -> Iterator[Callable[[], object]]:
+    """Yields what makes the file appear; it is whole when it is first seen, and only there while the body runs.
+
+    One that an earlier run left is taken away at once: whoever waits for it must not take it for this run's.
+    """
+    if file is None:
+        yield lambda: None
+        return
+    fresh = file.with_name(file.name + ".new")
+    try:  # a place that cannot be written to is told before anything has started
+        file.unlink(missing_ok=True)
+        fresh.write_text("ready\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}") from error
+    try:
+        yield lambda: fresh.replace(file)
+    finally:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

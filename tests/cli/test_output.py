@@ -1,10 +1,13 @@
-"""Figures for people."""
+"""Figures for people, and the file that says that all are ready."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from mpcinfer.cli.output import in_bytes, in_seconds, print_table
+from mpcinfer.cli.output import announcing, in_bytes, in_seconds, print_table
+from mpcinfer.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,30 @@ def test_seconds(seconds: float, text: str) -> None:
 def test_numbers_stand_at_the_right(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["NAME", "N"], [["a", "1"], ["b", "100"]], numbers=["N"])
     assert capsys.readouterr().out == "NAME    N\na       1\nb     100\n"
+
+
+def test_a_ready_file_is_whole_when_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, replace, seen = tmp_path / "ready", Path.replace, []
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append((target.exists(), self.read_text()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    file.write_text("of an earlier run")
+    with announcing(file) as announce:
+        assert not file.exists()
+        announce()
+        assert seen == [(False, "ready\n")] and file.read_text() == "ready\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ready_file_goes_when_a_run_fails(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the run"), announcing(tmp_path / "ready") as announce:
+        announce()
+        raise OSError("of the run")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="cannot write"), announcing(tmp_path / "no" / "ready"):
+        raise AssertionError("started all the same")
+    with announcing(None) as announce:
+        announce()
