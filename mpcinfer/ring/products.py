@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numba import njit
 
+from mpcinfer.ring import tile
+
 _COLUMNS = 1024  # of a block: four rows of w stay in the cache while they are used
 _THIN = 8  # fewer columns than this do not fill vectors: the transposed product is taken
-_FEW = 16  # rows at most for which each is multiplied with each row of w.T
 
 
 @njit("void(" + "int64[::1], " * 5 + "int64, int64, int64, int64)", nogil=True, cache=True)
@@ -83,7 +84,7 @@ def matmul_t(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if x.device.type == "meta":
         return x @ w.t()
     flat = x.reshape(_rows(x), x.shape[-1])
-    if flat.shape[0] <= _FEW:
+    if flat.shape[0] < tile.ROWS:
         out = torch.empty((flat.shape[0], w.shape[0]), dtype=torch.int64)
         _dots(flat.contiguous().numpy(), w.contiguous().numpy(), out.numpy())
     else:
@@ -101,5 +102,6 @@ def _batched(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if n < min(m, _THIN):
         return _batched(w.transpose(1, 2).expand(batch, -1, -1), x.transpose(1, 2)).transpose(1, 2).contiguous()
     out = torch.empty((batch, m, n), dtype=torch.int64)
-    _products(x.contiguous().numpy(), w.contiguous().numpy(), out.numpy())
+    multiply = tile.products if m >= tile.ROWS and n >= _THIN else _products
+    multiply(x.contiguous().numpy(), w.contiguous().numpy(), out.numpy())
     return out
