@@ -30,6 +30,7 @@ CONNECT_TIMEOUT = 10.0
 LIST_TIMEOUT = 10.0
 # When one party fails, the others notice and fail too. An answer that only says so waits this long for the cause.
 _GRACE = 0.3
+_AHEAD = 8  # answers that a party may be ahead of the slowest: what more it sends waits at its side
 
 
 class Connection:
@@ -138,10 +139,12 @@ class Connection:
         calls: list[Any] = []
         running = Calls()
         arrived: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in links]
+        room = [threading.Semaphore(_AHEAD) for _ in links]
 
         def pump(index: int) -> None:
             try:
                 for answer in calls[index]:
+                    room[index].acquire()
                     arrived[index].put(answer)
                 arrived[index].put(None)
             except grpc.RpcError:
@@ -166,6 +169,8 @@ class Connection:
             number = 0
             while True:
                 step = [inbox.get() for inbox in arrived]
+                for free in room:
+                    free.release()
                 lost = [item for item in step if isinstance(item, int)]
                 if lost:
                     raise failed(lost[0])
@@ -183,6 +188,8 @@ class Connection:
             yield answers(), stop
         finally:
             running.end()
+            for free in room:  # nobody waits for what has been cancelled
+                free.release(_AHEAD)
 
     def proof(self, model: Model, requests: Sequence[Any], shares: Sequence[Sequence[tensor_pb2.Tensor]]) -> Proof:
         """What the parties are held to that are sent these requests."""

@@ -80,6 +80,7 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
     cancelled: threading.Event = field(default_factory=threading.Event)
     # called at the start of a call with the method's name; may raise or wait
     before: Callable[[str], None] = lambda method: None
+    says: Callable[[], Iterable[bytes]] = lambda: ()  # the answers to Vocabulary
 
     def _begin(self, method: str, context: Any) -> None:
         identity.peer_of(context, self.world.cluster)
@@ -134,6 +135,11 @@ class FakeParty(party_pb2_grpc.PartyServiceServicer):  # type: ignore[misc]
     def EndSession(self, request: Any, context: Any) -> Any:
         self._begin("EndSession", context)
         return party_pb2.EndSessionResponse()
+
+    def Vocabulary(self, request: Any, context: Any) -> Any:
+        self._begin("Vocabulary", context)
+        for chunk in self.says():
+            yield party_pb2.VocabularyResponse(chunk=chunk)
 
     def Deploy(self, request_iterator: Any, context: Any) -> Any:
         self._begin("Deploy", context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -132,6 +133,31 @@ def test_the_cause_is_preferred_to_its_echo(worlds: FakeCluster, echo: type[MpcI
     failing(worlds, {**echoes, worlds.n - 1: (0.1, ShapeError("the cause"))})
     with connect(worlds) as connection, pytest.raises(ShapeError, match=f"party/{worlds.n - 1} at .*the cause"):
         remove(connection)
+
+
+def test_answers_of_a_party_that_is_far_ahead_are_not_taken_in(world: FakeCluster) -> None:
+    others, sent, chunk = threading.Event(), 0, bytes(1 << 18)
+
+    def ahead() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1
+            yield chunk
+
+    def slow() -> Iterator[bytes]:
+        others.wait(30)
+        yield from [chunk] * 30
+
+    world.parties[0].says, world.parties[1].says = slow, ahead
+    requests = [party_pb2.VocabularyRequest()] * 2
+    with connect(world) as connection, connection.stream("Vocabulary", requests, timeout=60) as (answers, _):
+        before = -1
+        while sent < module._AHEAD or sent != before:  # until it waits
+            before = sent
+            time.sleep(0.5)
+        assert sent < 300
+        others.set()
+        assert len(list(answers)) == 30
 
 
 def test_an_echo_alone_is_raised_after_a_moment(world: FakeCluster) -> None:
