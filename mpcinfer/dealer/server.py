@@ -12,6 +12,7 @@ from mpcinfer.dealer.service import DealerService
 from mpcinfer.errors import ConfigError
 from mpcinfer.protocol.warm import warm_up
 from mpcinfer.trust.signing import Signer
+from mpcinfer.wire.dealt import Writing
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.memory import guard_memory, one_heap, settle
 from mpcinfer.wire.server import Server, configure_logging, stop_signal
@@ -36,6 +37,7 @@ def build(node: Node) -> tuple[Dealer, Server]:
         4 * len(node.cluster.holders) + 8 + node.limits.max_batch,
         lambda s: dealer_pb2_grpc.add_DealerServiceServicer_to_server(service, s),
         service.metrics.figures,
+        [Writing()],
     )
     return dealer, server
 

@@ -18,6 +18,7 @@ from mpcinfer.errors import AgreementError, ForbiddenError, InputError
 from mpcinfer.protocol.cache import MOST_TIMES, CacheUse
 from mpcinfer.trust.signing import Signed
 from mpcinfer.wire import channel
+from mpcinfer.wire.dealt import chunk
 from mpcinfer.wire.frames import CHUNK, GRPC_HEADER, chunk_bytes
 from mpcinfer.wire.identity import peer_of, require
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc
@@ -45,8 +46,10 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
             )
             return dealer_pb2.JoinResponse(nonce=nonce, public_key=public_key, party_nonces=nonces)
 
-    def Deal(self, request: dealer_pb2.DealRequest, context: grpc.ServicerContext) -> Iterator[dealer_pb2.DealResponse]:
-        """See dealer.proto."""
+    def Deal(
+        self, request: dealer_pb2.DealRequest, context: grpc.ServicerContext
+    ) -> Iterator[bytes | dealer_pb2.DealResponse]:
+        """See dealer.proto; chunks are written already (see `Writing`)."""
         with self._answering("deal", context):
             self._member(context, f"party/{request.index}")
             context.add_callback(self._dealer.wake)
@@ -133,10 +136,10 @@ class DealerService(dealer_pb2_grpc.DealerServiceServicer):
         except Exception as error:
             channel.abort(context, error)
 
-    def _chunk(self, parts: list[memoryview]) -> dealer_pb2.DealResponse:
-        chunk = b"".join(parts)
-        self.metrics.sent(chunk_bytes(len(chunk)))
-        return dealer_pb2.DealResponse(chunk=chunk)
+    def _chunk(self, parts: list[memoryview]) -> bytes:
+        size = sum(map(len, parts))
+        self.metrics.sent(chunk_bytes(size))
+        return chunk(parts, size)
 
     def _check(self, request: dealer_pb2.JoinRequest | dealer_pb2.WitnessRequest) -> None:
         if request.protocol_version != PROTOCOL_VERSION:

@@ -84,13 +84,13 @@ class Delivery:
         if not self._rest:
             began = time.perf_counter()
             try:
-                self._rest = memoryview(next(self._chunks, b""))
+                self._rest = next(self._chunks, memoryview(b""))
             finally:
                 self._account.dealer_seconds += time.perf_counter() - began
             self._over = not self._rest
         return bool(self._rest)
 
-    def _received(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> Generator[bytes]:
+    def _received(self, epoch: Epoch, request: dealer_pb2.DealRequest, timeout: float) -> Generator[memoryview]:
         passing: Unwatched | None = None
         account, whole = self._account, False
         call = epoch.dealer.Deal(request, timeout=timeout)
@@ -99,13 +99,14 @@ class Delivery:
                 for part in call:
                     # begun only now: a plan that the dealer did not know is asked for again
                     passing = passing or epoch.passing(request.tape)
-                    chunk = part.chunk  # a copy, each time that it is asked for
-                    said = part.HasField("statement")
-                    size = part.ByteSize() + GRPC_HEADER if said else chunk_bytes(len(chunk))
+                    if isinstance(part, memoryview):
+                        chunk, size = part, chunk_bytes(len(part))
+                    else:
+                        chunk, size = memoryview(part.chunk), part.ByteSize() + GRPC_HEADER
+                        if part.HasField("statement"):
+                            self.statement = Signed.of(part.statement)
                     self.frame_bytes += size
                     account.dealer_bytes += size
-                    if said:
-                        self.statement = Signed.of(part.statement)
                     if chunk:
                         passing.add(chunk)
                         yield chunk

@@ -25,11 +25,11 @@ from mpcinfer.config import PROTOCOL_VERSION, Cluster, Endpoint, Node
 from mpcinfer.errors import AbortedError, AgreementError, MpcInferError, ProtocolError, UnavailableError
 from mpcinfer.party.passing import Passing, Unwatched
 from mpcinfer.protocol.session import KeyChain, epoch_binding, session_keys
-from mpcinfer.wire import channel, mesh
+from mpcinfer.wire import channel, dealt, mesh
 from mpcinfer.wire.direct import Direct, Listener, dial
 from mpcinfer.wire.identity import Identity
 from mpcinfer.wire.mesh import Link, Mesh
-from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from mpcinfer.wire.v1 import dealer_pb2, mesh_pb2, mesh_pb2_grpc
 from mpcinfer.wire.witnessed import WitnessedMesh
 
 _log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Former:
                 self._accept_direct(links[peer], token)
         finally:
             watchdog.cancel()
-        stub = dealer_pb2_grpc.DealerServiceStub(channels[0])
+        stub = dealt.stub(channels[0])
         ordered = [nonces[i] for i in range(cluster.n)]
         key, dealer_nonce = self._join(stub, session, ordered, deadline)
         binding = epoch_binding(session, dealer_nonce, ordered)

@@ -18,7 +18,7 @@ class Unwatched:
     def __init__(self, tape: bytes) -> None:
         pass
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: memoryview) -> None:
         """One part of them, in order."""
 
     def end(self) -> None:
@@ -41,9 +41,9 @@ class Passing(Unwatched):
         self._running.add(self._call)
         self._call.add_done_callback(self._running.discard)
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: memoryview) -> None:
         """See `Unwatched`."""
-        self._parts.put(mesh_pb2.CorrectionsRequest(chunk=chunk))
+        self._parts.put(mesh_pb2.CorrectionsRequest(chunk=bytes(chunk)))
 
     def end(self) -> None:
         """See `Unwatched`."""

@@ -56,6 +56,18 @@ def payload(message: memoryview, sequence: int, kind: int) -> tuple[memoryview, 
     return message[at:], more
 
 
+def bytes_field(number: int, size: int) -> bytes:
+    """What comes before the content of a field of that number, of so many bytes; nothing if it is empty."""
+    return bytes([number << 3 | 2]) + _varint(size) if size else b""
+
+
+def content(number: int, message: memoryview) -> memoryview | None:
+    """The content of a message that is a field of bytes of that number, written as above, and nothing else."""
+    raw = bytes(message[:_MOST_HEAD])
+    found = message[_varint_end(raw, 1) :]
+    return found if found and raw.startswith(bytes_field(number, len(found))) else None
+
+
 def _varint(number: int) -> bytes:
     out = bytearray()
     while number > 127:

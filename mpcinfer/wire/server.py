@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,11 +35,13 @@ class Server:
         workers: int,
         add: Callable[[grpc.Server], None],
         figures: Figures,
+        interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
         """Take the ports; ConfigError if one cannot be had."""
         self._grace = node.limits.stop_grace_s
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grpc")
-        self._server = grpc.server(self._executor, options=channel.server_options(node.limits.max_message_mb))
+        options = channel.server_options(node.limits.max_message_mb)
+        self._server = grpc.server(self._executor, interceptors=list(interceptors), options=options)
         self.health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         self.set_serving(False)

@@ -107,8 +107,8 @@ def test_what_is_passed_on_is_what_was_received_in_order() -> None:
         return calls[-1]
 
     passing = Passing(SimpleNamespace(Corrections=SimpleNamespace(future=future)), SESSION, TAPE)
-    passing.add(b"ab")
-    passing.add(b"c")
+    passing.add(memoryview(b"ab"))
+    passing.add(memoryview(b"c"))
     passing.end()
     calls[0].thread.join(20)
     assert not calls[0].cancelled
