@@ -101,7 +101,7 @@ class Link:
         ProtocolError for one of more than `most` bytes, of which no more are kept. ConfigError or IdentityError if the
         other end refused the stream for that.
         """
-        parts, size = list[bytes](), 0
+        parts, size = list[bytes | memoryview](), 0
         while True:
             try:
                 part, more = self._next(kind)
@@ -117,12 +117,12 @@ class Link:
                 self.close()
                 raise ProtocolError(f"{self.who} sent more than the {most} bytes that are due")
             if not more and not parts:
-                return part
+                return bytes(part)
             parts.append(part)
             if not more:
                 return b"".join(parts)
 
-    def _next(self, kind: int) -> tuple[bytes, bool]:
+    def _next(self, kind: int) -> tuple[bytes | memoryview, bool]:
         """The payload of the next frame, and whether more follow; ProtocolError if it is not the one that is due."""
         if kind == OPENING and self._direct is not None:
             message = next(self._direct)
@@ -131,7 +131,7 @@ class Link:
             except ValueError:
                 raise ProtocolError(f"{self.who} sent a frame out of order") from None
             self._openings.received += 1
-            return bytes(part), more
+            return part, more
         frame = next(self._incoming).frame
         if frame.sequence != self._grpc.received or frame.kind != kind or frame.more and len(frame.payload) != CHUNK:
             raise ProtocolError(f"{self.who} sent a frame out of order")
