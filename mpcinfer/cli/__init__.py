@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -180,7 +181,10 @@ def up(
         directory, parties=parties, owners=owners, clients=clients, base_port=base_port, witnesses=witnesses
     )
     try:
-        with announcing(ready_file) as announce, local:
+        with ExitStack() as ending:
+            ending.callback(local.stop)  # also where it never starts: it may have a temporary directory
+            announce = ending.enter_context(announcing(ready_file))
+            local.start()
             for endpoint in local.cluster.members:
                 print(f"{endpoint.role} at {endpoint.address}, log {local.logs[endpoint.role]}")
             for role in [*(f"owner/{name}" for name in owners), *(f"client/{name}" for name in clients)]:
@@ -191,8 +195,6 @@ def up(
             local.watch()
     except KeyboardInterrupt:
         print("stopped")
-    finally:
-        local.stop()  # one that never started may have a temporary directory
 
 
 # --- owners and clients --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from mpcinfer.wire.frames import bytes_field, content
+from mpcinfer.wire.frames import content, field_head
 from mpcinfer.wire.v1 import dealer_pb2, dealer_pb2_grpc
 
 _METHOD = "/mpcinfer.v1.DealerService/Deal"
@@ -17,7 +17,7 @@ _METHOD = "/mpcinfer.v1.DealerService/Deal"
 
 def chunk(parts: Sequence[memoryview], size: int) -> bytes:
     """A DealResponse with a chunk, which is of these parts and so large, and nothing else."""
-    return b"".join([bytes_field(1, size), *parts])
+    return b"".join([field_head(1, size), *parts])
 
 
 def _write(message: bytes | dealer_pb2.DealResponse) -> bytes:
@@ -42,7 +42,7 @@ class Writing(grpc.ServerInterceptor):
 
 
 def stub(channel: grpc.Channel) -> dealer_pb2_grpc.DealerServiceStub:
-    """A stub for the last party, whose answers to Deal are chunks, or a message where it has something else."""
+    """A stub for a party: its answers to Deal are chunks, or messages where there is something else in them."""
     found = dealer_pb2_grpc.DealerServiceStub(channel)
     found.Deal = channel.unary_stream(_METHOD, dealer_pb2.DealRequest.SerializeToString, _read)
     return found

@@ -14,7 +14,7 @@ COMPARED = 32  # what the parties compare at the end of a run: an HMAC of all th
 def round_bytes(size: int) -> int:
     """What one peer is sent in a round in which `size` bytes are opened, headers included (see mesh.proto)."""
     # fields 1 (fixed64), 2 (one byte) and, but in the last frame, 3 (one byte), each after a byte for its tag
-    return sum(_wrapped(9 + 2 + 2 * more + _bytes_field(part)) for part, more in _parts(size))
+    return sum(_wrapped(9 + 2 + 2 * more + _size_of_field(part)) for part, more in _parts(size))
 
 
 def dealt_bytes(size: int) -> int:
@@ -27,7 +27,7 @@ def chunk_bytes(size: int) -> int:
 
     Asking the message would make it write all of itself.
     """
-    return GRPC_HEADER + _bytes_field(size)
+    return GRPC_HEADER + _size_of_field(size)
 
 
 def head(sequence: int, kind: int, more: bool, size: int) -> bytes:
@@ -36,9 +36,8 @@ def head(sequence: int, kind: int, more: bool, size: int) -> bytes:
     As protobuf writes it, which would copy the payload several times.
     """
     fields = b"\x09" + sequence.to_bytes(8, "little") + bytes([0x10, kind]) + (b"\x18\x01" if more else b"")
-    if size:
-        fields += b"\x22" + _varint(size)
-    frame = b"\x0a" + _varint(len(fields) + size) + fields
+    fields += field_head(4, size)
+    frame = field_head(1, len(fields) + size) + fields
     return HEADER.pack(0, len(frame) + size) + frame
 
 
@@ -56,7 +55,7 @@ def payload(message: memoryview, sequence: int, kind: int) -> tuple[memoryview, 
     return message[at:], more
 
 
-def bytes_field(number: int, size: int) -> bytes:
+def field_head(number: int, size: int) -> bytes:
     """What comes before the content of a field of that number, of so many bytes; nothing if it is empty."""
     return bytes([number << 3 | 2]) + _varint(size) if size else b""
 
@@ -65,7 +64,7 @@ def content(number: int, message: memoryview) -> memoryview | None:
     """The content of a message that is a field of bytes of that number, written as above, and nothing else."""
     raw = bytes(message[:_MOST_HEAD])
     found = message[_varint_end(raw, 1) :]
-    return found if found and raw.startswith(bytes_field(number, len(found))) else None
+    return found if found and raw.startswith(field_head(number, len(found))) else None
 
 
 def _varint(number: int) -> bytes:
@@ -90,9 +89,9 @@ def _parts(size: int) -> list[tuple[int, bool]]:
 
 
 def _wrapped(frame: int) -> int:
-    return GRPC_HEADER + _bytes_field(frame)
+    return GRPC_HEADER + _size_of_field(frame)
 
 
-def _bytes_field(size: int) -> int:
+def _size_of_field(size: int) -> int:
     """A field of bytes or a message: tag, length, content; nothing if it is empty."""
     return 1 + (max(1, size.bit_length()) + 6) // 7 + size if size else 0
